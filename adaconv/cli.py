@@ -1,0 +1,112 @@
+"""What every pipeline does around its work: configuration, plan, exit code, `result.json`.
+
+exit code 0  done
+          1  failed: the message says what was expected, what was found and what to do
+          2  usage or configuration
+        130  interrupted
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adaconv.config.base import Config
+from adaconv.config.load import load_config, to_yaml
+from adaconv.errors import AdaConvError, UsageError
+
+log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=Config)
+
+# Storage failures reach the user as they are: the system's own words name the path.
+_STORAGE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def run(
+    model: type[C],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    doc: str | None,
+    plan: Callable[[C], str],
+    execute: Callable[[C], dict[str, Any]],
+    output: Callable[[C], str | None] = lambda config: getattr(config, "output", None),
+) -> int:
+    """Run one pipeline from its command line to its exit code.
+
+    Args:
+        model: the pipeline's configuration.
+        argv: the command line without the program's name; None reads `sys.argv`.
+        prog: how the pipeline is called, as in `pipelines/train.py`.
+        doc: the text above the flags in `--help`.
+        plan: what `--dry-run` prints after the resolved configuration; it may refuse by raising.
+        execute: the work; what it returns goes to `result.json` in the output folder.
+        output: where `result.json` goes; None for a pipeline that writes none.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    try:
+        loaded = load_config(model, sys.argv[1:] if argv is None else argv, prog=prog, description=doc or "")
+        config = loaded.config
+        print(f"# {prog}: resolved configuration\n{to_yaml(config)}", flush=True)
+        if loaded.dry_run:
+            print(f"# plan (dry run: nothing is written)\n{plan(config)}", flush=True)
+            return 0
+        return _execute(config, prog, execute, output(config))
+    except AdaConvError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except _STORAGE_ERRORS as error:
+        print(f"{prog}: error: {_of_storage(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command takes up where it stopped", file=sys.stderr)
+        return 130
+
+
+def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], output: str | None) -> int:
+    started = time.monotonic()
+    result = execute(config)
+    result = {"pipeline": Path(prog).stem, "status": "done", **result, "seconds": round(time.monotonic() - started, 2)}
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    print(f"\n# {prog}: done in {result['seconds']:.0f} s\n{text}", flush=True)
+    if output is not None:
+        from adaconv import storage
+
+        where = storage.join(output, "result.json")
+        storage.publish_bytes(where, text.encode() + b"\n")
+        print(f"result: {where}", flush=True)
+    return 0
+
+
+def _of_storage(error: OSError) -> str:
+    message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, PermissionError):
+        message += "; choose another folder or change its permissions"
+    return message
+
+
+def require_directory(path: str, flag: str) -> Path:
+    """A local folder that a flag names, or one clear line."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise UsageError(f"{flag}: expected a folder, found nothing at {folder}")
+    if not folder.is_dir():
+        raise UsageError(f"{flag}: expected a folder, found a file at {folder}")
+    return folder.absolute()
+
+
+def require_writable(path: str, flag: str) -> Path:
+    """A local folder that will be written to: made if need be, or one clear line."""
+    folder = Path(path).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"{flag}: cannot make the folder {folder}: {error.strerror}; choose another") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{flag}: no permission to write to {folder}; choose another folder or change its permissions")
+    return folder

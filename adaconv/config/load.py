@@ -1,0 +1,210 @@
+"""Files and flags to one validated configuration: defaults in code < files in the order given < flags.
+
+The pydantic model is the only place that judges values. tyro reads the flags and writes `--help` through a dataclass of
+the same shape, made here, so that every problem of files and flags is reported by the model, at once.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from adaconv.config.base import Config
+from adaconv.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[C]):
+    config: C
+    dry_run: bool
+
+
+def load_config(model: type[C], argv: Sequence[str], *, prog: str, description: str) -> Loaded[C]:
+    """Read `--config FILE` (repeatable, later files win) and the flags of every field into one `model`.
+
+    Raises:
+        ConfigError: unknown flags or keys with the nearest known one, values that do not fit, missing fields:
+            all of them in one message, each with its path and the value that was found.
+        SystemExit: `--help` (0), or a flag whose value cannot be read at all (2), as argparse does.
+    """
+    argv = list(argv)
+    if "-h" not in argv and "--help" not in argv:
+        _refuse_unknown_flags(model, argv)
+    values = _read_files(model, _files_named(argv))
+    twin = _twin(model, top=True)
+    flags = tyro.cli(
+        twin,
+        prog=prog,
+        description=description,
+        default=_twin_of_values(model, twin, values),
+        args=argv,
+    )
+    given = dataclasses.asdict(flags)
+    dry_run = given.pop("dry_run")
+    given.pop("config")
+    return Loaded(validate(model, given, where="command line"), dry_run)
+
+
+def validate(model: type[C], values: Mapping[str, Any], *, where: str) -> C:
+    """Build `model` from nested values, or raise one ConfigError that names every problem."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(model, error.errors(include_url=False), where)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, accepted again as a `--config` file."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_files(model: type[Config], files: Sequence[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for name in files:
+        try:
+            values = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"--config {name}: no such file") from None
+        except IsADirectoryError:
+            raise ConfigError(f"--config {name}: expected a YAML file, found a folder") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {name}: expected YAML, found: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config {name}: expected keys and values, found {type(values).__name__}")
+        # What is missing here may come from another file or a flag; what two fields must agree on is judged at the end.
+        try:
+            model.model_validate(values)
+        except ValidationError as error:
+            mine = [e for e in error.errors(include_url=False) if e["type"] not in ("missing", "value_error")]
+            mine += [e for e in error.errors(include_url=False) if e["type"] == "value_error" and _is_leaf(model, e)]
+            if mine:
+                raise ConfigError(_explain(model, mine, name)) from None
+        _merge(merged, values)
+    return merged
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _files_named(argv: Sequence[str]) -> list[str]:
+    files = []
+    for position, argument in enumerate(argv):
+        if argument == "--config":
+            if position + 1 == len(argv):
+                raise ConfigError("--config: expected a file after it")
+            files.append(argv[position + 1])
+        elif argument.startswith("--config="):
+            files.append(argument.partition("=")[2])
+    return files
+
+
+def _sections(model: type[Config]) -> Iterator[tuple[str, type[Config]]]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Config):
+            yield name, info.annotation
+
+
+def flag_names(model: type[Config], prefix: str = "") -> list[str]:
+    """Every flag of a configuration as it is typed, without the dashes: `train.global-batch-size`."""
+    sections = dict(_sections(model))
+    names = []
+    for name in model.model_fields:
+        dashed = prefix + name.replace("_", "-")
+        names += flag_names(sections[name], dashed + ".") if name in sections else [dashed]
+    return names
+
+
+def _refuse_unknown_flags(model: type[Config], argv: Sequence[str]) -> None:
+    known = [*flag_names(model), "config", "dry-run", "help"]
+    for argument in argv:
+        if argument.startswith("--") and len(argument) > 2:
+            name = argument[2:].partition("=")[0].replace("_", "-")
+            if name not in known:
+                raise ConfigError(f"unknown flag --{name}{_nearest(name, known, '--')}; --help lists every flag")
+
+
+def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
+    """The known name that was probably meant, also where only the section was left out."""
+    ends = {k: k.rpartition(".")[2] for k in known}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = close or [k for k in known if ends[k] == name.rpartition(".")[2]][:1]
+    close = close or difflib.get_close_matches(name, ends.values(), n=1, cutoff=0.7)
+    close = [next(k for k in known if k == c or ends[k] == c) for c in close]
+    return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def _twin(model: type[Config], *, top: bool = False) -> Any:
+    """A dataclass of the same fields, for tyro: its types and help texts, none of the checks."""
+    sections = dict(_sections(model))
+    fields: list[Any] = []
+    for name, info in model.model_fields.items():
+        kind = _twin(sections[name]) if name in sections else info.annotation
+        if kind is bool:
+            kind = Literal["true", "false"]  # `--train.compile true`, as in a file; the model makes it a bool
+        fields.append((name, Annotated[kind, tyro.conf.arg(help=info.description or "")]))
+    if top:
+        files = tyro.conf.arg(metavar="FILE", help="YAML file of these fields; repeatable, later files win.")
+        plan = tyro.conf.arg(help="Print the resolved configuration and the plan; write nothing.")
+        fields += [
+            ("config", Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], files], dataclasses.field(default=())),
+            ("dry_run", Annotated[tyro.conf.FlagCreatePairsOff[bool], plan], dataclasses.field(default=False)),
+        ]
+    return dataclasses.make_dataclass(model.__name__, fields, kw_only=True)
+
+
+def _twin_of_values(model: type[Config], twin: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of the twin with the files' values over the defaults; what neither has is left for the flags."""
+    sections = dict(_sections(model))
+    twins = {field.name: field.type.__origin__ for field in dataclasses.fields(twin) if field.name in sections}
+    filled: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if name in sections:
+            filled[name] = _twin_of_values(sections[name], twins[name], values.get(name) or {})
+        elif name in values:
+            filled[name] = TypeAdapter(info.annotation).validate_python(values[name])
+        else:
+            default = info.get_default(call_default_factory=True)
+            filled[name] = tyro.MISSING if default is PydanticUndefined else default
+        if isinstance(filled[name], bool):
+            filled[name] = str(filled[name]).lower()
+    return twin(**filled)
+
+
+def _is_leaf(model: type[Config], error: ErrorDetails) -> bool:
+    """Whether an error is one field's own, not one that several fields of a section must settle together."""
+    section: type[Config] | None = model
+    for part in error["loc"]:
+        section = dict(_sections(section)).get(str(part)) if section else None
+    return section is None
+
+
+def _explain(model: type[Config], errors: Sequence[ErrorDetails], where: str) -> str:
+    lines = []
+    for error in errors:
+        path = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            known = [name.replace("-", "_") for name in flag_names(model)]
+            lines.append(f"{where}: unknown key '{path}'{_nearest(path, known)}")
+        elif error["type"] == "missing":
+            flag = "--" + path.replace("_", "-")
+            lines.append(f"{where}: {path} is required; give it as {flag} or in a --config file")
+        elif not path or error["type"] == "value_error":
+            message = error["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {path + ': ' if path and _is_leaf(model, error) else ''}{message}")
+        else:
+            lines.append(f"{where}: {path}: {error['msg'][:1].lower() + error['msg'][1:]}, found {error['input']!r}")
+    return "\n".join(lines)

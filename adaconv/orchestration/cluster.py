@@ -1,0 +1,100 @@
+"""The cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from adaconv.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+# 2 logical CPUs are the least that a pipeline of Ray Data (a reader and a model) or Ray Train (ranks and their
+# readers) needs so as not to wait for itself; a laptop's cores are lent twice rather than that.
+_MIN_LOGICAL_CPUS = 4
+
+
+@contextmanager
+def connect(*, object_store_mb: int = 256) -> Iterator[None]:
+    """Connect to the cluster that RAY_ADDRESS names (inside `ray job submit` it does), else start a local one.
+
+    A local cluster listens with a token that only this process and its workers know, keeps its files in a folder of its
+    own, joins no other cluster and ends with the block.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or a local one cannot be started.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        # Left alone, Ray writes a token that everybody can read to the home folder, and later clients without it fail.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
+    import ray
+
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Sockets live below this folder and their paths may have 107 characters: keep it short.
+    temp_dir = None if address else tempfile.mkdtemp(prefix="adaconv-ray-", dir="/tmp")
+    started = time.monotonic()
+    try:
+        if address:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+                object_store_memory=object_store_mb * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=temp_dir,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
+        raise ClusterError(f"cannot connect to {where}: {error}; pipelines/doctor.py checks the cluster") from error
+    try:
+        resources = ray.cluster_resources()
+        log.info(
+            "ray %s | %s | %.0f CPUs, %.0f GPUs, %d nodes | up in %.1f s",
+            ray.__version__,
+            address or "local cluster",
+            resources.get("CPU", 0),
+            resources.get("GPU", 0),
+            sum(node["Alive"] for node in ray.nodes()),
+            time.monotonic() - started,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        if temp_dir:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def require_resources(**needed: float) -> None:
+    """Refuse now what would otherwise wait for ever.
+
+    Args:
+        needed: totals over the cluster, as in `CPU=4, GPU=2`.
+
+    Raises:
+        ClusterError: names each resource, how much is needed and how much there is.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    missing = [
+        f"{amount:g} {name} needed, {there.get(name, 0):g} in the cluster"
+        for name, amount in needed.items()
+        if amount > there.get(name, 0)
+    ]
+    if missing:
+        raise ClusterError(
+            f"the job needs more than the cluster has: {'; '.join(missing)}. "
+            "Lower --scaling.num-workers or the resources per worker, or add nodes"
+        )
