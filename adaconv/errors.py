@@ -10,7 +10,8 @@
     ├── NonFiniteError           a loss or gradient is not finite; names the step and the samples
     ├── ClusterError             the cluster cannot be reached or lacks what the job needs
     ├── TrackingError            the tracking server or registry refuses or cannot be reached
-    └── JobError                 a job ended with failed parts; the parts that succeeded stand
+    ├── JobError                 a job ended with failed parts; the parts that succeeded stand
+    └── Interrupted              exit code 143: asked to stop, and stopped where it can go on
 
 Storage failures stay what Python calls them: FileNotFoundError, PermissionError, OSError.
 """
@@ -60,3 +61,7 @@ class TrackingError(AdaConvError):
 
 class JobError(AdaConvError):
     pass
+
+
+class Interrupted(AdaConvError):  # noqa: N818 - not an error of anything
+    exit_code = 143

@@ -1,0 +1,216 @@
+"""The contract between training, the registry and stylization: one folder per checkpoint, published whole or not at all.
+
+    step-00012000/
+      model.safetensors   everything inference needs, the frozen encoder included
+      model.json          what network it is: configuration, encoder fingerprint, format number
+      trainer.pt          optimizer and step, loaded with weights_only
+      data.json           dataset versions, seed, samples seen
+      meta.json           bytes and sha256 of each file above; written last
+
+Nothing here is unpickled from a shared place. Locally a folder is written aside and renamed; on s3:// `meta.json` comes
+last, and a folder without it does not exist for anybody.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from adaconv import storage
+from adaconv.errors import CheckpointError
+from adaconv.model.encoder import VGGEncoder
+from adaconv.model.network import StyleTransferNet, build_network
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a network is. `digest` is the sha256 of its weights; `settings` builds it again."""
+
+    digest: str
+    settings: Mapping[str, Any]
+    encoder_fingerprint: str
+    step: int
+
+
+def name_of(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
+
+
+def save(
+    folder: str,
+    *,
+    step: int,
+    network: StyleTransferNet,
+    settings: Mapping[str, Any],
+    encoder_fingerprint: str,
+    trainer: Mapping[str, Any],
+    data: Mapping[str, Any],
+    meta: Mapping[str, Any],
+) -> str:
+    """Publish a checkpoint below a folder (local or s3://) and return its URI.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: updates done.
+        network: whose weights are kept, in float32 as they are.
+        settings: `model` (arguments of build_network) and `encoder_widths`.
+        encoder_fingerprint: of the encoder's weights.
+        trainer: tensors and plain containers.
+        data: kept as `data.json`.
+        meta: further keys of `meta.json`, such as the tracking run.
+    """
+    with tempfile.TemporaryDirectory(prefix="adaconv-checkpoint-") as scratch:
+        aside = Path(scratch) / name_of(step)
+        aside.mkdir()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        described = {"format": FORMAT, "step": step, "encoder_fingerprint": encoder_fingerprint, **settings}
+        _write_json(aside / "model.json", described)
+        torch.save(dict(trainer), aside / "trainer.pt")
+        _write_json(aside / "data.json", data)
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(aside.iterdir())}
+        _write_json(aside / "meta.json", {"format": FORMAT, "step": step, "time": time.time(), **meta, "files": files})
+        uri = storage.join(folder, name_of(step))
+        storage.publish_directory(aside, uri, last="meta.json")
+    return uri
+
+
+def steps_in(folder: str) -> dict[int, str]:
+    """Whole checkpoints below a folder: step to URI, in order of steps. A folder without `meta.json` is none."""
+    found = {}
+    for uri in storage.list_directories(folder):
+        name = uri.rstrip("/").rpartition("/")[2]
+        digits = name.removeprefix(_PREFIX)
+        if name.startswith(_PREFIX) and digits.isdigit() and storage.exists(storage.join(uri, "meta.json")):
+            found[int(digits)] = uri
+    return dict(sorted(found.items()))
+
+
+def newest(folder: str) -> str | None:
+    """The newest checkpoint below a folder whose files are as its `meta.json` says; damaged ones are passed over."""
+    for uri in reversed(steps_in(folder).values()):
+        try:
+            fetch(uri)
+            return uri
+        except CheckpointError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+    return None
+
+
+def keep_newest(folder: str, count: int) -> None:
+    """Remove all but the newest `count` checkpoints."""
+    for uri in list(steps_in(folder).values())[:-count]:
+        storage.remove_directory(uri, first="meta.json")
+
+
+def fetch(uri: str) -> Path:
+    """A local folder with the checkpoint's files, each compared with its sha256.
+
+    Raises:
+        CheckpointError: it is not there, incomplete, damaged, or of another format.
+    """
+    if not storage.exists(storage.join(uri, "meta.json")):
+        raise CheckpointError(
+            f"expected a checkpoint at {uri}, found no meta.json there; name a folder such as "
+            ".../checkpoints/step-00001000"
+        )
+    local = storage.local_directory(uri)
+    meta = _read_json(local / "meta.json")
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{uri}: expected format {FORMAT}, found {meta.get('format')}; use the release that wrote it"
+        )
+    for name, expected in meta["files"].items():
+        path = local / name
+        if not path.exists():
+            raise CheckpointError(f"{uri}: {name} is missing")
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{uri}: {name} is not the file that was saved (its sha256 differs)")
+    return local
+
+
+def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:
+    """The network of a checkpoint or registered model: a local folder with `model.safetensors` and `model.json`.
+
+    Returns:
+        the network, in eval mode on the CPU, and what it is.
+
+    Raises:
+        CheckpointError: a file is missing, is no safetensors file, or does not fit the configuration beside it.
+    """
+    folder = Path(folder)
+    weights = folder / "model.safetensors"
+    for path in (weights, folder / "model.json"):
+        if not path.exists():
+            raise CheckpointError(f"expected a model in {folder}, found no {path.name}")
+    described = _read_json(folder / "model.json")
+    if described.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: expected model format {FORMAT}, found {described.get('format')}")
+    network = build_network(encoder=VGGEncoder(widths=tuple(described["encoder_widths"])), **described["model"])
+    try:
+        network.load_state_dict(load_file(weights))
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is not a safetensors file: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights} does not hold the network that model.json describes: {error}") from error
+    info = ModelInfo(
+        digest=_sha256(weights),
+        settings={"model": described["model"], "encoder_widths": described["encoder_widths"]},
+        encoder_fingerprint=described["encoder_fingerprint"],
+        step=described["step"],
+    )
+    return network.eval(), info
+
+
+def load_trainer(folder: Path) -> dict[str, Any]:
+    """`trainer.pt` of a fetched checkpoint."""
+    saved: dict[str, Any] = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    return saved
+
+
+def load_data(folder: Path) -> dict[str, Any]:
+    """`data.json` of a fetched checkpoint."""
+    return _read_json(folder / "data.json")
+
+
+def load_meta(folder: Path) -> dict[str, Any]:
+    """`meta.json` of a fetched checkpoint."""
+    return _read_json(folder / "meta.json")
+
+
+def copy_model(folder: Path, target: Path) -> None:
+    """Only what inference needs of a fetched checkpoint."""
+    for name in ("model.safetensors", "model.json"):
+        shutil.copy2(folder / name, target / name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return values

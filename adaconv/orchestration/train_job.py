@@ -1,0 +1,251 @@
+"""The training loop on Ray Train: ranks, failures, and a way to stop.
+
+Checkpoints are the project's own (adaconv/checkpoint.py), not Ray's: published whole or not at all, and found again by a
+new group of ranks of any size, which starts from the newest one. So a group that lost a rank is simply started again.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from adaconv import storage
+from adaconv.config.train import TrainConfig
+from adaconv.data.manifest import open_version
+from adaconv.errors import AdaConvError, JobError
+from adaconv.orchestration.cluster import require_resources
+from adaconv.tracking.tracker import Tracker
+from adaconv.training.loop import train
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 1.0
+# What gloo, NCCL and DataLoader say, as plain RuntimeErrors, when somebody else died.
+_LOST_PEER = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "DataLoader worker")
+
+
+@ray.remote(num_cpus=0)
+class _Desk:
+    """Where the driver and the first rank leave word for one another."""
+
+    def __init__(self) -> None:
+        self._stop, self._lines = False, list[str]()
+        self._error: tuple[str, int | None] | None = None
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def say(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take_lines(self) -> list[str]:
+        lines, self._lines = self._lines, []
+        return lines
+
+    def fail(self, message: str, exit_code: int | None) -> None:
+        self._error = self._error or (message, exit_code)
+
+    def error(self) -> tuple[str, int | None] | None:
+        return self._error
+
+
+class _DeskControl:
+    """A rank's side of the desk. A thread asks, so that a step never waits for an answer."""
+
+    def __init__(self, desk: Any) -> None:
+        self._desk, self._stop = desk, False
+        threading.Thread(target=self._ask, name="stop-flag", daemon=True).start()
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def say(self, line: str) -> None:
+        self._desk.say.remote(line)
+
+    def _ask(self) -> None:
+        while not self._stop:
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._stop = ray.get(self._desk.stop_requested.remote())
+            time.sleep(_POLL_SECONDS)
+
+
+def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, meta: dict[str, Any]) -> dict[str, Any]:
+    """Train on the connected cluster until the last step, or until SIGTERM asks for a checkpoint and an end.
+
+    Args:
+        config: resolved; its paths are absolute.
+        run_folder: of the run; its checkpoints go to `checkpoints/` there.
+        tracker: travels to the first rank.
+        meta: kept with every checkpoint.
+
+    Returns:
+        step, checkpoint, finished, losses.
+
+    Raises:
+        ClusterError: the cluster has not what the ranks need.
+        AdaConvError: what a rank raised: bad data, a loss that is not finite, a checkpoint of another run.
+        JobError: a rank failed with an unexpected error, or was lost more often than `scaling.max_restarts`.
+    """
+    scaling = config.scaling
+    require_resources(
+        CPU=scaling.num_workers * scaling.cpus_per_worker, GPU=scaling.num_workers * scaling.gpus_per_worker
+    )
+    desk = _Desk.remote()
+    resources = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    trainer = TorchTrainer(
+        _train_rank,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "checkpoints": storage.join(run_folder, "checkpoints"),
+            "tracker": tracker,
+            "meta": meta,
+            "desk": desk,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            # Notes of Ray's own, a new folder for each start; none of them is needed to go on.
+            name=f"start-{int(time.time())}-{os.getpid()}",
+            storage_path=storage.join(run_folder, "ray"),
+            failure_config=FailureConfig(max_failures=scaling.max_restarts, controller_failure_limit=3),
+        ),
+    )
+    with _sigterm_requests_stop(desk), _lines_of(desk):
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            _raise_what_a_rank_left(desk)
+            raise JobError(
+                f"training was given up after {scaling.max_restarts} restarts: {_last_line(error)}; "
+                "the same command goes on from the newest checkpoint"
+            ) from error
+    _raise_what_a_rank_left(desk)
+    return dict(result.return_value)
+
+
+def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
+    """What each rank runs; Ray has set up the process group.
+
+    An error in code or data would be the same the second time. It is left at the desk; where Ray starts the ranks
+    again, they find it there and end at once.
+    """
+    desk, tracker = job["desk"], job["tracker"]
+    if ray.get(desk.error.remote()) is not None:
+        return {}
+    logging.basicConfig(level=logging.WARNING)
+    config = TrainConfig.model_validate(job["config"])
+    _use_threads(config)
+    first_rank = ray.train.get_context().get_world_rank() == 0
+    try:
+        result = train(
+            config,
+            content=open_version(config.content),
+            style=open_version(config.style),
+            checkpoints=job["checkpoints"],
+            device=ray.train.torch.get_device(),
+            tracker=tracker,
+            control=_DeskControl(desk),
+            start_from=None if config.resume in ("auto", "none") else config.resume,
+            meta=job["meta"],
+        )
+        return asdict(result)
+    except Exception as error:
+        if not _is_infrastructure(error):
+            message = str(error) if isinstance(error, AdaConvError) else "".join(traceback.format_exception(error))
+            ray.get(desk.fail.remote(message, getattr(error, "exit_code", None)))
+        raise
+    finally:
+        if first_rank:
+            tracker.flush(timeout_seconds=30)
+
+
+def _is_infrastructure(error: Exception) -> bool:
+    """Whether another attempt may go better: a peer, a process or a connection was lost."""
+    if isinstance(error, AdaConvError):
+        return False
+    if isinstance(error, (ConnectionError, TimeoutError, dist.DistError, ray.exceptions.RayError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)
+
+
+def _raise_what_a_rank_left(desk: Any) -> None:
+    left = ray.get(desk.error.remote())
+    if left is not None:
+        message, exit_code = left
+        error = AdaConvError(message) if exit_code is not None else JobError(f"a rank failed:\n{message}")
+        error.exit_code = exit_code or 1
+        raise error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def _sigterm_requests_stop(desk: Any) -> Iterator[None]:
+    """SIGTERM, which `ray job stop` and schedulers send, leads to a checkpoint."""
+
+    def request(_signal: int, _frame: object) -> None:
+        log.info("SIGTERM: asking the ranks for a checkpoint")
+        desk.request_stop.remote()
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _lines_of(desk: Any) -> Iterator[None]:
+    """Log what the first rank says, without the noise of every worker's output."""
+    done = threading.Event()
+
+    def take() -> None:
+        for line in ray.get(desk.take_lines.remote()):
+            log.info(line)
+
+    def follow() -> None:
+        while not done.wait(_POLL_SECONDS):
+            take()
+
+    thread = threading.Thread(target=follow, name="train-lines", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        take()
+
+
+def _use_threads(config: TrainConfig) -> None:
+    """Ray gives a task of one CPU one thread; on CPUs the ranks share the machine's cores instead."""
+    threads = config.scaling.threads_per_worker
+    if threads is None and not config.scaling.gpus_per_worker:
+        threads = max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
+    if threads:
+        torch.set_num_threads(threads)

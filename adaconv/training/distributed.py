@@ -1,0 +1,38 @@
+"""The few collectives that training needs; without a process group they are what one rank alone would see."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sum each scalar over the ranks, in one collective. Every rank gets the sums."""
+    stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; a barrier."""
+    count = torch.tensor(float(flag), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return bool(count.item())
+
+
+def copy_from_first_rank(module: nn.Module) -> None:
+    """Give every rank the first one's parameters and buffers, so that one rank may prepare them."""
+    if dist.is_initialized():
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)

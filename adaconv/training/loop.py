@@ -1,0 +1,296 @@
+"""A training run, top to bottom: resume, batch, step, report, checkpoint, stop.
+
+Plain torch: the same function runs in a test, in one process, and on every rank of a cluster. It knows no tracking
+backend and no cluster; it is handed a tracker and a control.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adaconv import checkpoint
+from adaconv.data.loader import Geometry, PairDataset, make_loader
+from adaconv.errors import CheckpointError
+from adaconv.model.encoder_weights import fingerprint, load_encoder, normalise_encoder
+from adaconv.model.network import build_network
+from adaconv.progress import duration
+from adaconv.training import distributed
+from adaconv.training.probe import Probe
+from adaconv.training.state import TrainState, make_state
+from adaconv.training.step import train_step
+
+if TYPE_CHECKING:
+    from adaconv.config.train import TrainConfig
+    from adaconv.data.manifest import DatasetVersion
+    from adaconv.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+_LINE_EVERY_SECONDS = 10.0
+_CALIBRATION_BATCHES = 8
+
+
+class Control(Protocol):
+    """What the outside says to a run, and hears of it."""
+
+    def stop_requested(self) -> bool:
+        """Whether to checkpoint and end soon. Called often; must not wait."""
+
+    def say(self, line: str) -> None:
+        """One line for whoever watches."""
+
+
+class NoControl:
+    def stop_requested(self) -> bool:
+        return False
+
+    def say(self, line: str) -> None:
+        log.info(line)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`finished` is False where the run was asked to stop before its last step."""
+
+    step: int
+    checkpoint: str
+    finished: bool
+    losses: dict[str, float]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    content: DatasetVersion,
+    style: DatasetVersion,
+    checkpoints: str,
+    device: torch.device,
+    tracker: Tracker,
+    control: Control | None = None,
+    start_from: str | None = None,
+    meta: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Train to the last step, from the newest checkpoint there is.
+
+    Args:
+        config: of the run.
+        content, style: the two dataset versions.
+        checkpoints: folder (local or s3://) that checkpoints go to, and are resumed from.
+        device: of this rank.
+        tracker: is told by the first rank alone.
+        control: says when to stop; None never does.
+        start_from: a checkpoint to start from where `checkpoints` has none yet.
+        meta: kept with every checkpoint, such as the tracking run's id.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite.
+        CheckpointError: the checkpoint belongs to another configuration or other datasets.
+    """
+    control = control or NoControl()
+    data = {
+        "content": content.root_hash,
+        "style": style.root_hash,
+        "identity": config.identity(),
+    }
+    state, encoder_fingerprint = _resume_or_start(config, content, style, checkpoints, device, start_from, data)
+    first_step = state.step
+    batches = make_loader(
+        _dataset(config, content, style),
+        first_step=first_step,
+        steps=config.train.steps,
+        workers=config.data.loader_workers,
+        prefetch_batches=config.data.prefetch_batches,
+        pin_memory=device.type == "cuda",
+    )
+    first_rank = distributed.rank() == 0
+    probe = None
+    if first_rank:
+        side = config.data.crop
+        counts = config.tracking
+        probe = Probe(content, style, contents=counts.sample_contents, styles=counts.sample_styles, side=side)
+        if first_step == 0:
+            tracker.image("samples/grid", probe.grid(state.network), step=0)
+    report = _Report(config, first_step)
+    stop, saved = False, None
+    while state.step < config.train.steps and not stop:
+        waited_from = time.perf_counter()
+        batch = next(batches)
+        wait_seconds = time.perf_counter() - waited_from
+        result = train_step(state, batch, optim=config.train, loss=config.loss)
+        report.add(result.losses, result.learning_rate, result.gradient_norm, wait_seconds)
+
+        last = state.step == config.train.steps
+        if state.step % config.train.log_every_steps == 0 or last:
+            stop = distributed.any_rank(control.stop_requested(), device)
+            metrics = report.metrics()  # a collective: every rank takes part
+            if first_rank:
+                tracker.metrics(metrics, step=state.step)
+                if report.line_is_due() or last or stop:
+                    control.say(report.line(state.step, metrics))
+        if probe and (state.step % config.tracking.samples_every_steps == 0 or last):
+            tracker.image("samples/grid", probe.grid(state.network), step=state.step)
+        if state.step % config.checkpoint.every_steps == 0 or last or stop:
+            if first_rank:
+                saved = _save(state, config, checkpoints, encoder_fingerprint, data, meta or {})
+                tracker.checkpoint(saved, step=state.step)
+            distributed.any_rank(False, device)  # nobody goes on, or ends, before it is published
+    where = saved or checkpoint.steps_in(checkpoints).get(state.step, "")
+    return TrainResult(state.step, where, state.step >= config.train.steps, report.last)
+
+
+def _resume_or_start(
+    config: TrainConfig,
+    content: DatasetVersion,
+    style: DatasetVersion,
+    checkpoints: str,
+    device: torch.device,
+    start_from: str | None,
+    data: dict[str, Any],
+) -> tuple[TrainState, str]:
+    uri = checkpoint.newest(checkpoints) or start_from
+    if uri is None:
+        encoder = load_encoder(config.encoder.weights, widths=config.encoder.widths)
+        if config.encoder.normalise == "data":
+            if distributed.rank() == 0:
+                normalise_encoder(encoder, _calibration_images(config, content, style))
+            distributed.copy_from_first_rank(encoder.to(device))
+        torch.manual_seed(config.train.seed)
+        network = build_network(encoder=encoder, **config.model.model_dump())
+        return make_state(network, config.train, device=device), fingerprint(encoder)
+    folder = checkpoint.fetch(uri)
+    _refuse_other_run(uri, checkpoint.load_data(folder), data)
+    network, info = checkpoint.load_network(folder)
+    network.train()
+    state = make_state(network, config.train, device=device)
+    state.load_trainer_dict(checkpoint.load_trainer(folder))
+    log.info("resumed from %s at step %d", uri, state.step)
+    return state, info.encoder_fingerprint
+
+
+def _refuse_other_run(uri: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """A run goes on only as what it was: the same datasets, network, losses, order and schedule."""
+    different = [f"{name} dataset" for name in ("content", "style") if saved[name] != now[name]]
+    for section, values in now["identity"].items():
+        before = saved["identity"].get(section, {})
+        different += [
+            f"{section}.{key} ({before.get(key)!r} then, {value!r} now)"
+            for key, value in values.items()
+            if before.get(key) != value
+        ]
+    if different:
+        raise CheckpointError(
+            f"{uri} belongs to another run; different: {', '.join(different)}. Give the same settings, or "
+            "--resume none for a new run"
+        )
+
+
+def _calibration_images(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> list[Tensor]:
+    dataset = _dataset(config, content, style, every_rank=True)
+    batches = [dataset[step] for step in range(_CALIBRATION_BATCHES)]
+    return [images.float().div_(255) for batch in batches for images in (batch.content, batch.style)]
+
+
+def _dataset(
+    config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, every_rank: bool = False
+) -> PairDataset:
+    data = config.data
+    return PairDataset(
+        content,
+        style,
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        content_geometry=Geometry(data.resize, data.crop, data.flip),
+        style_geometry=Geometry(data.resize, data.crop, data.flip, data.rotate_style),
+        rank=0 if every_rank else distributed.rank(),
+        num_ranks=1 if every_rank else distributed.num_ranks(),
+        partitions=data.partitions,
+        block_shards=data.block_shards,
+        cache_dir=data.cache_dir,
+    )
+
+
+def _save(
+    state: TrainState,
+    config: TrainConfig,
+    checkpoints: str,
+    encoder_fingerprint: str,
+    data: dict[str, Any],
+    meta: dict[str, Any],
+) -> str:
+    uri = checkpoint.save(
+        checkpoints,
+        step=state.step,
+        network=state.network,
+        settings={"model": config.model.model_dump(mode="json"), "encoder_widths": list(config.encoder.widths)},
+        encoder_fingerprint=encoder_fingerprint,
+        trainer=state.trainer_dict(),
+        data={**data, "samples_seen": state.step * config.train.global_batch_size},
+        meta=meta,
+    )
+    checkpoint.keep_newest(checkpoints, config.checkpoint.keep_last)
+    return uri
+
+
+@dataclass
+class _Report:
+    """Sums since the last point of the metrics, and the line that is printed now and then."""
+
+    config: TrainConfig
+    first_step: int
+    last: dict[str, float] = field(default_factory=dict)
+    _losses: dict[str, Tensor] = field(default_factory=dict)
+    _steps: int = 0
+    _wait_seconds: float = 0.0
+    _rate: float = 0.0
+    _norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._since = self._line_at = self._started = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], rate: float, norm: float, wait_seconds: float) -> None:
+        for name, value in losses.items():
+            self._losses[name] = self._losses.get(name, 0) + value
+        self._steps += 1
+        self._wait_seconds += wait_seconds
+        self._rate, self._norm = rate, norm
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call, over all ranks; resets them."""
+        seconds = time.perf_counter() - self._since
+        self.last = {name: total / self._steps for name, total in distributed.sum_over_ranks(self._losses).items()}
+        values = {f"train/{name}": value for name, value in self.last.items()}
+        values["train/learning_rate"] = self._rate
+        values["train/gradient_norm"] = self._norm
+        values["perf/images_per_second"] = self._steps * self.config.train.global_batch_size / seconds
+        values["perf/step_seconds"] = seconds / self._steps
+        values["data/wait_share"] = self._wait_seconds / seconds
+        self._losses, self._steps, self._wait_seconds, self._since = {}, 0, 0.0, time.perf_counter()
+        return values
+
+    def line_is_due(self) -> bool:
+        if time.perf_counter() - self._line_at < _LINE_EVERY_SECONDS:
+            return False
+        self._line_at = time.perf_counter()
+        return True
+
+    def line(self, step: int, metrics: dict[str, float]) -> str:
+        steps = self.config.train.steps
+        each = (time.perf_counter() - self._started) / max(1, step - self.first_step)
+        return " | ".join(
+            [
+                f"step {step:05d}/{steps}",
+                f"loss {metrics['train/loss']:.3f}",
+                f"content {metrics['train/content_loss']:.3f}",
+                f"style {metrics['train/style_loss']:.3f}",
+                f"lr {metrics['train/learning_rate']:.1e}",
+                f"{metrics['perf/images_per_second']:.3g} img/s",
+                f"data wait {100 * metrics['data/wait_share']:.0f}%",
+                f"eta {duration(each * (steps - step))}",
+            ]
+        )

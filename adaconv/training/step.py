@@ -1,0 +1,114 @@
+"""One optimizer update: batch in, weights changed, losses out. Plain torch."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from adaconv.data.loader import Batch
+from adaconv.errors import NonFiniteError
+from adaconv.training import distributed
+from adaconv.training.losses import style_transfer_losses
+from adaconv.training.schedule import learning_rate
+from adaconv.training.state import TrainState
+
+if TYPE_CHECKING:
+    from adaconv.config.model import LossConfig
+    from adaconv.config.train import OptimConfig
+
+
+@dataclass
+class StepResult:
+    """`losses` are this rank's share of the global batch's means: summed over ranks they are the means."""
+
+    losses: dict[str, Tensor]
+    learning_rate: float
+    gradient_norm: float
+
+
+def train_step(state: TrainState, batch: Batch, *, optim: OptimConfig, loss: LossConfig) -> StepResult:
+    """Do the update number `state.step` with this rank's share of its batch, and count it.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; the weights have not been changed.
+    """
+    rate = learning_rate(
+        state.step,
+        peak=optim.learning_rate,
+        schedule=optim.schedule,
+        steps=optim.steps,
+        decay=optim.decay,
+        warmup_steps=optim.warmup_steps,
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    losses = _accumulate_gradients(state, batch, optim, loss)
+    norm = torch.nn.utils.clip_grad_norm_(state.network.transfer.parameters(), optim.clip_norm or float("inf"))
+    gradient_norm = norm.item()
+    if not torch.isfinite(norm):  # gradients are averaged, so every rank sees this and stops at the same step
+        raise NonFiniteError(
+            f"step {state.step}: the norm of the gradient is {gradient_norm}; this rank's losses: "
+            + ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+            + f"; contents {batch.content_keys}; styles {batch.style_keys}. The weights are those of the step before; "
+            "lower train.learning_rate or loss.style_weight, or set train.precision to float32"
+        )
+    state.optimizer.step()
+    state.step += 1
+    return StepResult(losses, rate, gradient_norm)
+
+
+def _accumulate_gradients(state: TrainState, batch: Batch, optim: OptimConfig, loss: LossConfig) -> dict[str, Tensor]:
+    device = next(state.network.transfer.parameters()).device
+    pairs = len(batch.content)
+    size = min(optim.micro_batch_size or pairs, pairs)
+    totals: dict[str, Tensor] = {}
+    for first in range(0, pairs, size):
+        content = _to_device(batch.content[first : first + size], device, optim.channels_last)
+        style = _to_device(batch.style[first : first + size], device, optim.channels_last)
+        share = len(content) / optim.global_batch_size
+        last = first + size >= pairs
+        with _no_reduction(state, unless=last):
+            losses = _losses(state, content, style, optim, loss)
+            # DDP divides the sum of the ranks' gradients by their number; shares may differ by rank.
+            (losses["loss"] * share * distributed.num_ranks()).backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0) + value.detach() * share
+    return totals
+
+
+def _losses(
+    state: TrainState, content: Tensor, style: Tensor, optim: OptimConfig, loss: LossConfig
+) -> dict[str, Tensor]:
+    encoder = state.network.encoder
+    with torch.autocast(content.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+        with torch.no_grad():
+            content_features = encoder.relu4_1(content)
+            style_features = encoder(style)
+        output = state.transfer(content_features, style_features[-1])
+        return style_transfer_losses(
+            output,
+            encoder(output),
+            content_features,
+            style_features,
+            content_weight=loss.content_weight,
+            style_weight=loss.style_weight,
+        )
+
+
+def _to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """(n, 3, S, S) uint8 -> float32 in [0, 1] on the device: bytes travel, not floats."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
+
+
+def _no_reduction(state: TrainState, *, unless: bool) -> nullcontext[None]:
+    """Gradients are reduced over the ranks once, with the last micro-batch."""
+    if isinstance(state.transfer, DistributedDataParallel) and not unless:
+        return state.transfer.no_sync()  # type: ignore[no-any-return]
+    return nullcontext()

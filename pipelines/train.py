@@ -1,0 +1,139 @@
+"""Train on two dataset versions, contents and styles: checkpoints and one MLflow run.
+
+    python pipelines/train.py --config conf/train/smoke.yaml --content data/photos --style data/paintings --output runs
+
+The same command again takes up a run that was broken off, from its newest checkpoint, exactly.
+"""
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adaconv import cli
+from adaconv.config.load import to_yaml
+from adaconv.config.train import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def plan(config: TrainConfig) -> str:
+    from adaconv.data.manifest import open_version
+
+    content, style = open_version(config.content), open_version(config.style)
+    steps, batch = config.train.steps, config.train.global_batch_size
+    rows = {name: sum(s.rows for s in version.shards) for name, version in (("content", content), ("style", style))}
+    epochs = ", ".join(f"{steps * batch / count:.1f} epochs over {count} {name}s" for name, count in rows.items())
+    return (
+        f"run {_run_name(config, content.root_hash, style.root_hash)}: {steps} steps x {batch} pairs on "
+        f"{config.scaling.num_workers} ranks: {epochs}\n"
+        f"checkpoints every {config.checkpoint.every_steps} steps below {config.output}"
+    )
+
+
+def execute(config: TrainConfig) -> dict[str, Any]:
+    from adaconv import checkpoint, storage
+    from adaconv.data.manifest import open_version
+    from adaconv.errors import Interrupted
+    from adaconv.orchestration.cluster import connect
+    from adaconv.orchestration.train_job import run_train_job
+    from adaconv.tracking.mlflow_tracker import close_run, default_uri, open_run
+
+    config = config.model_copy(
+        update={name: storage.absolute(getattr(config, name)) for name in ("content", "style", "output")}
+    )
+    content, style = open_version(config.content), open_version(config.style)
+    name = _run_name(config, content.root_hash, style.root_hash)
+    if config.resume == "none":
+        name = _unused(config.output, name)
+    run_folder = storage.join(config.output, name)
+    local = Path(run_folder) if storage.is_local(run_folder) else Path(tempfile.gettempdir()) / "adaconv-runs" / name
+    tracking_uri = default_uri(config.tracking.uri, local.parent)
+    result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
+
+    checkpoints = storage.join(run_folder, "checkpoints")
+    done = max(checkpoint.steps_in(checkpoints), default=0)
+    if done >= config.train.steps:
+        log.info("%s has its %d steps already; nothing to do", run_folder, done)
+        newest = checkpoint.steps_in(checkpoints)[done]
+        run_id = checkpoint.load_meta(checkpoint.fetch(newest)).get("run_id")
+        return {**result, "run_id": run_id, "step": done, "checkpoint": newest, "finished": True}
+
+    pinned = {"content": f"{content.root}@{content.version}", "style": f"{style.root}@{style.version}"}
+    config = config.model_copy(update=pinned)
+    storage.publish_bytes(storage.join(run_folder, "config.yaml"), to_yaml(config).encode())
+    tracker = open_run(
+        uri=tracking_uri,
+        experiment=config.tracking.experiment,
+        name=name,
+        params=config.model_dump(mode="json", exclude={"output", "resume", "name", "tracking"}),
+        tags={
+            "adaconv.folder": run_folder,
+            "adaconv.content_hash": content.root_hash,
+            "adaconv.style_hash": style.root_hash,
+            **_git_tags(),
+        },
+        datasets={"content": (pinned["content"], content.root_hash), "style": (pinned["style"], style.root_hash)},
+        config_yaml=to_yaml(config),
+        spool_directory=local / "spool",
+    )
+    log.info("run %s (MLflow %s at %s)", run_folder, tracker.run_id, tracking_uri)
+    try:
+        with connect():
+            meta = {"run_id": tracker.run_id, "tracking_uri": tracking_uri}
+            outcome = run_train_job(config, run_folder=run_folder, tracker=tracker, meta=meta)
+    except KeyboardInterrupt:
+        close_run(tracker, "KILLED")
+        raise
+    except BaseException as error:
+        close_run(tracker, "FAILED", error=f"{type(error).__name__}: {error}")
+        raise
+    if not outcome["finished"]:
+        close_run(tracker, "KILLED")
+        raise Interrupted(f"stopped at step {outcome['step']} with a checkpoint; the same command goes on from there")
+    close_run(tracker, "FINISHED")
+    return {**result, "run_id": tracker.run_id, **outcome}
+
+
+def _run_name(config: TrainConfig, *root_hashes: str) -> str:
+    """A run is what determines its weights: another learning rate is another run, another number of ranks is not."""
+    if config.name:
+        return config.name
+    identity = json.dumps([config.identity(), *root_hashes], sort_keys=True)
+    return f"{config.model.architecture}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def _unused(output: str, name: str) -> str:
+    from adaconv import storage
+
+    taken = {uri.rstrip("/").rpartition("/")[2] for uri in storage.list_directories(output)}
+    names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))]
+    return next(candidate for candidate in names if candidate not in taken)
+
+
+def _git_tags() -> dict[str, str]:
+    """Commit and whether files differ from it; nothing where the code does not lie in a checkout."""
+
+    def git(*arguments: str) -> str:
+        answer = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+        return answer.stdout.strip()
+
+    try:
+        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain")))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(TrainConfig, argv, prog="pipelines/train.py", doc=__doc__, plan=plan, execute=execute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

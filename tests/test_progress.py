@@ -1,0 +1,35 @@
+"""One status line every few seconds."""
+
+from adaconv.progress import Progress, duration
+
+
+def test_lines_come_at_most_every_interval_and_say_rate_and_eta():
+    now, lines = [0.0], []
+    progress = Progress("shard", total=100, interval_seconds=5, clock=lambda: now[0], emit=lines.append)
+    for second in range(1, 11):
+        now[0] = second
+        progress.advance(5, quarantined=second // 4)
+    assert len(lines) == 2
+    assert lines[0] == "shard 25/100 | 25 % | 5 images/s | 1 quarantined | eta 15 s"
+
+
+def test_work_that_was_done_before_does_not_count_towards_the_rate():
+    now, lines = [0.0], []
+    progress = Progress("stylize", total=100, done=90, clock=lambda: now[0], emit=lines.append)
+    now[0] = 10
+    progress.advance(5)
+    assert "95/100" in lines[0]
+    assert "0.5 images/s" in lines[0]
+
+
+def test_the_last_line_says_how_long_it_took():
+    now, lines = [0.0], []
+    progress = Progress("shard", clock=lambda: now[0], emit=lines.append)
+    now[0] = 4
+    progress.advance(8)
+    progress.close()
+    assert lines == ["shard 8 | 2 images/s | took 4 s"]
+
+
+def test_durations_are_said_as_people_do():
+    assert [duration(s) for s in (42, 210, 7560, 200000)] == ["42 s", "3.5 min", "2.1 h", "2.3 days"]

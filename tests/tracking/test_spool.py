@@ -1,0 +1,85 @@
+"""Records reach the other side once and in order, whatever happens in between."""
+
+import json
+import threading
+
+from adaconv.tracking.spool import Record, Spool
+
+
+class Server:
+    """The other side: keeps what it took, and refuses while it is down."""
+
+    def __init__(self):
+        self.down, self.steps, self.calls = False, [], 0
+
+    def deliver(self, records: list[Record]) -> None:
+        self.calls += 1
+        if self.down:
+            raise ConnectionError("down")
+        self.steps += [record.step for record in records if record.step not in self.steps]
+
+
+def test_records_arrive_in_order(tmp_path):
+    server = Server()
+    spool = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    for step in range(50):
+        spool.append("metrics", step, {"loss": 0.5})
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert server.steps == list(range(50))
+
+
+def test_an_outage_loses_nothing_and_holds_nobody_up(tmp_path):
+    server = Server()
+    server.down = True
+    spool = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    for step in range(10):
+        spool.append("metrics", step, {"loss": 0.5})
+    assert spool.flush(timeout_seconds=0.2) == 10
+    server.down = False
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert server.steps == list(range(10))
+
+
+def test_what_is_left_is_handed_over_by_the_next_start(tmp_path):
+    server = Server()
+    server.down = True
+    first = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    first.append("metrics", 1, {"loss": 0.5})
+    first.close()
+    server.down = False
+    second = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    second.append("metrics", 2, {"loss": 0.4})
+    assert second.flush(timeout_seconds=10) == 0
+    second.close()
+    assert server.steps == [1, 2]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_and_the_rest_stays(tmp_path):
+    server = Server()
+    server.down = True
+    first = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    first.append("metrics", 1, {"loss": 0.5})
+    first.close()
+    with (tmp_path / "records.jsonl").open("ab") as file:
+        file.write(b'{"kind": "metrics", "st')
+    server.down = False
+    second = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    second.append("metrics", 2, {"loss": 0.4})
+    assert second.flush(timeout_seconds=10) == 0
+    second.close()
+    assert server.steps == [1, 2]
+    assert all(json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines())
+
+
+def test_appending_does_not_wait_for_a_server_that_hangs(tmp_path):
+    """A server that never answers costs the writer nothing: 1000 records while it hangs."""
+    released = threading.Event()
+    spool = Spool(tmp_path, lambda records: released.wait(30) or None, interval_seconds=0.01)
+    for step in range(1000):
+        spool.append("metrics", step, {"loss": 0.5})
+    assert spool.left() == 1000
+    released.set()
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
