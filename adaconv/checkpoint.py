@@ -1,4 +1,4 @@
-"""The contract between training, the registry and stylization: one folder per checkpoint, published whole or not at all.
+"""The contract between training, the registry and stylization: one folder a checkpoint, published whole or not at all.
 
     step-00012000/
       model.safetensors   everything inference needs, the frozen encoder included

@@ -63,5 +63,5 @@ class JobError(AdaConvError):
     pass
 
 
-class Interrupted(AdaConvError):  # noqa: N818 - not an error of anything
+class Interrupted(AdaConvError):
     exit_code = 143

@@ -37,8 +37,9 @@ def plan(config: TrainConfig) -> str:
 
 
 def execute(config: TrainConfig) -> dict[str, Any]:
-    from adaconv import checkpoint, storage
     from adaconv.data.manifest import open_version
+
+    from adaconv import checkpoint, storage
     from adaconv.errors import Interrupted
     from adaconv.orchestration.cluster import connect
     from adaconv.orchestration.train_job import run_train_job

@@ -54,7 +54,7 @@ class Batch:
     content_keys: list[str]
     style_keys: list[str]
 
-    def pin_memory(self) -> "Batch":  # called by DataLoader
+    def pin_memory(self) -> Batch:  # called by DataLoader
         return Batch(self.step, self.content.pin_memory(), self.style.pin_memory(), self.content_keys, self.style_keys)
 
 

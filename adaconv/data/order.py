@@ -9,7 +9,7 @@ number of ranks or loader workers, so a run resumes from one integer, exactly, o
     partition p  takes every P-th permuted shard. A batch draws the same number of samples from each
                  partition, side by side, so ranks whose count divides P share no shard within an epoch.
 
-Random numbers are raw Philox words sorted stably: the same on every numpy release, which a `Generator` does not promise.
+Random numbers are raw Philox words sorted stably: the same on every numpy release, as a `Generator` is not.
 """
 
 import hashlib

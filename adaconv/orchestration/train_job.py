@@ -1,7 +1,7 @@
 """The training loop on Ray Train: ranks, failures, and a way to stop.
 
-Checkpoints are the project's own (adaconv/checkpoint.py), not Ray's: published whole or not at all, and found again by a
-new group of ranks of any size, which starts from the newest one. So a group that lost a rank is simply started again.
+Checkpoints are the project's own (adaconv/checkpoint.py), not Ray's: published whole or not at all, and found again by
+a new group of ranks of any size, which starts from the newest one. A group that lost a rank is simply started again.
 """
 
 import contextlib

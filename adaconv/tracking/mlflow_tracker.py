@@ -226,3 +226,15 @@ def _steps_logged(client: MlflowClient, run_id: str) -> dict[str, int]:
             name = "image:" + key.replace("~", "/")
             steps[name] = max(steps.get(name, -1), int(rest.partition("+")[0]))
     return steps
+
+
+def ping(uri: str) -> int:
+    """How many experiments a tracking backend has.
+
+    Raises:
+        TrackingError: it does not answer.
+    """
+    try:
+        return len(client_of(uri).search_experiments())
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"tracking: {uri} does not answer: {error}") from error

@@ -80,7 +80,8 @@ def train(
 
     Args:
         config: of the run.
-        content, style: the two dataset versions.
+        content: dataset version of contents.
+        style: dataset version of styles.
         checkpoints: folder (local or s3://) that checkpoints go to, and are resumed from.
         device: of this rank.
         tracker: is told by the first rank alone.

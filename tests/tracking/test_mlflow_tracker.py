@@ -32,7 +32,7 @@ def start(uri: str, folder: Path, name: str = "run-1"):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def database(tmp_path):
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
@@ -119,7 +119,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
         start("http://127.0.0.1:9", tmp_path)
 
 
-@pytest.fixture()
+@pytest.fixture
 def server(tmp_path):
     """A real MLflow server on loopback that can be stopped and started: (uri, start, stop)."""
     with socket.socket() as free:
@@ -153,7 +153,7 @@ def server(tmp_path):
     down()
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path, server, monkeypatch):
     """Metrics told while the server is down arrive when it is back, each once."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

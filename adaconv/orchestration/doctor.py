@@ -1,0 +1,178 @@
+"""What the pipelines need, looked at one by one. A check yields findings and does not raise."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from adaconv.config.doctor import DoctorConfig
+from adaconv.orchestration.submission import REQUEST_LIMIT_BYTES, package_files
+
+_REPO = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Literal["ok", "note", "FAIL"]
+    what: str
+    do: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:4}  {self.what}" + (f" -> {self.do}" if self.do else "")
+
+
+def python_and_packages(config: DoctorConfig) -> Iterator[Finding]:
+    """The interpreter, and every pinned package against what is installed."""
+    version = sys.version.split()[0]
+    if sys.version_info < (3, 11):
+        yield Finding("FAIL", f"Python {version}", "expected 3.11 or newer; run make setup PYTHON=/path/to/python3.11")
+    else:
+        yield Finding("ok", f"Python {version}")
+    pins_file = _REPO / "constraints.txt"
+    if not pins_file.exists():
+        yield Finding("note", "constraints.txt is not here, so installed packages cannot be compared with the pins")
+        return
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", pins_file.read_text(), re.MULTILINE))
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    different = [
+        f"{name} {installed[name]} (pinned {pin})"
+        for name, pin in pins.items()
+        if name in installed and installed[name].partition("+")[0] != pin
+    ]
+    if different:
+        yield Finding("note", f"other versions than tested: {', '.join(different)}", "make setup installs the pins")
+    else:
+        yield Finding("ok", f"{sum(name in installed for name in pins)} packages as pinned in constraints.txt")
+
+
+def torch_and_devices(config: DoctorConfig) -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding("ok", f"torch {torch.__version__}, {len(names)} CUDA devices: {', '.join(names)}")
+    else:
+        yield Finding(
+            "note", f"torch {torch.__version__}, no CUDA device; {os.cpu_count()} cores", "training runs on CPUs"
+        )
+
+
+def ray_cluster(config: DoctorConfig) -> Iterator[Finding]:
+    """The cluster that RAY_ADDRESS names, or that a local one starts."""
+    from adaconv.errors import ClusterError
+    from adaconv.orchestration.cluster import connect
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("http"):
+        yield Finding("note", f"RAY_ADDRESS={address} is for ray job submit; pipelines need host:port or none")
+        return
+    try:
+        with connect():
+            import ray
+
+            resources = ray.cluster_resources()
+            yield Finding(
+                "ok",
+                f"Ray {ray.__version__} at {address or 'a local cluster of its own'}: {resources.get('CPU', 0):g} CPUs, "
+                f"{resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} nodes",
+            )
+    except ClusterError as error:
+        yield Finding("FAIL", str(error), "unset RAY_ADDRESS for a local cluster, or start one with ray start --head")
+
+
+def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
+    """Write, read and remove a small file where jobs are to write."""
+    from adaconv import storage
+
+    probe = storage.join(storage.absolute(config.output), f".adaconv-doctor-{uuid.uuid4().hex[:8]}")
+    began = time.monotonic()
+    try:
+        storage.publish_bytes(probe, b"probe")
+        back = storage.read_bytes(probe)
+        storage.remove(probe)
+    except Exception as error:  # whatever a store can answer
+        yield Finding(
+            "FAIL", f"cannot write to {config.output}: {error}", "check permissions, credentials and AWS_ENDPOINT_URL"
+        )
+        return
+    if back != b"probe":
+        yield Finding("FAIL", f"{config.output} gave back other bytes than were written", "use another store")
+        return
+    where = f"{config.output} is writable (round trip {1000 * (time.monotonic() - began):.0f} ms)"
+    if storage.is_local(config.output):
+        free_gb = shutil.disk_usage(config.output).free / 1e9
+        level: Literal["ok", "note"] = "ok" if free_gb > 10 else "note"
+        yield Finding(level, f"{where}, {free_gb:.0f} GB free", "" if free_gb > 10 else "COCO and WikiArt take 30 GB")
+    else:
+        yield Finding("ok", where)
+
+
+def tracking(config: DoctorConfig) -> Iterator[Finding]:
+    """The tracking backend answers; nothing is written."""
+    from adaconv import storage
+    from adaconv.errors import TrackingError
+    from adaconv.tracking.mlflow_tracker import default_uri, ping
+
+    try:
+        local = Path(config.output) if storage.is_local(config.output) else Path.cwd()
+        uri = default_uri(config.tracking_uri, local.absolute())
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+            yield Finding("ok", f"tracking: {uri} is made by the first run; one machine only, a server serves a team")
+            return
+        yield Finding("ok", f"tracking: {uri} answers, {ping(uri)} experiments")
+    except TrackingError as error:
+        yield Finding("FAIL", str(error), "start the server, or give --tracking-uri sqlite:////absolute/path.db")
+
+
+def encoder_weights(config: DoctorConfig) -> Iterator[Finding]:
+    """Whether the VGG-19 weights are at hand; nothing is downloaded."""
+    from adaconv.model.encoder_weights import IMAGENET_URL, cached_file
+
+    spec = config.encoder_weights
+    if spec.startswith("seeded:"):
+        yield Finding("note", f"encoder weights {spec}: made on the spot, for tests and offline runs, not for quality")
+        return
+    path = cached_file(spec)
+    if path.exists():
+        yield Finding("ok", f"encoder weights {spec}: {path}")
+    else:
+        url = IMAGENET_URL if spec == "imagenet" else spec
+        yield Finding(
+            "note",
+            f"encoder weights {spec} are not here; the first training downloads {url}",
+            f"without internet, put the file at {path}, or train with --encoder.weights seeded:0 (not for quality)",
+        )
+
+
+def job_package(config: DoctorConfig) -> Iterator[Finding]:
+    """What `ray job submit --working-dir` would send."""
+    files = package_files(Path(config.working_dir))
+    total = sum(files.values())
+    what = (
+        f"ray job submit --working-dir {config.working_dir} sends {len(files)} files, {total / 2**20:.1f} MiB unpacked"
+    )
+    if total > REQUEST_LIMIT_BYTES:
+        largest = sorted(files, key=lambda name: -files[name])[:3]
+        yield Finding(
+            "FAIL", f"{what}; Ray takes {REQUEST_LIMIT_BYTES / 2**20:.0f} MiB", f"list in .gitignore: {largest}"
+        )
+    else:
+        yield Finding("ok", what)
+
+
+CHECKS: tuple[Callable[[DoctorConfig], Iterator[Finding]], ...] = (
+    python_and_packages,
+    torch_and_devices,
+    storage_of_output,
+    tracking,
+    encoder_weights,
+    job_package,
+    ray_cluster,
+)

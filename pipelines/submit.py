@@ -1,0 +1,67 @@
+"""Run a pipeline as a job of a Ray cluster: `ray job submit` with what it does not check.
+
+    python pipelines/submit.py --address http://127.0.0.1:8265 -- python pipelines/train.py --config ...
+
+The working directory is measured before it is sent, and a stopped job gets the time to write a checkpoint.
+Relative paths mean nothing on the cluster: give absolute ones or s3://.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adaconv import cli
+from adaconv.config.submit import SubmitConfig
+from adaconv.errors import JobError, UsageError
+
+
+def command(config: SubmitConfig, entrypoint: Sequence[str]) -> list[str]:
+    """The `ray job submit` that does it."""
+    if not entrypoint:
+        raise UsageError("expected the job's command after --, as in: -- python pipelines/train.py --config FILE ...")
+    cli.require_directory(config.working_dir, "--working-dir")
+    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_wait_seconds)}}
+    return [
+        *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", config.working_dir),
+        *("--runtime-env-json", json.dumps(environment)),
+        *(("--address", config.address) if config.address else ()),
+        *(() if config.wait else ("--no-wait",)),
+        *("--", *entrypoint),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    cut = given.index("--") if "--" in given else len(given)
+    entrypoint = given[cut + 1 :]
+
+    def plan(config: SubmitConfig) -> str:
+        return " ".join(command(config, entrypoint))
+
+    def execute(config: SubmitConfig) -> dict[str, Any]:
+        from adaconv.orchestration.submission import refuse_too_large
+
+        line = command(config, entrypoint)
+        sent = refuse_too_large(Path(config.working_dir))
+        done = subprocess.run(line, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}, check=False)
+        if done.returncode:
+            raise JobError(f"the job ended with exit code {done.returncode}; its log is above")
+        return {"working_dir_bytes": sent, "command": entrypoint}
+
+    return cli.run(
+        SubmitConfig,
+        given[:cut],
+        prog="pipelines/submit.py",
+        doc=__doc__,
+        plan=plan,
+        execute=execute,
+        output=lambda _: None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
