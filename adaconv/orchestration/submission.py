@@ -45,6 +45,6 @@ def refuse_too_large(folder: Path) -> int:
         named = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in largest)
         raise UsageError(
             f"the working directory {folder} has {total / 2**20:.0f} MiB that git does not ignore; Ray takes "
-            f"{REQUEST_LIMIT_BYTES / 2**20:.0f} MiB. Largest: {named}. Move them, or list them in .gitignore or .rayignore"
+            f"{REQUEST_LIMIT_BYTES / 2**20:.0f} MiB. Largest: {named}. Move them, or list them in .gitignore"
         )
     return total
