@@ -42,7 +42,6 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv import checkpoint, storage
     from adaconv.errors import Interrupted
     from adaconv.orchestration.cluster import connect
-    from adaconv.orchestration.train_job import run_train_job
     from adaconv.tracking.mlflow_tracker import close_run, default_uri, open_run
 
     config = config.model_copy(
@@ -86,6 +85,8 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     log.info("run %s (MLflow %s at %s)", run_folder, tracker.run_id, tracking_uri)
     try:
         with connect():
+            from adaconv.orchestration.train_job import run_train_job
+
             meta = {"run_id": tracker.run_id, "tracking_uri": tracking_uri}
             outcome = run_train_job(config, run_folder=run_folder, tracker=tracker, meta=meta)
     except KeyboardInterrupt:

@@ -23,6 +23,8 @@ class ModelConfig(Config):
     """`adaconv`: kernels predicted from the style; `adain`: the baseline that transfers means and deviations."""
     descriptor_channels: int = Field(default=512, ge=1)
     """Channels of the style descriptor W."""
+    groups: tuple[int, int, int, int] = (512, 128, 32, 8)
+    """Groups of the adaptive convolutions from the coarsest scale to the finest; each divides its scale's channels."""
 
 
 class LossConfig(Config):

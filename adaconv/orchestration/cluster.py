@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names (inside `ray job submit` it does), else start a local one.
 
     A local cluster listens with a token that only this process and its workers know, keeps its files in a folder of its
-    own, joins no other cluster and ends with the block.
+    own, joins no other cluster and ends with the block. Ray reads the token when it is imported, so whatever imports it
+    belongs inside the block.
 
     Raises:
         ClusterError: the cluster cannot be reached, or a local one cannot be started.
@@ -33,6 +35,7 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if not address and "RAY_AUTH_MODE" not in os.environ:
         # Left alone, Ray writes a token that everybody can read to the home folder, and later clients without it fail.
+        assert "ray" not in sys.modules, "import ray inside `with connect()`, or set RAY_AUTH_MODE first"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
     import ray
@@ -74,6 +77,14 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
         ray.shutdown()
         if temp_dir:
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def quiet_ray_data() -> None:
+    """Our own status line instead of Ray Data's bars and messages; its import sets its logger up anew."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def require_resources(**needed: float) -> None:

@@ -1,0 +1,38 @@
+"""Configuration of pipelines/shard.py: raw images to a dataset version."""
+
+from pydantic import Field
+
+from adaconv.config.base import Config
+
+
+class RecipeConfig(Config):
+    """What determines a dataset's bytes, besides the images."""
+
+    target_mb: float = Field(default=256.0, gt=0)
+    """Size of a shard, in megabytes (10^6 bytes), aimed at."""
+    short_side: int = Field(default=512, ge=16)
+    """Larger images are scaled down until their shorter side has this many pixels; none is enlarged."""
+    min_side: int = Field(default=256, ge=1)
+    """Images whose shorter side has fewer pixels are quarantined as `too_small`."""
+    max_aspect: float = Field(default=8.0, ge=1)
+    """Images longer than this many times their shorter side are quarantined as `too_thin`."""
+    max_megapixels: float = Field(default=40.0, gt=0)
+    """Images with more pixels (10^6) are quarantined undecoded as `too_many_pixels`."""
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
+    """Quality of images that are encoded anew (4:4:4); one that needs no change keeps its bytes."""
+
+
+class BudgetConfig(Config):
+    share: float = Field(default=0.01, ge=0, le=1)
+    """Share of the images found that may be quarantined before the job refuses to publish."""
+    at_least: int = Field(default=20, ge=0)
+    """Quarantined images that are always allowed."""
+
+
+class ShardConfig(Config):
+    source: tuple[str, ...] = Field(min_length=1)
+    """Folders of images, with any folders below them; the folder an image lies in is its label."""
+    output: str
+    """Root of the dataset: a folder or s3://bucket/prefix."""
+    shard: RecipeConfig = RecipeConfig()
+    budget: BudgetConfig = BudgetConfig()
