@@ -1,6 +1,6 @@
 """Local paths and s3:// behind one small interface, and how a result is published: whole or not at all.
 
-S3 through s3fs; endpoint, region and credentials by the standard AWS variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+S3 through s3fs; endpoint, region and credentials by the standard AWS variables (AWS_ENDPOINT_URL and the like).
 A local path is written aside, synced and renamed. An object of S3 is whole or absent by itself; a folder there is
 published by the file that readers look for, which is written last.
 """

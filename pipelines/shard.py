@@ -17,7 +17,8 @@ def plan(config: ShardConfig) -> str:
     from adaconv.data.sources import list_images
 
     found = list_images(config.source)
-    return f"{len(found)} images from {', '.join(config.source)} to shards of {config.shard.target_mb:g} MB in {config.output}"
+    sources = ", ".join(config.source)
+    return f"{len(found)} images from {sources} to shards of {config.shard.target_mb:g} MB in {config.output}"
 
 
 def execute(config: ShardConfig) -> dict[str, Any]:

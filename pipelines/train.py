@@ -37,9 +37,8 @@ def plan(config: TrainConfig) -> str:
 
 
 def execute(config: TrainConfig) -> dict[str, Any]:
-    from adaconv.data.manifest import open_version
-
     from adaconv import checkpoint, storage
+    from adaconv.data.manifest import open_version
     from adaconv.errors import Interrupted
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, default_uri, open_run

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import tyro
 import yaml
@@ -169,13 +169,13 @@ def _twin(model: type[Config], *, top: bool = False) -> Any:
 def _twin_of_values(model: type[Config], twin: Any, values: Mapping[str, Any]) -> Any:
     """An instance of the twin with the files' values over the defaults; what neither has is left for the flags."""
     sections = dict(_sections(model))
-    twins = {field.name: field.type.__origin__ for field in dataclasses.fields(twin) if field.name in sections}
+    twins = {field.name: get_args(field.type)[0] for field in dataclasses.fields(twin) if field.name in sections}
     filled: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         if name in sections:
             filled[name] = _twin_of_values(sections[name], twins[name], values.get(name) or {})
         elif name in values:
-            filled[name] = TypeAdapter(info.annotation).validate_python(values[name])
+            filled[name] = TypeAdapter[Any](info.annotation or Any).validate_python(values[name])
         else:
             default = info.get_default(call_default_factory=True)
             filled[name] = tyro.MISSING if default is PydanticUndefined else default

@@ -69,7 +69,8 @@ def decode_crop(data: bytes, geometry: Geometry, draw: random.Random) -> NDArray
     with Image.open(io.BytesIO(data)) as image:
         stored = image.size
         if image.format == "JPEG":
-            image.draft("RGB", tuple(-(-geometry.resize * side // min(stored)) for side in stored))
+            wide, high = (-(-geometry.resize * side // min(stored)) for side in stored)
+            image.draft("RGB", (wide, high))
         scale = min(image.size) / geometry.resize
         side = geometry.crop * scale
         left, top = across * (image.width - side), down * (image.height - side)

@@ -1,9 +1,9 @@
 """The contract between sharding and everything that reads: a dataset version and its manifest.
 
-    ROOT/shards/<16 hex of its sha256>.tar    plain WebDataset: KEY.jpg and KEY.json
-    ROOT/manifests/<version>.parquet          a row for every image found
-    ROOT/versions/<version>.json              recipe, shards, books, root hash; written last: it publishes
-    ROOT/LATEST                               the newest version's name
+ROOT/shards/<16 hex of its sha256>.tar    plain WebDataset: KEY.jpg and KEY.json
+ROOT/manifests/<version>.parquet          a row for every image found
+ROOT/versions/<version>.json              recipe, shards, books, root hash; written last: it publishes
+ROOT/LATEST                               the newest version's name
 """
 
 import hashlib
@@ -95,11 +95,15 @@ def open_version(spec: str) -> DatasetVersion:
     root, _, version = spec.rpartition("@") if "@" in storage.name_of(spec) else (spec, "", "")
     root = storage.absolute(root)
     if not version:
-        if not storage.exists(storage.join(root, "LATEST")):
-            raise UsageError(f"expected a dataset version at {root}, found no LATEST there; pipelines/shard.py makes one")
-        version = storage.read_bytes(storage.join(root, "LATEST")).decode().strip()
+        latest = storage.join(root, "LATEST")
+        if not storage.exists(latest):
+            raise UsageError(
+                f"expected a dataset version at {root}, found no LATEST in it; pipelines/shard.py makes one"
+            )
+        version = storage.read_bytes(latest).decode().strip()
     if not storage.exists(version_uri(root, version)):
-        names = [storage.name_of(uri).removesuffix(".json") for uri in storage.list_files(storage.join(root, "versions"))]
+        uris = storage.list_files(storage.join(root, "versions"))
+        names = [storage.name_of(uri).removesuffix(".json") for uri in uris]
         raise UsageError(f"{root} has no version {version}; it has {', '.join(names) or 'none'}")
     described = json.loads(storage.read_bytes(version_uri(root, version)))
     if described["schema"] != SCHEMA_NUMBER:

@@ -71,5 +71,3 @@ def expected_bytes(candidate: Candidate, recipe: RecipeConfig) -> int:
     if size == (candidate.width, candidate.height):
         return candidate.bytes + _TAR_OVERHEAD_BYTES
     return int(size[0] * size[1] * _JPEG_BYTES_PER_PIXEL) + _TAR_OVERHEAD_BYTES
-
-

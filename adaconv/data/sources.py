@@ -29,7 +29,7 @@ def list_images(sources: tuple[str, ...]) -> list[Found]:
     Raises:
         UsageError: a source is not there, is no folder, or holds no images.
     """
-    found = []
+    found: list[Found] = []
     for source in sources:
         root = Path(source).expanduser().absolute()
         if not root.exists():

@@ -94,7 +94,8 @@ def _street(rng: np.random.Generator, width: int, height: int) -> Image.Image:
         draw.rectangle((left, roof, left + wide, ground), fill=_rgb(wall))
         draw.rectangle((left + wide * 0.86, roof, left + wide, ground), fill=_rgb(wall * 0.7))
         if rng.random() < 0.5:
-            draw.polygon([(left, roof), (left + wide / 2, roof - wide * 0.4), (left + wide, roof)], fill=_rgb(wall * 0.5))
+            gable = [(left, roof), (left + wide / 2, roof - wide * 0.4), (left + wide, roof)]
+            draw.polygon(gable, fill=_rgb(wall * 0.5))
         cell = max(8, wide // int(rng.integers(3, 6)))
         for top in range(roof + cell // 2, ground - cell, cell):
             for start in range(left + cell // 3, left + wide - cell // 2, cell):
@@ -214,7 +215,8 @@ def _hatching(rng: np.random.Generator, width: int, height: int) -> Image.Image:
         wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(0.7, 1.3))
         ink = np.maximum(ink, (wave > tone * 2 - 0.6 + 0.5 * index).astype(np.float64))
     paper = 0.78 + 0.22 * _noise(rng, height, width, 8)
-    return _coloured(palette, np.clip(np.where(ink > 0, 0.12 * paper, paper), 0, 1)).filter(ImageFilter.GaussianBlur(0.6))
+    etching = np.clip(np.where(ink > 0, 0.12 * paper, paper), 0, 1)
+    return _coloured(palette, etching).filter(ImageFilter.GaussianBlur(0.6))
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, cells: int) -> Array:

@@ -51,10 +51,10 @@ class VGGEncoder(nn.Module):
 
     def relu4_1(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, C4, H/8, W/8); the other maps are let go."""
-        x = image
-        for _, x in self._walk(image):
+        features = image
+        for _, features in self._walk(image):  # noqa: B007
             pass
-        return x
+        return features
 
     def _walk(self, image: Tensor) -> Iterator[tuple[bool, Tensor]]:
         """Every convolution's output in order, and whether it is one of the four that are asked for."""

@@ -7,6 +7,7 @@ A StyleCode is everything the decoder needs of a style: flat, tensors with the b
 mixed and faded. The encoder is frozen; `transfer` is what is trained, and what DDP wraps.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,31 +21,46 @@ from adaconv.model.encoder import VGGEncoder
 StyleCode = dict[str, Tensor]
 
 _STRIDE = 8  # of relu4_1
+_PREDICTED_SHARE = 0.3
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
+    _initialise(conv)
+    return conv
+
+
+def _initialise(layer: nn.Module, *, std: float | None = None, bias: float = 0.0) -> None:
+    """Normal weights, of He's deviation unless told; a constant bias: torch's random ones drown the style in W."""
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    assert layer.bias is not None
+    fan_in = layer.weight[0].numel()
+    nn.init.normal_(layer.weight, std=(2 / fan_in) ** 0.5 if std is None else std)
+    nn.init.constant_(layer.bias, bias)
 
 
 class StyleEncoder(nn.Module):
-    """relu4_1 of a style to its descriptor W (Fig. 3): three times convolution, pooling, leaky ReLU; then a linear map."""
+    """relu4_1 of a style to its descriptor W (Fig. 3): three times convolution, pooling, leaky ReLU; a linear map."""
 
     def __init__(self, channels: int, descriptor_channels: int, descriptor_size: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(_conv(channels, channels) for _ in range(3))
         self.shape = (descriptor_channels, descriptor_size, descriptor_size)
         self.linear = nn.Linear(channels * 16, descriptor_channels * descriptor_size**2)
+        _initialise(self.linear)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) of any size -> (B, S, s, s)."""
         for conv in self.convs:
             features = F.leaky_relu(F.avg_pool2d(conv(features), 2, ceil_mode=True), 0.01)
         features = F.adaptive_avg_pool2d(features, 4)  # changes nothing for a style of 256 px
-        return self.linear(features.flatten(1)).view(-1, *self.shape)
+        descriptor = self.linear(features.flatten(1)).view(-1, *self.shape)
+        # The output grows with the square of W's scale (depthwise times pointwise): keep it at one.
+        return F.rms_norm(descriptor, self.shape, eps=EPS)
 
 
 class KernelPredictor(nn.Module):
-    """A descriptor to the kernels of one scale: 4,608 depthwise and 512 pointwise weights at every scale of the paper."""
+    """A descriptor to the kernels of one scale; with the paper's groups, 4,608 and 512 weights at each."""
 
     def __init__(self, descriptor_channels: int, channels: int, groups: int) -> None:
         super().__init__()
@@ -52,6 +68,10 @@ class KernelPredictor(nn.Module):
         self.depthwise = _conv(descriptor_channels, channels * self.per_group)
         self.pointwise = nn.Conv2d(descriptor_channels, channels * self.per_group, 1)
         self.bias = nn.Conv2d(descriptor_channels, channels, 1)
+        # What is predicted starts as a small part of the identity below, whatever the number of weights.
+        for conv, size in ((self.depthwise, 9), (self.pointwise, 1), (self.bias, 1)):
+            fan_in = conv.weight[0].numel()
+            _initialise(conv, std=_PREDICTED_SHARE / (size * self.per_group * fan_in) ** 0.5)
         # An identity to start from: the predicted kernels are added to it, so an untrained block is an instance norm.
         delta = torch.zeros(channels, self.per_group, 3, 3)
         point = torch.zeros(channels, self.per_group, 1, 1)
@@ -76,8 +96,10 @@ class DecoderScale(nn.Module):
     def __init__(self, channels: int, out_channels: int, count: int, *, last: bool) -> None:
         super().__init__()
         widths = [channels] * count + [out_channels]
-        self.convs = nn.ModuleList(_conv(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(_conv(a, b) for a, b in itertools.pairwise(widths))
         self.last = last
+        if last:
+            _initialise(self.convs[-1], std=0.1 / (9 * channels) ** 0.5, bias=0.5)  # start from grey
 
     def forward(self, x: Tensor) -> Tensor:
         for index, conv in enumerate(self.convs):
@@ -85,6 +107,16 @@ class DecoderScale(nn.Module):
             if not (self.last and index == len(self.convs) - 1):
                 x = F.relu(x)
         return x if self.last else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _decoder_scales(widths: Sequence[int], decoder_convs: Sequence[int]) -> nn.ModuleList:
+    """From relu4_1 to the image, coarsest first."""
+    scales = list(reversed(widths))
+    outs = [*scales[1:], 3]
+    return nn.ModuleList(
+        DecoderScale(channels, out, count, last=out == 3)
+        for channels, out, count in zip(scales, outs, decoder_convs, strict=True)
+    )
 
 
 class AdaConvTransfer(nn.Module):
@@ -104,10 +136,7 @@ class AdaConvTransfer(nn.Module):
         self.predictors = nn.ModuleList(
             KernelPredictor(descriptor_channels, c, g) for c, g in zip(scales, groups, strict=True)
         )
-        outs = [*scales[1:], 3]
-        self.scales = nn.ModuleList(
-            DecoderScale(c, out, count, last=out == 3) for c, out, count in zip(scales, outs, decoder_convs, strict=True)
-        )
+        self.scales = _decoder_scales(widths, decoder_convs)
 
     def predict(self, style_features: Tensor) -> StyleCode:
         """(B, C4, h, w) -> everything the decoder needs."""
@@ -135,11 +164,7 @@ class AdaINTransfer(nn.Module):
 
     def __init__(self, *, widths: Sequence[int], decoder_convs: Sequence[int]) -> None:
         super().__init__()
-        scales = list(reversed(widths))
-        outs = [*scales[1:], 3]
-        self.scales = nn.ModuleList(
-            DecoderScale(c, out, count, last=out == 3) for c, out, count in zip(scales, outs, decoder_convs, strict=True)
-        )
+        self.scales = _decoder_scales(widths, decoder_convs)
 
     def predict(self, style_features: Tensor) -> StyleCode:
         variance, mean = torch.var_mean(style_features, dim=(2, 3), correction=0)

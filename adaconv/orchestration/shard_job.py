@@ -1,8 +1,8 @@
 """Raw images to a dataset version on Ray Data: look at every header, plan, write shards, close the books.
 
 No image passes through the driver: scanning returns a row an image, writing returns where a shard's rows were noted.
-A shard is the unit of commit. Its rows are noted in ROOT/work/<plan>/<index>.json when its tar is published, so a job that
-was broken off goes on with the shards that are missing.
+A shard is the unit of commit. Its rows are noted in ROOT/work/<plan>/<index>.json when its tar is published, so a job
+that was broken off goes on with the shards that are missing.
 """
 
 import hashlib
@@ -69,9 +69,8 @@ def run_shard_job(config: ShardConfig) -> dict[str, Any]:
 
 def recipe_of(config: RecipeConfig) -> dict[str, Any]:
     """All that determines the bytes of a shard besides the images: settings, and the versions of the codecs."""
-    from PIL import features
-
     import PIL
+    from PIL import features
 
     codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "webp", "zlib")}
     return {**config.model_dump(mode="json"), "pillow": PIL.__version__, "codecs": codecs}

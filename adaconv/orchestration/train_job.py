@@ -107,7 +107,7 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
     require_resources(
         CPU=scaling.num_workers * scaling.cpus_per_worker, GPU=scaling.num_workers * scaling.gpus_per_worker
     )
-    desk = _Desk.remote()
+    desk = _Desk.remote()  # type: ignore[attr-defined]
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker

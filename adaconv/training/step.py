@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,7 @@ def _accumulate_gradients(state: TrainState, batch: Batch, optim: OptimConfig, l
         with _no_reduction(state, unless=last):
             losses = _losses(state, content, style, optim, loss)
             # DDP divides the sum of the ranks' gradients by their number; shares may differ by rank.
-            (losses["loss"] * share * distributed.num_ranks()).backward()
+            (losses["loss"] * share * distributed.num_ranks()).backward()  # type: ignore[no-untyped-call]
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() * share
     return totals
@@ -107,8 +107,8 @@ def _to_device(images: Tensor, device: torch.device, channels_last: bool) -> Ten
     return images.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
 
 
-def _no_reduction(state: TrainState, *, unless: bool) -> nullcontext[None]:
+def _no_reduction(state: TrainState, *, unless: bool) -> AbstractContextManager[None]:
     """Gradients are reduced over the ranks once, with the last micro-batch."""
     if isinstance(state.transfer, DistributedDataParallel) and not unless:
-        return state.transfer.no_sync()  # type: ignore[no-any-return]
+        return state.transfer.no_sync()
     return nullcontext()
