@@ -2,55 +2,167 @@
 
 import hashlib
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaconv.download import DownloadError, download
 from adaconv.errors import WeightsError
 from adaconv.model.encoder import VGGEncoder
+
+IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # torchvision's VGG19_Weights.IMAGENET1K_V1
+IMAGENET_SHA256 = "dcbb9e9d"  # its first digits, as torchvision publishes and checks them
+# Positions of the nine convolutions up to relu4_1, in torchvision's `features` and in the `vgg_normalised` of AdaIN,
+# where a 1x1 convolution that prepares the image comes first and every padding is a layer.
+_TORCHVISION = tuple(f"features.{index}" for index in (0, 2, 5, 7, 10, 12, 14, 16, 19))
+_NORMALISED = tuple(str(index) for index in (2, 5, 9, 12, 16, 19, 22, 25, 29))
+_PREPARATION = "0"
 
 # What the seeded filters are made of: a blur, and slopes across and down.
 _FILTERS = torch.tensor(
     [[[1, 2, 1], [2, 4, 2], [1, 2, 1]], [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], [[-1, -2, -1], [0, 0, 0], [1, 2, 1]]],
     dtype=torch.float32,
 ) / torch.tensor([6.0, 4.0, 4.0]).view(3, 1, 1)
-_AFTER_POOLING = (2, 4, 8)  # positions of conv2_1, conv3_1 and conv4_1
-IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+_TAPS = (0, 2, 4, 8)  # positions of conv1_1, conv2_1, conv3_1 and conv4_1: all but the first after a pooling
+_EDGE_SHARE = 0.1
+_OPPONENTS = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])  # light, red-green, yellow-blue
 
 
 def cached_file(spec: str) -> Path:
     """Where the file of `imagenet` or a URL is kept; a file is where it is."""
     if spec == "imagenet" or "://" in spec:
-        url = IMAGENET_URL if spec == "imagenet" else spec
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        return home / "adaconv" / url.rpartition("/")[2]
-    return Path(spec)
+        url, _ = _url_and_hash(spec)
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adaconv"
+        if spec == "imagenet":
+            return home / url.rpartition("/")[2]
+        return home / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rpartition("/")[2]  # many are `model.pth`
+    return Path(spec).expanduser()
 
 
-def load_encoder(spec: str, *, widths: tuple[int, int, int, int]) -> VGGEncoder:
+def load_encoder(spec: str, *, widths: tuple[int, int, int, int] = (64, 128, 256, 512)) -> VGGEncoder:
     """An encoder with weights.
 
     Args:
-        spec: `seeded:<n>` (He-initialised from the seed n).
+        spec: `imagenet` (torchvision's file, downloaded once), a URL or a file (torchvision's or `vgg_normalised`
+            names; .pth or .safetensors; a URL may end in `#sha256=...`), or `seeded:<n>` (random filters).
         widths: channels at the four taps.
 
     Raises:
-        WeightsError: the weights cannot be had.
+        WeightsError: the weights cannot be had, or are not those of a VGG-19 of these widths.
     """
+    encoder = VGGEncoder(widths=widths)
     kind, _, seed = spec.partition(":")
-    if kind != "seeded" or not seed.isdigit():
-        raise WeightsError(f"encoder.weights {spec}: expected seeded:<n>")
-    return _seeded(VGGEncoder(widths=widths), int(seed))
+    if kind == "seeded":
+        if not seed.isdigit():
+            raise WeightsError(f"encoder.weights {spec}: expected seeded:<n> with a whole number, such as seeded:0")
+        return _seeded(encoder, int(seed))
+    path = cached_file(spec)
+    if spec == "imagenet" or "://" in spec:
+        url, sha256 = _url_and_hash(spec)
+        try:
+            download(url, path, sha256=sha256)
+        except DownloadError as error:
+            raise WeightsError(
+                f"encoder.weights {spec}: {error}. Without internet, bring that file here as {path}, or train with "
+                "--encoder.weights seeded:0 to see the system work (not for quality)"
+            ) from error
+    elif not path.is_file():
+        raise WeightsError(
+            f"encoder.weights {spec}: expected imagenet, seeded:<n>, a URL or a file, found no such file"
+        )
+    _copy_weights(encoder, _read_tensors(path), str(path))
+    return encoder
+
+
+def _url_and_hash(spec: str) -> tuple[str, str | None]:
+    if spec == "imagenet":
+        return IMAGENET_URL, IMAGENET_SHA256
+    url, _, sha256 = spec.partition("#sha256=")
+    return url, sha256.lower() or None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is no file of weights that is safe to read ({str(error).splitlines()[0]}); expected "
+            ".safetensors, or a .pth that holds nothing but tensors"
+        ) from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: expected a state dict (names to tensors), found a {type(found).__name__}")
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+@torch.no_grad()
+def _copy_weights(encoder: VGGEncoder, tensors: dict[str, Tensor], path: str) -> None:
+    if f"{_TORCHVISION[0]}.weight" in tensors:
+        names = _TORCHVISION
+    elif f"{_NORMALISED[0]}.weight" in tensors:
+        names = _NORMALISED
+        tensors = _fold_preparation(encoder, tensors, path)
+    else:
+        raise WeightsError(
+            f"{path}: expected VGG-19 weights named features.0.weight (torchvision) or 2.weight (vgg_normalised), "
+            f"found {', '.join(sorted(tensors)[:5]) or 'no tensors'}"
+        )
+    for name, conv in zip(names, encoder.convs, strict=True):
+        for part in ("weight", "bias"):
+            own = getattr(conv, part)
+            _expect(tensors, f"{name}.{part}", tuple(own.shape), path)
+            own.copy_(tensors[f"{name}.{part}"])
+
+
+def _fold_preparation(encoder: VGGEncoder, tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """`vgg_normalised` prepares the image by a 1x1 convolution, ours by mean and std: rewrite its first layer for ours.
+
+    A map of single pixels goes through reflect padding unchanged, so the two are one convolution.
+    """
+    first = _NORMALISED[0]
+    for name, shape in (
+        (f"{_PREPARATION}.weight", (3, 3, 1, 1)),
+        (f"{_PREPARATION}.bias", (3,)),
+        (f"{first}.weight", (encoder.widths[0], 3, 3, 3)),
+        (f"{first}.bias", (encoder.widths[0],)),
+    ):
+        _expect(tensors, name, shape, path)
+    weight, mix = tensors[f"{first}.weight"].double(), tensors[f"{_PREPARATION}.weight"].double()[..., 0, 0]
+    std, mean = encoder.std.flatten().double(), encoder.mean.flatten().double()
+    shift = mix @ mean + tensors[f"{_PREPARATION}.bias"].double()
+    folded = dict(tensors)
+    folded[f"{first}.weight"] = torch.einsum("omhw,mi->oihw", weight, mix * std)
+    folded[f"{first}.bias"] = tensors[f"{first}.bias"].double() + weight.sum(dim=(2, 3)) @ shift
+    return folded
+
+
+def _expect(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> None:
+    if name not in tensors:
+        raise WeightsError(f"{path}: expected a tensor {name}, found none")
+    if tuple(tensors[name].shape) != shape:
+        raise WeightsError(
+            f"{path}: expected {name} of shape {shape}, found {tuple(tensors[name].shape)}; encoder.widths must be "
+            "[64, 128, 256, 512] for the weights of a VGG-19"
+        )
 
 
 @torch.no_grad()
 def _seeded(encoder: VGGEncoder, seed: int) -> VGGEncoder:
-    """Random filters, each scaled and shifted to zero mean and unit deviation over noise as smooth as pictures are.
+    """Random filters that keep what they see, each scaled to unit deviation over noise as smooth as pictures are.
 
-    Without that, the channels of random layers grow alike with depth, and style statistics say nothing.
+    Plain random filters lose colours and places a little more at every layer, and leave a few channels that are silent
+    but for outliers, which then rule every loss. So channels are mixed by rotations, which lose nothing; a layer that
+    has twice the channels of the one below passes the same once more, negated, so that what a ReLU cuts is kept in
+    the other half; in between, ReLUs hardly cut; and before a pooling channels look at places of their own. A tenth
+    is random edges.
     """
     generator = torch.Generator().manual_seed(seed)
     x = _smooth_noise(generator)
@@ -58,17 +170,37 @@ def _seeded(encoder: VGGEncoder, seed: int) -> VGGEncoder:
     for index, conv in enumerate(encoder.convs):
         assert isinstance(conv, nn.Conv2d)
         assert conv.bias is not None
-        mixing = torch.randn(*conv.weight.shape[:2], 3, generator=generator)  # of inputs, by kind of filter
-        conv.weight.copy_(torch.einsum("oik,khw->oihw", mixing, _FILTERS))
+        conv.weight.copy_(_random_edges(conv, generator) * (_EDGE_SHARE if index else 5 * _EDGE_SHARE))
+        _pass_on(conv, shift=index + 1 in _TAPS, generator=generator)
         nn.init.zeros_(conv.bias)
-        if index in _AFTER_POOLING:
+        if index in _TAPS[1:]:
             x = F.max_pool2d(x, 2)
         x = conv(x)
         std, mean = torch.std_mean(x, dim=(0, 2, 3))
+        if index not in _TAPS:
+            mean = mean - 2 * std
         conv.weight.div_(std.view(-1, 1, 1, 1))
         conv.bias.copy_(-mean / std)
         x = F.relu((x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1))
     return encoder
+
+
+def _random_edges(conv: nn.Conv2d, generator: torch.Generator) -> Tensor:
+    outputs, inputs = conv.weight.shape[:2]
+    mixing = torch.randn(outputs, inputs, len(_FILTERS), generator=generator) / inputs**0.5
+    return torch.einsum("oik,khw->oihw", mixing, _FILTERS)
+
+
+def _pass_on(conv: nn.Conv2d, *, shift: bool, generator: torch.Generator) -> None:
+    """Add a rotation of the inputs, negated in each second repetition; shifted by up to a pixel if asked."""
+    outputs, inputs = conv.weight.shape[:2]
+    places = torch.randint(0, 9, (outputs,), generator=generator)
+    # Pictures vary in light far more than in colour; opponent colours, as trained networks have them, count as much.
+    rotation = _OPPONENTS if inputs == 3 else torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0]
+    for output in range(outputs):
+        repeat, source = divmod(output, inputs)
+        y, x = divmod(int(places[output]), 3) if shift else (1, 1)
+        conv.weight[output, :, y, x] += rotation[source] * (-1.0) ** repeat
 
 
 def _smooth_noise(generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ mixed and faded. The encoder is frozen; `transfer` is what is trained, and what 
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class StyleEncoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) of any size -> (B, S, s, s)."""
+        smallest = 2 ** len(self.convs)  # what is smaller would leave the last convolution nothing to mirror
+        height, width = (max(side, smallest) for side in features.shape[-2:])
+        if (height, width) != features.shape[-2:]:
+            features = F.interpolate(features, size=(height, width), mode="nearest")
         for conv in self.convs:
             features = F.leaky_relu(F.avg_pool2d(conv(features), 2, ceil_mode=True), 0.01)
         features = F.adaptive_avg_pool2d(features, 4)  # changes nothing for a style of 256 px
@@ -188,17 +192,23 @@ class StyleTransferNet(nn.Module):
         self.encoder, self.transfer = encoder, transfer
 
     def encode_content(self, image: Tensor) -> Tensor:
-        return self.encoder.relu4_1(image)
+        """(B, 3, H, W) of any size -> relu4_1 of it padded to multiples of 8: (B, C4, ceil(H/8), ceil(W/8))."""
+        return self.encoder.relu4_1(_pad_to_stride(image))
 
     def encode_style(self, image: Tensor) -> StyleCode:
-        return self.transfer.predict(self.encoder.relu4_1(image))
+        """(B, 3, h, w) of any size -> everything that `decode` needs of it."""
+        return self.transfer.predict(self.encoder.relu4_1(_pad_to_stride(image)))
+
+    def decode(self, content_features: Tensor, code: StyleCode, *, height: int, width: int) -> Tensor:
+        """Features of a content of this size, and a code of the same batch or of one -> (B, 3, height, width)."""
+        batch = len(content_features)
+        expanded = {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in code.items()}
+        return self.transfer.decode(content_features, expanded)[..., :height, :width]
 
     def stylize(self, content: Tensor, code: StyleCode) -> Tensor:
         """(B, 3, H, W) of any size and a code of the same batch, or of one -> (B, 3, H, W)."""
         height, width = content.shape[-2:]
-        padded = _pad_to_stride(content)
-        expanded = {name: tensor.expand(len(content), *tensor.shape[1:]) for name, tensor in code.items()}
-        return self.transfer.decode(self.encode_content(padded), expanded)[..., :height, :width]
+        return self.decode(self.encode_content(content), code, height=height, width=width)
 
     def forward(self, content: Tensor, style: Tensor) -> Tensor:
         return self.stylize(content, self.encode_style(style))
@@ -224,8 +234,17 @@ def build_network(
     descriptor_size: int = 3,
     groups: Sequence[int] = (512, 128, 32, 8),
     decoder_convs: Sequence[int] = (1, 4, 2, 2),
-    **_unused: Any,
 ) -> StyleTransferNet:
+    """The network with fresh weights from torch's generator.
+
+    Args:
+        encoder: frozen, with its weights.
+        architecture: `adaconv`, or the `adain` baseline.
+        descriptor_channels: S of the style descriptor W (paper: s_d).
+        descriptor_size: its height and width (paper: s_h, s_w).
+        groups: of the adaptive convolutions, coarsest scale first; each divides its scale's channels (paper: n_g).
+        decoder_convs: fixed convolutions of each scale, coarsest first.
+    """
     transfer: AdaConvTransfer | AdaINTransfer
     if architecture == "adain":
         transfer = AdaINTransfer(widths=encoder.widths, decoder_convs=decoder_convs)
