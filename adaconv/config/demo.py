@@ -14,7 +14,7 @@ class DemoConfig(Config):
     """Folder for everything that the demo makes; run again, it takes up what is there."""
     images: int = Field(default=240, ge=8)
     """Photographs and paintings to draw where no folder is given."""
-    steps: int = Field(default=400, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Training steps."""
     num_workers: int = Field(default=2, ge=1)
     """Ray Train workers."""

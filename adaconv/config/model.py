@@ -32,3 +32,8 @@ class LossConfig(Config):
     """Weight of the content loss at relu4_1."""
     style_weight: float = Field(default=10.0, ge=0)
     """Weight of the style loss, summed over relu1_1 ... relu4_1."""
+    identity_weight: float = Field(default=0.0, ge=0)
+    """Weight of the difference between an image and itself stylized with itself, at even steps of contents and at odd
+    steps of styles; 0, as in the paper, leaves it out and spares a third of a step."""
+    tv_weight: float = Field(default=0.0, ge=0)
+    """Weight of the total variation of the output, against noise; 0, as in the paper, leaves it out."""

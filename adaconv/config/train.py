@@ -47,6 +47,9 @@ class OptimConfig(Config):
     None: its whole share."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of Adam."""
+    style_encoder_rate: float = Field(default=1.0, gt=0)
+    """Learning rate of the style encoder, as a factor of the others'. Its linear layer sums thousands of positive
+    features, so a step of Adam moves all descriptors alike; where styles stop to matter, lower it."""
     schedule: Literal["inverse_time", "cosine", "one_cycle", "constant"] = "inverse_time"
     """How the learning rate changes: `inverse_time` divides by 1 + decay * step, as AdaIN does."""
     decay: float = Field(default=5e-5, ge=0)

@@ -46,7 +46,7 @@ def train_step(state: TrainState, batch: Batch, *, optim: OptimConfig, loss: Los
         warmup_steps=optim.warmup_steps,
     )
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
     state.optimizer.zero_grad(set_to_none=True)
     losses = _accumulate_gradients(state, batch, optim, loss)
     norm = torch.nn.utils.clip_grad_norm_(state.network.transfer.parameters(), optim.clip_norm or float("inf"))
@@ -90,7 +90,13 @@ def _losses(
         with torch.no_grad():
             content_features = encoder.relu4_1(content)
             style_features = encoder(style)
-        output = state.transfer(content_features, style_features[-1])
+            identity = None if not loss.identity_weight else content if state.step % 2 == 0 else style
+            wanted, styled_as = content_features, style_features[-1]
+            if identity is not None:  # in one pass: DDP and the GPU like one better than two
+                itself = content_features if state.step % 2 == 0 else style_features[-1]
+                wanted, styled_as = torch.cat([wanted, itself]), torch.cat([styled_as, itself])
+        images = state.transfer(wanted, styled_as)
+        output, reconstructed = images[: len(content)], images[len(content) :]
         return style_transfer_losses(
             output,
             encoder(output),
@@ -98,6 +104,9 @@ def _losses(
             style_features,
             content_weight=loss.content_weight,
             style_weight=loss.style_weight,
+            identity=None if identity is None else (reconstructed, identity),
+            identity_weight=loss.identity_weight,
+            tv_weight=loss.tv_weight,
         )
 
 

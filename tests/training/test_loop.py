@@ -1,0 +1,188 @@
+"""The real loop in this process, and on two ranks: what it resumes, and that ranks do not change the result."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from adaconv import checkpoint
+from adaconv.config.train import TrainConfig
+from adaconv.data.manifest import open_version
+from adaconv.errors import CheckpointError, NonFiniteError
+from adaconv.tracking.tracker import NullTracker, RecordingTracker
+from adaconv.training.loop import NoControl, train
+
+
+def config_of(content, style, **changes) -> TrainConfig:
+    values = {
+        "content": content.root,
+        "style": style.root,
+        "output": "unused",
+        "encoder": {"weights": "seeded:0", "widths": [4, 8, 8, 16]},
+        "model": {"descriptor_channels": 8, "groups": [16, 4, 2, 1]},
+        "loss": {"identity_weight": 10.0, "tv_weight": 0.1},
+        "data": {"resize": 40, "crop": 32, "loader_workers": 0},
+        "train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-3, "log_every_steps": 1},
+        "checkpoint": {"every_steps": 2, "keep_last": 2},
+        "tracking": {"samples_every_steps": 2, "sample_contents": 2, "sample_styles": 2},
+    }
+    for path, value in changes.items():
+        section, name = path.split("__")
+        values[section] = {**values[section], name: value}
+    return TrainConfig.model_validate(values)
+
+
+def run(content, style, folder, *, control=None, tracker=None, start_from=None, **changes):
+    return train(
+        config_of(content, style, **changes),
+        content=content,
+        style=style,
+        checkpoints=str(folder),
+        device=torch.device("cpu"),
+        tracker=tracker or NullTracker(),
+        control=control,
+        start_from=start_from,
+    )
+
+
+def weights(folder, step):
+    return load_file(Path(folder) / checkpoint.name_of(step) / "model.safetensors")
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(content_version, style_version, tmp_path_factory):
+    """Four steps in one go: the tracker and the folder."""
+    folder, tracker = tmp_path_factory.mktemp("unbroken"), RecordingTracker()
+    result = run(content_version, style_version, folder, tracker=tracker)
+    assert (result.step, result.finished) == (4, True)
+    return tracker, folder
+
+
+def test_a_run_tells_losses_grids_and_checkpoints(unbroken):
+    tracker, folder = unbroken
+    for name in ("loss", "content_loss", "style_loss", "identity_loss", "tv_loss", "learning_rate", "gradient_norm"):
+        assert [step for step, _ in tracker.series(f"train/{name}")] == [1, 2, 3, 4], name
+    assert [step for step, _ in tracker.series("data/wait_share")] == [1, 2, 3, 4]
+    assert [(step, key, image.shape) for step, key, image in tracker.images] == [
+        (step, "samples/grid", (3 * 32 + 2 * 4, 3 * 32 + 2 * 4, 3)) for step in (0, 2, 4)
+    ]
+    assert [step for step, _ in tracker.checkpoints] == [2, 4]
+    assert sorted(checkpoint.steps_in(str(folder))) == [2, 4]
+
+
+def test_a_resumed_run_equals_the_unbroken_one_to_the_bit(content_version, style_version, unbroken, tmp_path):
+    shutil.copytree(unbroken[1] / checkpoint.name_of(2), tmp_path / checkpoint.name_of(2))
+    tracker = RecordingTracker()
+    run(content_version, style_version, tmp_path, tracker=tracker)
+    assert same_weights(weights(tmp_path, 4), weights(unbroken[1], 4))
+    both = [t.series("train/loss") for t in (tracker, unbroken[0])]
+    assert both[0] == both[1][2:]
+    assert [step for step, _, _ in tracker.images] == [4]
+
+
+def test_a_stop_request_leaves_a_checkpoint_to_go_on_from(content_version, style_version, unbroken, tmp_path):
+    class StopAfterFirst(NoControl):
+        def stop_requested(self) -> bool:
+            return True
+
+    result = run(content_version, style_version, tmp_path, control=StopAfterFirst())
+    assert (result.step, result.finished) == (1, False)
+    assert result.checkpoint.endswith("step-00000001")
+    assert run(content_version, style_version, tmp_path).finished
+    assert same_weights(weights(tmp_path, 4), weights(unbroken[1], 4))
+
+
+def test_micro_batches_and_workers_do_not_change_the_result(content_version, style_version, unbroken, tmp_path):
+    """Compared before rounding grows: Adam makes a whole step of any gradient, however small."""
+    tracker = RecordingTracker()
+    run(content_version, style_version, tmp_path, tracker=tracker, train__micro_batch_size=3, data__loader_workers=1)
+    for name in ("train/loss", "train/gradient_norm"):
+        found, wanted = ([value for step, value in t.series(name) if step <= 2] for t in (tracker, unbroken[0]))
+        assert found == pytest.approx(wanted, rel=1e-4), name
+
+
+def _rank(rank, world, port_file, folder, content, style):
+    torch.set_num_threads(1)
+    store = dist.FileStore(port_file, world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    run(open_version(content), open_version(style), folder)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_do_not_change_the_result(content_version, style_version, unbroken, tmp_path, world):
+    """Step 2 comes from one rank, steps 3 and 4 from several, with shares of different size for three."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(unbroken[1] / checkpoint.name_of(2), folder / checkpoint.name_of(2))
+    args = (world, str(tmp_path / "store"), str(folder), content_version.root, style_version.root)
+    mp.spawn(_rank, args=args, nprocs=world)
+    for name, value in weights(folder, 4).items():
+        torch.testing.assert_close(value, weights(unbroken[1], 4)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_another_configuration_is_refused_by_name(content_version, style_version, unbroken, tmp_path):
+    shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"loss\.style_weight \(10\.0 then, 5\.0 now\)"):
+        run(content_version, style_version, tmp_path, loss__style_weight=5.0)
+    with pytest.raises(CheckpointError, match="content dataset"):
+        run(style_version, style_version, tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(content_version, style_version, unbroken, tmp_path):
+    shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / checkpoint.name_of(4) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    run(content_version, style_version, tmp_path)
+    assert same_weights(weights(tmp_path, 4), weights(unbroken[1], 4))
+
+
+def test_old_checkpoints_are_removed(content_version, style_version, tmp_path):
+    run(content_version, style_version, tmp_path, checkpoint__every_steps=1)
+    assert sorted(checkpoint.steps_in(str(tmp_path))) == [3, 4]
+    meta = json.loads((tmp_path / "step-00000004" / "meta.json").read_text())
+    assert set(meta["files"]) == {"model.safetensors", "model.json", "trainer.pt", "data.json"}
+
+
+def test_a_run_starts_from_a_checkpoint_of_another_folder(content_version, style_version, unbroken, tmp_path):
+    run(content_version, style_version, tmp_path, start_from=str(unbroken[1] / checkpoint.name_of(2)))
+    assert same_weights(weights(tmp_path, 4), weights(unbroken[1], 4))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(content_version, style_version, tmp_path):
+    with pytest.raises(
+        NonFiniteError, match=r"step \d+: the norm of the gradient is (nan|inf).*contents \['[0-9a-f]{32}'"
+    ):
+        run(content_version, style_version, tmp_path, loss__style_weight=1e38, train__clip_norm=None)
+    assert not checkpoint.steps_in(str(tmp_path))
+
+
+def test_the_style_encoder_may_learn_at_its_own_rate(content_version, style_version, tmp_path):
+    runs = []
+    for rate in (1.0, 1e-6):
+        folder = tmp_path / str(rate)
+        run(
+            content_version,
+            style_version,
+            folder,
+            train__style_encoder_rate=rate,
+            train__steps=2,
+            checkpoint__every_steps=1,
+        )
+        first, second = weights(folder, 1), weights(folder, 2)
+        runs.append(
+            {
+                n: (first[n] - second[n]).abs().max().item()
+                for n in ("transfer.style_encoder.linear.weight", "transfer.scales.0.convs.0.weight")
+            }
+        )
+    assert runs[1]["transfer.style_encoder.linear.weight"] < 1e-4 * runs[0]["transfer.style_encoder.linear.weight"]
+    assert runs[1]["transfer.scales.0.convs.0.weight"] > 0.1 * runs[0]["transfer.scales.0.convs.0.weight"]
