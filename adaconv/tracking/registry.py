@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,13 +134,15 @@ def _log_model(folder: Path, run_id: str, *, step: int) -> str:
         model = Path(scratch) / "model"
         model.mkdir()
         checkpoint.copy_model(folder, model)
-        with mlflow.start_run(run_id=run_id):
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Add type hints", UserWarning)  # served_model.py says why there are none
             logged = mlflow.pyfunc.log_model(
                 name="stylizer",
                 python_model=str(package / "tracking" / "served_model.py"),
                 artifacts={"model": str(model)},
                 code_paths=[str(package)],
                 signature=signature,
+                input_example={name: np.zeros((1, 32, 32, 3), np.uint8) for name in ("content", "style")},
                 pip_requirements=[f"{name}=={_release(name)}" for name in _REQUIREMENTS],
                 step=step,
             )

@@ -18,9 +18,8 @@ class ServedStylizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         self.network, self.info = load_network(Path(context.artifacts["model"]))
 
-    def predict(
-        self, context: Any, model_input: dict[str, NDArray[np.uint8]], params: dict[str, Any] | None = None
-    ) -> NDArray[np.uint8]:
+    # Without type hints: MLflow would check inputs by them instead of by the signature, and knows none for arrays.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         content, style = (_to_float(np.asarray(model_input[name])) for name in ("content", "style"))
         with torch.inference_mode():
             stylized = self.network(content, style)
