@@ -74,9 +74,13 @@ def decode_crop(data: bytes, geometry: Geometry, draw: random.Random) -> NDArray
         scale = min(image.size) / geometry.resize
         side = geometry.crop * scale
         left, top = across * (image.width - side), down * (image.height - side)
-        square = image.convert("RGB").resize(
-            (geometry.crop, geometry.crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-        )
+        if scale == 1:  # nothing to resample: whole pixels, as shards made for this size have them
+            left, top = round(left), round(top)
+            square = image.convert("RGB").crop((left, top, left + geometry.crop, top + geometry.crop))
+        else:
+            square = image.convert("RGB").resize(
+                (geometry.crop, geometry.crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+            )
     pixels = np.asarray(square)
     if geometry.flip and mirrored:
         pixels = pixels[:, ::-1]

@@ -5,9 +5,7 @@ import json
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import webdataset
+from typing import TYPE_CHECKING, Any
 
 from adaconv import storage
 from adaconv.config.shard import RecipeConfig
@@ -16,6 +14,9 @@ from adaconv.data.manifest import Shard
 from adaconv.data.plan import Candidate, ShardPlan
 from adaconv.images import ImageError
 
+if TYPE_CHECKING:
+    import webdataset
+
 
 def write_shard(plan: ShardPlan, recipe: RecipeConfig, root: str) -> tuple[Shard | None, list[dict[str, Any]]]:
     """Ingest a shard's images and publish its tar under the name of its content.
@@ -23,6 +24,8 @@ def write_shard(plan: ShardPlan, recipe: RecipeConfig, root: str) -> tuple[Shard
     Returns:
         the shard, or None if every image was refused; and a manifest row for each image.
     """
+    import webdataset  # brings torch: three seconds that a worker which only looks at headers need not wait
+
     rows = []
     with tempfile.TemporaryDirectory(prefix="adaconv-shard-") as scratch:
         path = Path(scratch) / "shard.tar"
@@ -66,7 +69,7 @@ def row_of(candidate: Candidate, state: str, reason: str = "") -> dict[str, Any]
     }
 
 
-def _write_sample(tar: webdataset.TarWriter, candidate: Candidate, recipe: RecipeConfig) -> dict[str, Any]:
+def _write_sample(tar: "webdataset.TarWriter", candidate: Candidate, recipe: RecipeConfig) -> dict[str, Any]:
     try:
         sample = ingest(storage.read_bytes(candidate.uri), candidate.source, recipe)
     except ImageError as error:

@@ -23,8 +23,8 @@ class Found:
         return "" if parent == "." else parent
 
 
-def list_images(sources: tuple[str, ...]) -> list[Found]:
-    """Every file with an image's extension below the given folders.
+def list_images(sources: tuple[str, ...], *, flag: str = "--source") -> list[Found]:
+    """Every file with an image's extension below the folders that a flag names.
 
     Raises:
         UsageError: a source is not there, is no folder, or holds no images.
@@ -33,15 +33,15 @@ def list_images(sources: tuple[str, ...]) -> list[Found]:
     for source in sources:
         root = Path(source).expanduser().absolute()
         if not root.exists():
-            raise UsageError(f"--source {source}: expected a folder of images, found nothing there")
+            raise UsageError(f"{flag} {source}: expected a folder of images, found nothing there")
         if not root.is_dir():
-            raise UsageError(f"--source {source}: expected a folder of images, found a file")
+            raise UsageError(f"{flag} {source}: expected a folder of images, found a file")
         before = len(found)
         found += [Found(str(path), path.relative_to(root).as_posix()) for path in _walk(root)]
         if len(found) == before:
             files = sum(len(names) for _, _, names in os.walk(root))
             raise UsageError(
-                f"--source {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found "
+                f"{flag} {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found "
                 + (f"{files} other files" if files else "an empty folder")
             )
     return found

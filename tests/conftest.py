@@ -1,0 +1,37 @@
+"""Generated images, small dataset versions and small networks: made once for all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from adaconv.data.manifest import DatasetVersion
+from adaconv.data.synthetic import generate_paintings, generate_photos
+from tests.helpers import build_version
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "photos"
+    generate_photos(folder, 24, seed=0, size=144)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def paintings(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "paintings"
+    generate_paintings(folder, 18, seed=0, size=144)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def content_version(photos, tmp_path_factory) -> DatasetVersion:
+    return build_version(photos, str(tmp_path_factory.mktemp("data") / "photos"))
+
+
+@pytest.fixture(scope="session")
+def style_version(paintings, tmp_path_factory) -> DatasetVersion:
+    return build_version(paintings, str(tmp_path_factory.mktemp("data") / "paintings"))

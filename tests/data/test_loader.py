@@ -1,0 +1,143 @@
+"""Batches are what the pure order says, whoever reads them."""
+
+import io
+import pickle
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from adaconv.data.loader import Geometry, PairDataset, SampleReader, decode_crop, make_loader
+from adaconv.data.manifest import open_version
+from adaconv.errors import DatasetError
+
+GEOMETRY = Geometry(resize=48, crop=32, flip=True)
+
+
+def pairs(content, style, **options):
+    options = {"seed": 1, "global_batch_size": 6, "content_geometry": GEOMETRY, "style_geometry": GEOMETRY} | options
+    return PairDataset(content, style, **options)
+
+
+def same(a, b):
+    return torch.equal(a.content, b.content) and torch.equal(a.style, b.style) and a.content_keys == b.content_keys
+
+
+def jpeg(size=(200, 120), **options):
+    y, x = np.mgrid[: size[1], : size[0]]
+    pixels = np.stack([x % 256, y % 256, (x + y) % 256], axis=-1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0, **options)
+    return buffer.getvalue()
+
+
+def test_a_batch_has_the_stated_shape(content_version, style_version):
+    batch = pairs(content_version, style_version)[3]
+    assert batch.content.shape == batch.style.shape == (6, 3, 32, 32)
+    assert batch.content.dtype == torch.uint8
+    assert len(set(batch.content_keys)) == 6
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_ranks_share_one_global_batch(content_version, style_version, num_ranks):
+    whole = pairs(content_version, style_version)[5]
+    shares = [pairs(content_version, style_version, rank=r, num_ranks=num_ranks)[5] for r in range(num_ranks)]
+    assert torch.equal(torch.cat([share.content for share in shares]), whole.content)
+    assert torch.equal(torch.cat([share.style for share in shares]), whole.style)
+    assert [key for share in shares for key in share.style_keys] == whole.style_keys
+
+
+def test_a_loader_that_starts_later_gives_the_same(content_version, style_version):
+    dataset = pairs(content_version, style_version)
+    options = {"steps": 6, "prefetch_batches": 2, "pin_memory": False}
+    whole = list(make_loader(dataset, first_step=0, workers=0, **options))
+    late = list(make_loader(dataset, first_step=4, workers=2, **options))
+    assert [b.step for b in late] == [4, 5]
+    assert same(whole[4], late[0])
+    assert same(whole[5], late[1])
+
+
+def test_a_sample_is_cropped_anew_each_time(content_version, style_version):
+    dataset = pairs(content_version, style_version, global_batch_size=24)
+    first, second = dataset[0], dataset[1]  # two epochs over 24 photos
+    assert sorted(first.content_keys) == sorted(second.content_keys)
+    key = first.content_keys[0]
+    crops = [b.content[b.content_keys.index(key)] for b in (first, second)]
+    assert not torch.equal(*crops)
+
+
+def test_a_crop_is_that_of_the_scaled_image():
+    """Cropping before resampling changes nothing but rounding at the edges."""
+    data = jpeg()
+    draw = random.Random(3)
+    across, down, mirrored = draw.random(), draw.random(), draw.random() < 0.5
+    ours = decode_crop(data, Geometry(resize=60, crop=40, flip=False), random.Random(3)).astype(int)
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (100, 60))
+        whole = image.convert("RGB").resize((100, 60), Image.Resampling.BICUBIC)
+    left, top = across * 60, down * 20
+    wanted = np.asarray(whole.crop((round(left), round(top), round(left) + 40, round(top) + 40))).astype(int)
+    assert np.abs(ours - wanted).mean() < 6
+    flipped = decode_crop(data, Geometry(resize=60, crop=40, flip=True), random.Random(3))
+    assert np.array_equal(flipped, ours[:, ::-1] if mirrored else ours)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction(monkeypatch):
+    decoded = []
+    plain = JpegImageFile.draft
+
+    def draft(self, mode, size):
+        answer = plain(self, mode, size)
+        decoded.append(self.size)
+        return answer
+
+    monkeypatch.setattr(JpegImageFile, "draft", draft)
+    decode_crop(jpeg(size=(800, 480)), Geometry(resize=60, crop=40, flip=False), random.Random(0))
+    assert decoded == [(100, 60)]
+
+
+def test_rotation_turns_by_quarters():
+    data = jpeg()
+    turned = {
+        decode_crop(data, Geometry(120, 120, flip=False, rotate=True), random.Random(seed)).tobytes()
+        for seed in range(40)
+    }
+    assert len(turned) > 4
+
+
+def test_open_files_do_not_travel(content_version):
+    reader = SampleReader(content_version)
+    data = reader.read(0)
+    again = pickle.loads(pickle.dumps(reader))
+    assert again._files == {}
+    assert again.read(0) == data
+
+
+def test_a_shard_that_is_cut_is_named(content_version, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(content_version.root, root)
+    version = open_version(str(root))
+    reader = SampleReader(version)
+    with open(version.shard_uri(version.shards[0].name), "rb+") as tar:
+        tar.truncate(1000)
+    with pytest.raises(DatasetError, match=rf"{version.shards[0].name}: expected \d+ bytes of sample {reader.keys[0]}"):
+        reader.read(0)
+
+
+def test_a_damaged_image_is_named(content_version, style_version, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(content_version.root, root)
+    version = open_version(str(root))
+    for shard in version.shards:
+        path = version.shard_uri(shard.name)
+        with open(path, "rb") as tar:
+            damaged = tar.read().replace(b"\xff\xd8\xff", b"\x00\x00\x00")
+        with open(path, "wb") as tar:
+            tar.write(damaged)
+    dataset = pairs(version, style_version)
+    with pytest.raises(DatasetError, match=r"content sample [0-9a-f]{32} cannot be decoded"):
+        dataset[0]
