@@ -1,0 +1,72 @@
+"""Measure ours against a baseline and a floor, in one run on this machine.
+
+python bench/run.py                    every row
+python bench/run.py adaptive_conv      rows whose name begins so
+python bench/run.py --quick --json rows.json
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench.measure import Row, device
+
+# Row -> the file that measures it.
+QUESTIONS = {
+    "adaptive_conv/forward": "adaptive_conv",
+    "adaptive_conv/train": "adaptive_conv",
+    "stylize/grid": "stylize_grid",
+    "load": "load",
+}
+
+
+def machine() -> str:
+    if device().type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def line(row: Row) -> str:
+    return (
+        f"{row.name:24} {row.ours * 1e3:10.1f} {row.baseline * 1e3:10.1f} {row.ratio:7.2f} "
+        f"{row.floor * 1e3:10.1f} {row.of_floor:8.2f}  {row.unit}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="beginnings of rows' names; none: all rows")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and end")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer: shows that it runs, not how fast")
+    parser.add_argument("--json", metavar="FILE", help="write the rows here, in seconds")
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(QUESTIONS))
+        return 0
+    unknown = [name for name in options.names if not any(row.startswith(name) for row in QUESTIONS)]
+    if unknown:
+        parser.error(f"expected rows of {', '.join(QUESTIONS)}; found {', '.join(unknown)}")
+    wanted = [row for row in QUESTIONS if not options.names or row.startswith(tuple(options.names))]
+    print(machine())
+    print(f"{'row':24} {'ours ms':>10} {'base ms':>10} {'ratio':>7} {'floor ms':>10} {'of floor':>8}", flush=True)
+    measured = []
+    for file in dict.fromkeys(QUESTIONS[row] for row in wanted):
+        for row in importlib.import_module(f"bench.{file}").rows(options.quick):
+            if row.name in wanted:
+                print(line(row), flush=True)
+                measured.append(row.to_dict())
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": machine(), "rows": measured}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
