@@ -9,6 +9,7 @@ exit code 0  done
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from adaconv.errors import AdaConvError, UsageError
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Config)
+
+_PATHS = ("source", "content", "style", "output", "model")  # flags that name data
 
 # Storage failures reach the user as they are: the system's own words name the path.
 _STORAGE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -45,7 +48,8 @@ def run(
         prog: how the pipeline is called, as in `pipelines/train.py`.
         doc: the text above the flags in `--help`.
         plan: what `--dry-run` prints after the resolved configuration; it may refuse by raising.
-        execute: the work; what it returns goes to `result.json` in the output folder.
+        execute: the work; what it returns goes to `result.json` in the output folder. A result whose `status` is
+            `failed` (some parts were not made, the others stand) has an `error` and ends with exit code 1.
         output: where `result.json` goes; None for a pipeline that writes none.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
@@ -53,6 +57,7 @@ def run(
         loaded = load_config(model, sys.argv[1:] if argv is None else argv, prog=prog, description=doc or "")
         config = loaded.config
         print(f"# {prog}: resolved configuration\n{to_yaml(config)}", flush=True)
+        _refuse_relative_paths_in_a_job(config)
         if loaded.dry_run:
             print(f"# plan (dry run: nothing is written)\n{plan(config)}", flush=True)
             return 0
@@ -68,18 +73,43 @@ def run(
         return 130
 
 
+def _refuse_relative_paths_in_a_job(config: Config) -> None:
+    """In a Ray job they would lie in the unpacked package, which is thrown away, and on one node only.
+
+    Raises:
+        UsageError: names each.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # which Ray sets for a submitted job
+        return
+    relative = []
+    for name in _PATHS:
+        given = getattr(config, name, None)
+        paths = (given,) if isinstance(given, str) else given if isinstance(given, tuple) else ()
+        for path in paths:
+            if not re.match(r"[a-z0-9]+:/", path) and not Path(path).expanduser().is_absolute():
+                relative.append(f"--{name} {path}")
+    if relative:
+        raise UsageError(
+            f"{', '.join(relative)}: a Ray job runs in a copy of the working directory that is thrown away; give "
+            "absolute paths that every node sees, or s3://"
+        )
+
+
 def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], output: str | None) -> int:
     started = time.monotonic()
     result = execute(config)
     result = {"pipeline": Path(prog).stem, "status": "done", **result, "seconds": round(time.monotonic() - started, 2)}
     text = json.dumps(result, indent=2, ensure_ascii=False)
-    print(f"\n# {prog}: done in {result['seconds']:.0f} s\n{text}", flush=True)
+    print(f"\n# {prog}: {result['status']} after {result['seconds']:.0f} s\n{text}", flush=True)
     if output is not None:
         from adaconv import storage
 
         where = storage.join(output, "result.json")
         storage.publish_bytes(where, text.encode() + b"\n")
         print(f"result: {where}", flush=True)
+    if result["status"] == "failed":
+        print(f"{prog}: error: {result['error']}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -105,7 +135,7 @@ def require_writable(path: str, flag: str) -> Path:
     folder = Path(path).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
         raise UsageError(f"{flag}: cannot make the folder {folder}: {error.strerror}; choose another") from None
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{flag}: no permission to write to {folder}; choose another folder or change its permissions")

@@ -71,9 +71,11 @@ def plan(config: DemoConfig) -> str:
 
 
 def execute(config: DemoConfig) -> dict[str, Any]:
+    from adaconv.data.sources import list_images
+
     for flag in ("content", "style"):
         if (folder := getattr(config, flag)) is not None:
-            cli.require_directory(folder, f"--{flag}")
+            list_images((folder,), flag=f"--{flag}")  # a typo is answered here, not by the third stage
     root = cli.require_writable(config.output, "--output")
     config = config.model_copy(
         update={f: str(Path(v).absolute()) for f in ("content", "style") if (v := getattr(config, f)) is not None}

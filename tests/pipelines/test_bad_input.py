@@ -1,0 +1,140 @@
+"""What a user can get wrong is answered in one clear line, with exit code 1 or 2 and no traceback."""
+
+import importlib
+import os
+import stat
+
+import pytest
+
+from tests.helpers import save_checkpoint
+
+
+def answer(capsys, name, *argv) -> tuple[int, str]:
+    """Run a pipeline's main and return its exit code and what it wrote to stderr."""
+    module = importlib.import_module(f"pipelines.{name}")
+    try:
+        code = module.main([str(argument) for argument in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    written = capsys.readouterr()
+    assert "Traceback" not in written.out + written.err
+    return code, written.err
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder each that is empty, has texts only, has an image, is a file."""
+    for name in ("empty", "texts", "images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "images" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "file").write_text("x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ("shard", "--source", "{}/nothing", "--output", "{}/out"),
+            "--source {}/nothing: expected a folder of images, found nothing",
+        ),
+        (("shard", "--source", "{}/empty", "--output", "{}/out"), "found an empty folder"),
+        (("shard", "--source", "{}/texts", "--output", "{}/out"), "found 1 other files"),
+        (("shard", "--source", "{}/file", "--output", "{}/out"), "found a file"),
+        (("shard", "--source", "{}/images", "--output", "{}/file"), "--output: cannot make the folder {}/file"),
+        (("shard", "--source", "{}/images", "--output", "{}/out", "--shard.target-md", "3"), "--shard.target-mb"),
+        (("shard", "--source", "{}/images", "--output", "{}/out", "--shard.target-mb", "-1"), "shard.target_mb"),
+        (("shard", "--source", "{}/images", "--output", "{}/out", "--config", "{}/no.yaml"), "{}/no.yaml"),
+        (("shard", "--output", "{}/out"), "source"),
+        (
+            ("train", "--content", "{}/empty", "--style", "{}/empty", "--output", "{}/out"),
+            "expected a dataset version at {}/empty",
+        ),
+        (
+            ("train", "--content", "{}/empty", "--style", "{}/empty", "--output", "{}/out", "--data.crop", "100"),
+            "multiple of 8",
+        ),
+        (("register", "--model", "{}/empty", "--output", "{}/out"), "found no whole checkpoint below it"),
+        (
+            ("stylize", "--model", "{}/empty", "--content", "{}/empty", "--style", "{}/images", "--output", "{}/out"),
+            "--content {}/empty: expected images",
+        ),
+        (
+            ("stylize", "--model", "{}/empty", "--content", "{}/images", "--style", "{}/images", "--output", "{}/out"),
+            "expected a checkpoint at {}/empty",
+        ),
+        (
+            (
+                "stylize",
+                "--model",
+                "models:/none@champion",
+                "--tracking.uri",
+                "sqlite:///{}/m.db",
+                "--content",
+                "{}/images",
+                "--style",
+                "{}/images",
+                "--output",
+                "{}/out",
+            ),
+            "pipelines/register.py makes model versions",
+        ),
+        (
+            ("demo", "--content", "{}/nothing", "--output", "{}/out"),
+            "--content {}/nothing: expected a folder of images, found nothing",
+        ),
+        (("demo", "--content", "{}/empty", "--output", "{}/out"), "--content {}/empty: expected images"),
+        (("submit", "--working-dir", "."), "expected the job's command after --"),
+        (("submit", "--working-dir", "{}/nothing", "--", "python", "x.py"), "--working-dir: expected a folder"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, tuple) else value[:30],
+)
+def test_wrong_input_is_answered_in_a_line(capsys, folders, argv, words):
+    code, err = answer(capsys, *(part.replace("{}", str(folders)) for part in argv))
+    assert code in (1, 2), err
+    assert words.replace("{}", str(folders)) in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_is_answered(capsys, folders):
+    locked = folders / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    code, err = answer(capsys, "shard", "--source", folders / "images", "--output", locked / "out")
+    assert code == 2
+    assert "choose another" in err
+
+
+def test_no_permission_is_answered_even_to_root(capsys, folders):
+    """/proc takes no folder from anybody."""
+    code, err = answer(capsys, "shard", "--source", folders / "images", "--output", "/proc/adaconv")
+    assert code == 2
+    assert "--output: cannot make the folder /proc/adaconv" in err
+
+
+def test_a_damaged_checkpoint_is_named(capsys, folders):
+    _, uri = save_checkpoint(folders / "run" / "checkpoints")
+    (folders / "run" / "checkpoints" / "step-00000007" / "model.safetensors").write_bytes(b"x")
+    argv = ("--content", folders / "images", "--style", folders / "images", "--output", folders / "out")
+    code, err = answer(capsys, "stylize", "--model", uri, *argv)
+    assert code == 1
+    assert "model.safetensors is not the file that was saved" in err
+
+
+def test_a_tracking_server_that_is_not_there_is_said_soon(capsys, content_version, style_version, tmp_path):
+    argv = ("--content", content_version.root, "--style", style_version.root, "--output", tmp_path)
+    code, err = answer(capsys, "train", *argv, "--tracking.uri", "http://127.0.0.1:9")
+    assert code == 1
+    assert "http://127.0.0.1:9" in err
+
+
+@pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])
+def test_help_explains_itself(capsys, name):
+    module = importlib.import_module(f"pipelines.{name}")
+    with pytest.raises(SystemExit) as exit_:
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert not exit_.value.code
+    assert f"pipelines/{name}.py" in text
+    assert "--config" in text

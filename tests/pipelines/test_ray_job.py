@@ -1,0 +1,181 @@
+"""`ray job submit` against a real cluster with token authentication, started here on ports of its own."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPO = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+pytestmark = pytest.mark.ray
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Cluster:
+    """A head on loopback; `environment` is what its users need."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="adaconv-t-", dir="/tmp")  # sockets below it: keep it short
+        port, dashboard = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as after `. .venv/bin/activate`
+        }
+        command = [RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
+        command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "4"]
+        command += ["--object-store-memory", "200000000", "--disable-usage-stats", "--temp-dir", self.folder]
+        self.log = Path(self.folder) / "head.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 90
+        while not self._answers():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.5)
+
+    def _answers(self):
+        try:
+            return self.get("/api/jobs/", self.environment["RAY_AUTH_TOKEN"]) == 200
+        except OSError:
+            return False
+
+    def get(self, path, token=None):
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(self.address + path, headers=headers), timeout=5
+            ) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def stop(self):
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
+        _, alive = psutil.wait_procs([psutil.Process(self.process.pid), *family], timeout=10)
+        for process in alive:
+            process.kill()
+        self.process.wait(10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    running = Cluster()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def shards(cluster, photos, paintings, tmp_path_factory):
+    """Two datasets, sharded by jobs: their roots, and the log of one."""
+    root = tmp_path_factory.mktemp("jobs")
+    for source, name in ((photos, "photos"), (paintings, "paintings")):
+        done = submit(
+            cluster,
+            *("python", "pipelines/shard.py", "--config", "conf/shard/smoke.yaml"),
+            *("--source", source, "--output", root / name),
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root, done.stdout
+
+
+def submit(cluster, *entrypoint, environment=None):
+    command = [RAY, "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *map(str, entrypoint)]
+    return subprocess.run(
+        command,
+        cwd=REPO,
+        env=environment or cluster.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_a_shard_job_runs_on_the_cluster(shards):
+    root, log = shards
+    assert json.loads((root / "photos" / "result.json").read_text())["books"]["found"] == 24
+    assert "scan 18/18 | 100 %" in log
+    assert "local cluster" not in log  # it joined the one it was submitted to
+
+
+def test_a_training_and_a_stylization_run_as_jobs(cluster, shards, photos, paintings, tmp_path):
+    root, _ = shards
+    tracking = ("--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    done = submit(
+        cluster,
+        *("python", "pipelines/train.py", "--config", "conf/train/smoke.yaml", *tracking),
+        *("--content", root / "photos", "--style", root / "paintings", "--output", tmp_path / "runs"),
+        *("--train.steps", 4, "--scaling.num-workers", 2),
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    result = json.loads((tmp_path / "runs" / "result.json").read_text())
+    assert (result["step"], result["finished"]) == (4, True)
+    done = submit(
+        cluster,
+        *("python", "pipelines/stylize.py", "--config", "conf/stylize/smoke.yaml", "--model", result["checkpoint"]),
+        *("--content", photos, "--style", paintings, "--limit-contents", 2, "--limit-styles", 2),
+        *("--output", tmp_path / "stylized"),
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert json.loads((tmp_path / "stylized" / "result.json").read_text())["books"]["done"] == 4
+
+
+def test_a_failing_job_fails_with_its_message(cluster, tmp_path):
+    done = submit(cluster, "python", "pipelines/shard.py", "--source", "/nothing/here", "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "--source /nothing/here: expected a folder of images, found nothing there" in done.stdout + done.stderr
+
+
+def test_relative_paths_are_refused_in_a_job(cluster):
+    done = submit(cluster, "python", "pipelines/shard.py", "--source", "tests", "--output", "out")
+    assert done.returncode == 1
+    assert (
+        "--source tests, --output out: a Ray job runs in a copy of the working directory" in done.stdout + done.stderr
+    )
+
+
+def test_a_request_without_the_token_is_refused(cluster):
+    assert cluster.get("/api/jobs/") == 401
+    assert cluster.get("/api/jobs/", "0" * 32) == 403
+    stranger = {**cluster.environment, "RAY_AUTH_MODE": "disabled"}
+    stranger.pop("RAY_AUTH_TOKEN")
+    assert submit(cluster, "python", "-c", "print()", environment=stranger).returncode != 0
+
+
+def test_our_submit_checks_the_size_first_and_takes_over_the_exit_code(cluster, tmp_path):
+    def ours(*arguments, folder=REPO):
+        command = [sys.executable, str(REPO / "pipelines" / "submit.py"), "--address", cluster.address]
+        command += ["--working-dir", str(folder), "--", *arguments]
+        return subprocess.run(
+            command, cwd=REPO, env=cluster.environment, capture_output=True, text=True, check=False, timeout=200
+        )
+
+    done = ours("python", "pipelines/shard.py", "--source", "/nothing/here", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert "the job ended with exit code 1; its log is above" in done.stderr
+    (tmp_path / "large.bin").write_bytes(bytes(101 * 2**20))
+    refused = ours("python", "x.py", folder=tmp_path)
+    assert refused.returncode == 2
+    assert "has 101 MiB that git does not ignore; Ray takes 100 MiB. Largest: large.bin (101 MiB)" in refused.stderr

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+
+from adaconv import checkpoint
+from adaconv.errors import CheckpointError
+from adaconv.model.encoder_weights import fingerprint
+from tests.helpers import TINY_MODEL, save_checkpoint
+
+
+def test_a_network_comes_back_as_it_was(tmp_path):
+    network, uri = save_checkpoint(tmp_path)
+    folder = checkpoint.fetch(uri)
+    again, info = checkpoint.load_network(folder)
+    x, y = torch.rand(2, 1, 3, 32, 32)
+    assert torch.equal(network.eval()(x, y), again(x, y))
+    assert info.step == 7
+    assert info.encoder_fingerprint == fingerprint(network.encoder)
+    assert checkpoint.load_trainer(folder)["moments"].tolist() == [1, 1, 1]
+    assert checkpoint.load_data(folder) == {"seed": 1}
+    assert checkpoint.load_meta(folder)["run_id"] == "r"
+
+
+def test_the_digest_is_the_weights(tmp_path):
+    digests = [
+        checkpoint.load_network(save_checkpoint(tmp_path / name, step)[1])[1].digest
+        for name, step in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_checkpoint_without_its_last_file_is_none(tmp_path):
+    for step in (1, 2):
+        _, uri = save_checkpoint(tmp_path, step)
+    (tmp_path / "step-00000002" / "meta.json").unlink()
+    assert list(checkpoint.steps_in(str(tmp_path))) == [1]
+    with pytest.raises(CheckpointError, match=r"found no meta\.json"):
+        checkpoint.fetch(uri)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "trainer.pt", "data.json"])
+def test_a_changed_byte_is_found(tmp_path, name):
+    _, uri = save_checkpoint(tmp_path)
+    path = tmp_path / "step-00000007" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name} is not the file that was saved"):
+        checkpoint.fetch(uri)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        checkpoint.fetch(uri)
+    assert checkpoint.newest(str(tmp_path)) is None
+
+
+def test_other_formats_and_networks_are_refused(tmp_path):
+    _, uri = save_checkpoint(tmp_path)
+    path = tmp_path / "step-00000007" / "model.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({**described, "format": 99}))
+    with pytest.raises(CheckpointError, match="expected model format 1, found 99"):
+        checkpoint.load_network(uri)
+    path.write_text(json.dumps({**described, "model": {**TINY_MODEL, "descriptor_channels": 9}}))
+    with pytest.raises(CheckpointError, match="does not hold the network"):
+        checkpoint.load_network(uri)
+    (tmp_path / "step-00000007" / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        checkpoint.load_network(uri)
+
+
+def test_the_oldest_go_first(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step)
+    checkpoint.keep_newest(str(tmp_path), 2)
+    assert list(checkpoint.steps_in(str(tmp_path))) == [2, 3]
