@@ -34,7 +34,7 @@ class TrainState:
         if dist.is_initialized() and dist.get_world_size() > 1:
             # No buffer changes in training, and gradients may live in the buckets that are reduced.
             self.transfer = DistributedDataParallel(
-                self.network.transfer, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.network.transfer, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     def trainer_dict(self) -> dict[str, Any]:
