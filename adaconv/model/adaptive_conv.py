@@ -1,15 +1,19 @@
 """The adaptive convolution: each image is filtered with kernels predicted from its own style (paper, section 3.1).
 
-Letters: B batch, C channels, G groups, k kernel size, H W height and width.
+Letters: B batch, C channels, G groups, k kernel size, H W height and width, h = k // 2.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 EPS = 1e-5  # on the variance: 1e-7 on the deviation would amplify the noise of a constant channel 200 times
+
+# oneDNN's vectorised kernels want 8 channels a group; zeros that fill up 2 or 4 to 8 cost less than its plain loops.
+_CPU_GROUP_WIDTH = 8
 
 
 class AdaConvKernels(NamedTuple):
@@ -24,7 +28,7 @@ def adaptive_conv_reference(x: Tensor, kernels: AdaConvKernels, *, groups: int) 
     """What the block is, image by image: instance norm, depthwise convolution, pointwise convolution, bias.
 
     Args:
-        x: (B, C, H, W) content features, any floating dtype.
+        x: (B, C, H, W) content features, any floating dtype; H and W above k // 2.
         kernels: of the same batch.
         groups: G, a divisor of C.
 
@@ -43,18 +47,35 @@ def adaptive_conv_reference(x: Tensor, kernels: AdaConvKernels, *, groups: int) 
 
 
 def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
-    """The same for the whole batch at once.
+    """The same for the whole batch at once, in one convolution.
 
-    A grouped pointwise after a grouped depthwise convolution of the same groups is one grouped convolution, so the two
-    predicted kernels are composed; the batch becomes groups of that one convolution.
+    - A grouped pointwise after a grouped depthwise convolution of the same groups is one grouped convolution: the
+      predicted kernels are composed. The batch becomes groups of that one convolution.
+    - Instance norm is a shift and a scale of each channel. Padding by reflection keeps constants, so the scale moves
+      into the kernel; the shift is made while the map is copied to its padded place, where it costs nothing. (Moved
+      into the bias it would cancel against sums many times its size.)
+    - Both sums that the gradient of instance norm needs over the map are sums over kernels: see `backward`.
+
+    So a map is read for its mean, copied once, and convolved; training keeps that one copy.
+
+    Args:
+        x: (B, C, H, W) content features; H and W above k // 2. Under autocast on a CPU it is computed in float32: there
+            bfloat16 grouped convolutions have slow gradients. Statistics are float32 at least.
+        kernels: of the same batch, or of one style for all of it.
+        groups: G, a divisor of C.
+
+    Returns:
+        (B, C, H, W).
     """
-    batch, channels = x.shape[:2]
-    half = kernels.depthwise.shape[-1] // 2
-    normal = F.instance_norm(x, eps=EPS)
-    padded = F.pad(normal, (half,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, B*C, H+2h, W+2h)
-    weight = compose(kernels, groups=groups).flatten(0, 1)  # (B*C, C/G, k, k)
-    out = F.conv2d(padded, weight, kernels.bias.flatten(), groups=batch * groups)
-    return out.view(batch, channels, *out.shape[-2:])
+    device = x.device.type
+    dtype = x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        kernels = AdaConvKernels(*(k.to(exact).expand(len(x), *k.shape[1:]) for k in kernels))
+        out: Tensor = _AdaptiveConv.apply(x, compose(kernels, groups=groups), kernels.bias, dtype)  # type: ignore[no-untyped-call]
+    return out
 
 
 def compose(kernels: AdaConvKernels, *, groups: int) -> Tensor:
@@ -63,3 +84,123 @@ def compose(kernels: AdaConvKernels, *, groups: int) -> Tensor:
     depthwise = kernels.depthwise.reshape(batch, groups, channels // groups, per_group * size * size)
     pointwise = kernels.pointwise.reshape(batch, groups, channels // groups, per_group)
     return (pointwise @ depthwise).reshape(batch, channels, per_group, size, size)
+
+
+class _AdaptiveConv(torch.autograd.Function):
+    """x (B, C, H, W), weight (B, C, C/G, k, k), bias (B, C), dtype of the convolution -> (B, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        batch, channels, height, width = x.shape
+        half = weight.shape[-1] // 2
+        mean = x.mean(dim=(2, 3), keepdim=True, dtype=weight.dtype)
+        padded = x.new_empty(batch, channels, height + 2 * half, width + 2 * half, dtype=dtype)
+        centred = _inside(padded, half)
+        torch.sub(x, mean, out=centred)
+        _reflect_(padded, half)
+        norm = torch.linalg.vector_norm(centred, dim=(2, 3), dtype=weight.dtype)
+        scale = (norm.square() / (height * width) + EPS).rsqrt()  # (B, C)
+
+        wide = _widen(weight * _per_input(scale, weight), x.device)  # (B*C, C/G or 8, k, k)
+        groups = batch * channels // wide.shape[1]
+        out = F.conv2d(padded.flatten(0, 1)[None], wide.to(dtype), bias.flatten().to(dtype), groups=groups)
+        ctx.save_for_backward(padded, weight, scale)
+        ctx.x_dtype = x.dtype
+        return out.view(batch, channels, height, width)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        # z = scale * (x - mean) is the normalised map and z' its gradient. A kernel's gradient is a sum of products of
+        # gradient and z, so over the map  sum(z' z) = sum over kernels(weight * weight's gradient)  and
+        # sum(z') = sum over kernels(weight * bias's gradient): padding and its adjoint change neither.
+        padded, weight, scale = ctx.saved_tensors
+        batch, channels, height, width = grad.shape
+        half, pixels = weight.shape[-1] // 2, height * width
+        grad_bias = grad.sum(dim=(2, 3), dtype=weight.dtype)
+        scales = _per_input(scale, weight)
+        wide = _widen(weight * scales, grad.device)
+        grad_padded, grad_wide, _ = torch.ops.aten.convolution_backward(
+            grad.to(padded.dtype).contiguous().flatten(0, 1)[None],
+            padded.flatten(0, 1)[None],
+            wide.to(padded.dtype),
+            None,
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            batch * channels // wide.shape[1],
+            [True, True, False],
+        )
+        grad_weight = _narrow(grad_wide, weight.shape).to(weight.dtype) * scales
+
+        of_group = (batch, -1, weight.shape[2], *weight.shape[2:])  # (B, G, out of a group, in of a group, k, k)
+        with_z = (weight * grad_weight).view(of_group).sum(dim=(2, 4, 5)).view(batch, channels, 1, 1)
+        alone = (weight * grad_bias[:, :, None, None, None]).view(of_group).sum(dim=(2, 4, 5)).view(with_z.shape)
+        scale = scale[:, :, None, None]
+        grad_padded = grad_padded.view(padded.shape)
+        _reflect_adjoint_(grad_padded, half)
+        slope, shift = scale.square() * with_z / pixels, scale * alone / pixels
+        grad_x = torch.addcmul(_inside(grad_padded, half), _inside(padded, half), slope.to(padded.dtype), value=-1)
+        return grad_x.sub_(shift).to(ctx.x_dtype), grad_weight, grad_bias, None
+
+
+def _inside(padded: Tensor, half: int) -> Tensor:
+    return padded[..., half : padded.shape[-2] - half, half : padded.shape[-1] - half]
+
+
+def _reflect_(padded: Tensor, half: int) -> None:
+    """Fill the border of a padded map from its inside."""
+    for to, source in _mirrors(padded, half):
+        to.copy_(source)
+
+
+def _reflect_adjoint_(padded: Tensor, half: int) -> None:
+    """Add the border's gradient to the pixels that it was copied from."""
+    for to, source in reversed(_mirrors(padded, half)):
+        source.add_(to)
+
+
+def _mirrors(padded: Tensor, half: int) -> list[tuple[Tensor, Tensor]]:
+    """Lines of the border and the lines they are copied from: columns between the border's rows, then whole rows."""
+    height, width = padded.shape[-2] - 1, padded.shape[-1] - 1
+    middle = padded[..., half : height + 1 - half, :]
+    pairs = []
+    for near in range(half):
+        pairs.append((middle[..., near], middle[..., 2 * half - near]))
+        pairs.append((middle[..., width - near], middle[..., width - 2 * half + near]))
+    for near in range(half):
+        pairs.append((padded[..., near, :], padded[..., 2 * half - near, :]))
+        pairs.append((padded[..., height - near, :], padded[..., height - 2 * half + near, :]))
+    return pairs
+
+
+def _per_input(scale: Tensor, weight: Tensor) -> Tensor:
+    """(B, C) of input channels -> (B, C, C/G, 1, 1), which multiplies the inputs of every output channel."""
+    batch, channels, per_group = weight.shape[:3]
+    of_group = scale.view(batch, channels // per_group, 1, per_group)
+    return of_group.expand(-1, -1, per_group, -1).reshape(batch, channels, per_group, 1, 1)
+
+
+def _widen(weight: Tensor, device: torch.device) -> Tensor:
+    """(B, C, C/G, k, k) -> (B*C, wide, k, k): neighbouring groups joined, with zeros between them, where that is fast."""
+    batch, channels, per_group, *size = weight.shape
+    joined = _CPU_GROUP_WIDTH // per_group
+    if device.type != "cpu" or per_group == 1 or joined < 2 or channels % _CPU_GROUP_WIDTH:
+        return weight.flatten(0, 1)
+    blocks = weight.view(-1, joined, per_group, per_group, *size)
+    wide = weight.new_zeros(len(blocks), joined, per_group, joined, per_group, *size)
+    for index in range(joined):
+        wide[:, index, :, index] = blocks[:, index]
+    return wide.view(batch * channels, _CPU_GROUP_WIDTH, *size)
+
+
+def _narrow(wide: Tensor, shape: torch.Size) -> Tensor:
+    """What `_widen` put in: (B, C, C/G, k, k)."""
+    per_group, size = shape[2], shape[3:]
+    if wide.shape[1] == per_group:
+        return wide.view(shape)
+    joined = wide.shape[1] // per_group
+    blocks = wide.view(-1, joined, per_group, joined, per_group, *size)
+    return torch.stack([blocks[:, index, :, index] for index in range(joined)], dim=1).view(shape)
