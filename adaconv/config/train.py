@@ -131,6 +131,9 @@ class TrainConfig(Config):
             raise ValueError(f"train.global_batch_size ({batch}) must be at least scaling.num_workers ({ranks})")
         if batch % self.data.partitions:
             raise ValueError(f"data.partitions ({self.data.partitions}) must divide train.global_batch_size ({batch})")
+        for channels, groups in zip(reversed(self.encoder.widths), self.model.groups, strict=True):
+            if self.model.architecture == "adaconv" and channels % groups:
+                raise ValueError(f"model.groups ({groups}) must divide the channels of its scale ({channels})")
         return self
 
     def identity(self) -> dict[str, Any]:

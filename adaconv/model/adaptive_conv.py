@@ -185,7 +185,7 @@ def _per_input(scale: Tensor, weight: Tensor) -> Tensor:
 
 
 def _widen(weight: Tensor, device: torch.device) -> Tensor:
-    """(B, C, C/G, k, k) -> (B*C, wide, k, k): neighbouring groups joined, with zeros between them, where that is fast."""
+    """(B, C, C/G, k, k) -> (B*C, wide, k, k): groups joined, with zeros between them, where that is fast."""
     batch, channels, per_group, *size = weight.shape
     joined = _CPU_GROUP_WIDTH // per_group
     if device.type != "cpu" or per_group == 1 or joined < 2 or channels % _CPU_GROUP_WIDTH:

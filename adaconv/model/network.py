@@ -21,7 +21,8 @@ from adaconv.model.encoder import VGGEncoder
 StyleCode = dict[str, Tensor]
 
 _STRIDE = 8  # of relu4_1
-_PREDICTED_SHARE = 0.3
+_SLOPE = 0.01  # of the style encoder's leaky ReLU
+_PREDICTED_SHARE = 0.3  # of the identity, at the start
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -42,12 +43,21 @@ def _initialise(layer: nn.Module, *, std: float | None = None, bias: float = 0.0
 class StyleEncoder(nn.Module):
     """relu4_1 of a style to its descriptor W (Fig. 3): three times convolution, pooling, leaky ReLU; a linear map."""
 
-    def __init__(self, channels: int, descriptor_channels: int, descriptor_size: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        descriptor_channels: int,
+        descriptor_size: int,
+        *,
+        style_block: Literal["conv_pool_act", "conv_act_pool"],
+        descriptor_norm: bool,
+    ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(_conv(channels, channels) for _ in range(3))
         self.shape = (descriptor_channels, descriptor_size, descriptor_size)
         self.linear = nn.Linear(channels * 16, descriptor_channels * descriptor_size**2)
         _initialise(self.linear)
+        self.pool_first, self.descriptor_norm = style_block == "conv_pool_act", descriptor_norm
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) of any size -> (B, S, s, s)."""
@@ -56,91 +66,162 @@ class StyleEncoder(nn.Module):
         if (height, width) != features.shape[-2:]:
             features = F.interpolate(features, size=(height, width), mode="nearest")
         for conv in self.convs:
-            features = F.leaky_relu(F.avg_pool2d(conv(features), 2, ceil_mode=True), 0.01)
+            features = conv(features)
+            if self.pool_first:
+                features = F.leaky_relu(F.avg_pool2d(features, 2, ceil_mode=True), _SLOPE)
+            else:
+                features = F.avg_pool2d(F.leaky_relu(features, _SLOPE), 2, ceil_mode=True)
         features = F.adaptive_avg_pool2d(features, 4)  # changes nothing for a style of 256 px
         descriptor = self.linear(features.flatten(1)).view(-1, *self.shape)
         # The output grows with the square of W's scale (depthwise times pointwise): keep it at one.
-        return F.rms_norm(descriptor, self.shape, eps=EPS)
+        return F.rms_norm(descriptor, self.shape, eps=EPS) if self.descriptor_norm else descriptor
 
 
 class KernelPredictor(nn.Module):
-    """A descriptor to the kernels of one scale; with the paper's groups, 4,608 and 512 weights at each."""
+    """A descriptor to the kernels of one scale (Fig. 2); with the paper's groups, 4,608 and 512 weights at each.
 
-    def __init__(self, descriptor_channels: int, channels: int, groups: int) -> None:
+    A convolution reads the depthwise kernels off the descriptor; pointwise kernels and bias are read off its mean.
+    """
+
+    def __init__(
+        self,
+        descriptor_channels: int,
+        descriptor_size: int,
+        channels: int,
+        groups: int,
+        *,
+        kernel_size: int,
+        predictor_padding: Literal["same", "valid"],
+        predictor_padding_mode: Literal["reflect", "zeros"],
+        identity_base: bool,
+    ) -> None:
         super().__init__()
-        self.channels, self.per_group = channels, channels // groups
-        self.depthwise = _conv(descriptor_channels, channels * self.per_group)
+        same = predictor_padding == "same"
+        if channels % groups:
+            raise ValueError(f"{groups} groups do not divide the {channels} channels of their scale")
+        if descriptor_size < kernel_size or (same and descriptor_size != kernel_size):
+            raise ValueError(
+                f"a descriptor of {descriptor_size}x{descriptor_size} gives no kernels of {kernel_size}x{kernel_size} "
+                f"with predictor_padding {predictor_padding}: it must be {'as large' if same else 'at least as large'}"
+            )
+        self.channels, self.per_group, self.kernel_size = channels, channels // groups, kernel_size
+        # `valid`: each tap of a kernel sees a part of the descriptor of its own, as Fig. 3 draws it.
+        size = 3 if same else descriptor_size - kernel_size + 1
+        self.depthwise = nn.Conv2d(
+            descriptor_channels,
+            channels * self.per_group,
+            size,
+            padding=size // 2 if same else 0,
+            padding_mode=predictor_padding_mode,
+        )
         self.pointwise = nn.Conv2d(descriptor_channels, channels * self.per_group, 1)
         self.bias = nn.Conv2d(descriptor_channels, channels, 1)
-        # What is predicted starts as a small part of the identity below, whatever the number of weights.
-        for conv, size in ((self.depthwise, 9), (self.pointwise, 1), (self.bias, 1)):
+        share = _PREDICTED_SHARE if identity_base else 1.0
+        # Whatever the number of weights, what is predicted has a variance of share^2 over each output's inputs: without
+        # the base, blocks pass on unit variance; with it, they start as a small part of the identity.
+        for conv, taps in ((self.depthwise, kernel_size**2), (self.pointwise, 1), (self.bias, 1)):
             fan_in = conv.weight[0].numel()
-            _initialise(conv, std=_PREDICTED_SHARE / (size * self.per_group * fan_in) ** 0.5)
-        # An identity to start from: the predicted kernels are added to it, so an untrained block is an instance norm.
-        delta = torch.zeros(channels, self.per_group, 3, 3)
-        point = torch.zeros(channels, self.per_group, 1, 1)
-        index = torch.arange(channels)
-        delta[index, index % self.per_group, 1, 1] = 1
-        point[index, index % self.per_group, 0, 0] = 1
-        self.base_depthwise, self.base_pointwise = nn.Parameter(delta), nn.Parameter(point)
+            _initialise(conv, std=share / (taps * self.per_group * fan_in) ** 0.5)
+        self.identity_base = identity_base
+        if identity_base:
+            # The predicted kernels are added to an identity, so an untrained block is little more than instance norm.
+            middle, index = kernel_size // 2, torch.arange(channels)
+            delta = torch.zeros(channels, self.per_group, kernel_size, kernel_size)
+            point = torch.zeros(channels, self.per_group)
+            delta[index, index % self.per_group, middle, middle] = 1
+            point[index, index % self.per_group] = 1
+            self.base_depthwise, self.base_pointwise = nn.Parameter(delta), nn.Parameter(point)
 
     def forward(self, descriptor: Tensor) -> AdaConvKernels:
+        """(B, S, s, s) -> kernels of a batch of B."""
         pooled = descriptor.mean(dim=(2, 3), keepdim=True)
-        shape = (-1, self.channels, self.per_group)
-        return AdaConvKernels(
-            self.depthwise(descriptor).view(*shape, 3, 3) + self.base_depthwise,
-            self.pointwise(pooled).view(*shape, 1, 1) + self.base_pointwise,
-            self.bias(pooled).flatten(1),
-        )
+        shape, size = (-1, self.channels, self.per_group), self.kernel_size
+        depthwise = self.depthwise(descriptor).view(*shape, size, size)
+        pointwise = self.pointwise(pooled).view(*shape, 1, 1)
+        if self.identity_base:
+            depthwise = depthwise + self.base_depthwise
+            pointwise = pointwise + self.base_pointwise[..., None, None]
+        return AdaConvKernels(depthwise, pointwise, self.bias(pooled).flatten(1))
 
 
 class DecoderScale(nn.Module):
-    """The fixed convolutions of one scale, with ReLU after each but the image's."""
+    """The fixed convolutions of one scale, with ReLU after each but the image's; nearest upsampling."""
 
-    def __init__(self, channels: int, out_channels: int, count: int, *, last: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, count: int, *, last: bool, sigmoid: bool) -> None:
         super().__init__()
         widths = [channels] * count + [out_channels]
         self.convs = nn.ModuleList(_conv(a, b) for a, b in itertools.pairwise(widths))
-        self.last = last
+        self.last, self.sigmoid = last, sigmoid
         if last:
-            _initialise(self.convs[-1], std=0.1 / (9 * channels) ** 0.5, bias=0.5)  # start from grey
+            grey = 0.0 if sigmoid else 0.5  # what an untrained network answers
+            _initialise(self.convs[-1], std=0.1 / (9 * channels) ** 0.5, bias=grey)
 
     def forward(self, x: Tensor) -> Tensor:
         for index, conv in enumerate(self.convs):
             x = conv(x)
             if not (self.last and index == len(self.convs) - 1):
                 x = F.relu(x)
-        return x if self.last else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if not self.last:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x.sigmoid() if self.sigmoid else x
 
 
-def _decoder_scales(widths: Sequence[int], decoder_convs: Sequence[int]) -> nn.ModuleList:
+def _decoder_scales(
+    widths: Sequence[int], decoder_convs: Sequence[int], output_activation: Literal["none", "sigmoid"]
+) -> nn.ModuleList:
     """From relu4_1 to the image, coarsest first."""
     scales = list(reversed(widths))
     outs = [*scales[1:], 3]
     return nn.ModuleList(
-        DecoderScale(channels, out, count, last=out == 3)
-        for channels, out, count in zip(scales, outs, decoder_convs, strict=True)
+        DecoderScale(channels, out, count, last=index == len(scales) - 1, sigmoid=output_activation == "sigmoid")
+        for index, (channels, out, count) in enumerate(zip(scales, outs, decoder_convs, strict=True))
     )
 
 
 class AdaConvTransfer(nn.Module):
+    """What is trained of AdaConv: style encoder, kernel predictors, decoder. See build_network for the arguments."""
+
     def __init__(
         self,
         *,
         widths: Sequence[int],
         descriptor_channels: int,
         descriptor_size: int,
+        descriptor_norm: bool,
+        style_block: Literal["conv_pool_act", "conv_act_pool"],
         groups: Sequence[int],
+        kernel_size: int,
+        predictor_padding: Literal["same", "valid"],
+        predictor_padding_mode: Literal["reflect", "zeros"],
+        identity_base: bool,
         decoder_convs: Sequence[int],
+        output_activation: Literal["none", "sigmoid"],
     ) -> None:
         super().__init__()
         scales = list(reversed(widths))
         self.groups = tuple(groups)
-        self.style_encoder = StyleEncoder(scales[0], descriptor_channels, descriptor_size)
-        self.predictors = nn.ModuleList(
-            KernelPredictor(descriptor_channels, c, g) for c, g in zip(scales, groups, strict=True)
+        self.smallest_map = kernel_size // 2 + 1  # a side that reflection can pad for these kernels
+        self.style_encoder = StyleEncoder(
+            scales[0],
+            descriptor_channels,
+            descriptor_size,
+            style_block=style_block,
+            descriptor_norm=descriptor_norm,
         )
-        self.scales = _decoder_scales(widths, decoder_convs)
+        self.predictors = nn.ModuleList(
+            KernelPredictor(
+                descriptor_channels,
+                descriptor_size,
+                channels,
+                of_scale,
+                kernel_size=kernel_size,
+                predictor_padding=predictor_padding,
+                predictor_padding_mode=predictor_padding_mode,
+                identity_base=identity_base,
+            )
+            for channels, of_scale in zip(scales, groups, strict=True)
+        )
+        self.scales = _decoder_scales(widths, decoder_convs, output_activation)
 
     def predict(self, style_features: Tensor) -> StyleCode:
         """(B, C4, h, w) -> everything the decoder needs."""
@@ -166,9 +247,17 @@ class AdaConvTransfer(nn.Module):
 class AdaINTransfer(nn.Module):
     """Means and deviations at relu4_1 (Huang & Belongie, ICCV 2017) and a decoder of the same shape."""
 
-    def __init__(self, *, widths: Sequence[int], decoder_convs: Sequence[int]) -> None:
+    smallest_map = 2
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        decoder_convs: Sequence[int],
+        output_activation: Literal["none", "sigmoid"] = "none",
+    ) -> None:
         super().__init__()
-        self.scales = _decoder_scales(widths, decoder_convs)
+        self.scales = _decoder_scales(widths, decoder_convs, output_activation)
 
     def predict(self, style_features: Tensor) -> StyleCode:
         variance, mean = torch.var_mean(style_features, dim=(2, 3), correction=0)
@@ -193,11 +282,11 @@ class StyleTransferNet(nn.Module):
 
     def encode_content(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) of any size -> relu4_1 of it padded to multiples of 8: (B, C4, ceil(H/8), ceil(W/8))."""
-        return self.encoder.relu4_1(_pad_to_stride(image))
+        return self.encoder.relu4_1(_pad_to_stride(image, smallest_map=self.transfer.smallest_map))
 
     def encode_style(self, image: Tensor) -> StyleCode:
         """(B, 3, h, w) of any size -> everything that `decode` needs of it."""
-        return self.transfer.predict(self.encoder.relu4_1(_pad_to_stride(image)))
+        return self.transfer.predict(self.encoder.relu4_1(_pad_to_stride(image, smallest_map=2)))
 
     def decode(self, content_features: Tensor, code: StyleCode, *, height: int, width: int) -> Tensor:
         """Features of a content of this size, and a code of the same batch or of one -> (B, 3, height, width)."""
@@ -214,15 +303,14 @@ class StyleTransferNet(nn.Module):
         return self.stylize(content, self.encode_style(style))
 
 
-def _pad_to_stride(image: Tensor) -> Tensor:
-    """Reflect to multiples of 8, and to 16 at least, below which the encoder's own reflection has nothing to mirror."""
+def _pad_to_stride(image: Tensor, *, smallest_map: int) -> Tensor:
+    """Reflect to multiples of 8, and so far that relu4_1 has sides that reflection itself can pad."""
     for axis in (-1, -2):
         side = image.shape[axis]
-        target = max(16, -(-side // _STRIDE) * _STRIDE)
-        order = torch.arange(target, device=image.device) % max(1, 2 * side - 2)
-        order = torch.where(order < side, order, 2 * side - 2 - order)
+        target = max(smallest_map, -(-side // _STRIDE)) * _STRIDE
         if target != side:
-            image = image.index_select(axis, order)
+            order = torch.arange(target, device=image.device) % max(1, 2 * side - 2)
+            image = image.index_select(axis, torch.where(order < side, order, 2 * side - 2 - order))
     return image
 
 
@@ -232,28 +320,55 @@ def build_network(
     architecture: Literal["adaconv", "adain"] = "adaconv",
     descriptor_channels: int = 512,
     descriptor_size: int = 3,
+    descriptor_norm: bool = True,
+    style_block: Literal["conv_pool_act", "conv_act_pool"] = "conv_pool_act",
     groups: Sequence[int] = (512, 128, 32, 8),
+    kernel_size: int = 3,
+    predictor_padding: Literal["same", "valid"] = "same",
+    predictor_padding_mode: Literal["reflect", "zeros"] = "reflect",
+    identity_base: bool = True,
     decoder_convs: Sequence[int] = (1, 4, 2, 2),
+    output_activation: Literal["none", "sigmoid"] = "none",
 ) -> StyleTransferNet:
     """The network with fresh weights from torch's generator.
 
     Args:
         encoder: frozen, with its weights.
-        architecture: `adaconv`, or the `adain` baseline.
+        architecture: `adaconv`, or the `adain` baseline, which takes the decoder's arguments alone.
         descriptor_channels: S of the style descriptor W (paper: s_d).
         descriptor_size: its height and width (paper: s_h, s_w).
+        descriptor_norm: divide W by its root mean square.
+        style_block: order of convolution, pooling and leaky ReLU in the style encoder.
         groups: of the adaptive convolutions, coarsest scale first; each divides its scale's channels (paper: n_g).
+        kernel_size: k of the depthwise kernels, odd (paper: k_h, k_w).
+        predictor_padding: `same`: a padded 3x3 convolution over a W of k x k; `valid`: a convolution over a larger W
+            that shrinks it to k x k.
+        predictor_padding_mode: of `same`.
+        identity_base: add the predicted kernels to a learned identity.
         decoder_convs: fixed convolutions of each scale, coarsest first.
+        output_activation: after the last convolution.
+
+    Raises:
+        ValueError: groups do not divide the channels, or W does not give kernels of this size.
     """
     transfer: AdaConvTransfer | AdaINTransfer
     if architecture == "adain":
-        transfer = AdaINTransfer(widths=encoder.widths, decoder_convs=decoder_convs)
+        transfer = AdaINTransfer(
+            widths=encoder.widths, decoder_convs=decoder_convs, output_activation=output_activation
+        )
     else:
         transfer = AdaConvTransfer(
             widths=encoder.widths,
             descriptor_channels=descriptor_channels,
             descriptor_size=descriptor_size,
+            descriptor_norm=descriptor_norm,
+            style_block=style_block,
             groups=groups,
+            kernel_size=kernel_size,
+            predictor_padding=predictor_padding,
+            predictor_padding_mode=predictor_padding_mode,
+            identity_base=identity_base,
             decoder_convs=decoder_convs,
+            output_activation=output_activation,
         )
     return StyleTransferNet(encoder, transfer)
