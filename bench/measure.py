@@ -1,15 +1,20 @@
-"""How a row is measured: ours and a baseline alternate in one process, medians count, and a floor says what is left.
+"""How a row is measured: ours and a baseline alternate, medians count, and a floor says what is left.
 
 A floor is arithmetic or bytes divided by what this machine just did at its best: matrix products, copies.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +22,22 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of one unit of work. `ratio`: how many times as fast as the baseline. `of_floor`: 1 is the limit."""
+    """Seconds of one unit of work. `ratio`: how many times as fast as the baseline. `of_floor`: 1 is the limit.
+
+    `against` says what the baseline is. `flops` and `bytes_moved` are what the work takes at least, and the floor's
+    reasons; peaks are of each side's process, and of its GPU's memory where it has one.
+    """
 
     name: str
     ours: float
     baseline: float
     floor: float
     unit: str
+    against: str = ""
+    flops: float | None = None
+    bytes_moved: float | None = None
+    ours_peak_bytes: int | None = None
+    baseline_peak_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -37,26 +51,121 @@ class Row:
         return {**asdict(self), "ratio": self.ratio, "of_floor": self.of_floor}
 
 
+@dataclass(frozen=True)
+class Side:
+    """One side of a row, in a process of its own: its allocator and its peak of memory are its own.
+
+    `make(**options)` is called once there, and what it returns is measured; both must be picklable. `environment` is
+    what the process starts with, besides what this one has.
+    """
+
+    make: Callable[..., Callable[[], Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Median seconds of a round, and the process's largest memory."""
+
+    seconds: float
+    peak_bytes: int
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def alternate(ours: Callable[[], Any], baseline: Callable[[], Any], *, rounds: int) -> tuple[float, float]:
     """Median seconds of both, run in turns after one unmeasured round: load of other programs falls on both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        for function, taken in zip((ours, baseline), seconds, strict=True):
-            began = _now()
-            function()
-            if number:
-                taken.append(_now() - began)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    ours_seconds, baseline_seconds = _in_turns([lambda: _seconds(ours), lambda: _seconds(baseline)], rounds)
+    return ours_seconds, baseline_seconds
+
+
+def alternate_processes(ours: Side, baseline: Side, *, rounds: int) -> tuple[Taken, Taken]:
+    """The same for two sides in processes of their own, which live side by side; one waits while the other works."""
+    with _process(ours) as ask_ours, _process(baseline) as ask_baseline:
+        seconds = _in_turns([lambda: ask_ours()[0], lambda: ask_baseline()[0]], rounds)
+        peaks = [ask()[1] for ask in (ask_ours, ask_baseline)]
+    of_ours, of_baseline = (Taken(*both) for both in zip(seconds, peaks, strict=True))
+    return of_ours, of_baseline
+
+
+def _in_turns(rounds_of: list[Callable[[], float]], rounds: int) -> list[float]:
+    for once in rounds_of:
+        once()
+    taken = [[once() for once in rounds_of] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+@contextlib.contextmanager
+def _process(side: Side) -> Iterator[Callable[[], tuple[float, int]]]:
+    """Asked, it does one round and answers with its seconds and the process's peak of memory so far."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_answer, args=(there, side), daemon=True)
+    with _environment(side.environment):
+        process.start()
+    there.close()
+
+    def ask() -> tuple[float, int]:
+        here.send(True)
+        try:
+            seconds, peak = here.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"{side} ended with {process.exitcode}; its error is above") from None
+        return seconds, peak
+
+    try:
+        yield ask
+    finally:
+        here.close()
+        process.join(timeout=10)
+        process.kill()
+
+
+def _answer(connection: Connection, side: Side) -> None:
+    work = side.make(**side.options)
+    with contextlib.suppress(EOFError):
+        while connection.recv():
+            seconds = _seconds(work)
+            connection.send((seconds, _peak_bytes()))
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage: a process's largest memory there begins with that of the one it was started from.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    began = _now()
+    function()
+    return _now() - began
 
 
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def floor_seconds(flops: float, bytes_moved: float, dtype: torch.dtype = torch.float32) -> float:
+    """Of work that computes and moves this much, with the two overlapping as they best do."""
+    return max(flops / peak_flops(dtype), bytes_moved / copy_bytes())
 
 
 @cache
@@ -76,9 +185,4 @@ def copy_bytes() -> float:
 
 
 def _best(function: Callable[[], Any]) -> float:
-    taken = []
-    for _ in range(8):
-        began = _now()
-        function()
-        taken.append(_now() - began)
-    return min(taken)
+    return min(_seconds(function) for _ in range(8))

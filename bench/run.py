@@ -19,11 +19,21 @@ import torch
 
 from bench.measure import Row, device
 
-# Row -> the file that measures it.
+_PICTURES = [f"{side}/{precision}" for side in (256, 512, 1024) for precision in ("fp32", "bf16")]
+# Row -> the file that measures it, and the function there if it is not `rows`.
 QUESTIONS = {
     "adaptive_conv/forward": "adaptive_conv",
     "adaptive_conv/train": "adaptive_conv",
+    "train_step/fp32": "train_step:fp32",
+    "train_step/fp32/same_allocator": "train_step:fp32",
+    "train_step/bf16": "train_step:bf16",
+    "train_step/bf16/same_allocator": "train_step:bf16",
+    **{f"stylize/one/{what}": "stylize:one" for what in _PICTURES},
+    **{f"stylize/cached/{what}": "stylize:cached" for what in _PICTURES},
+    **{f"adain/stylize/{what}": "stylize:adain" for what in _PICTURES},
     "stylize/grid": "stylize_grid",
+    "adain/train_step": "train_step:adain",
+    "adain/train_step/same_allocator": "train_step:adain",
     "load": "load",
 }
 
@@ -36,8 +46,8 @@ def machine() -> str:
 
 def line(row: Row) -> str:
     return (
-        f"{row.name:24} {row.ours * 1e3:10.1f} {row.baseline * 1e3:10.1f} {row.ratio:7.2f} "
-        f"{row.floor * 1e3:10.1f} {row.of_floor:8.2f}  {row.unit}"
+        f"{row.name:30} {row.ours * 1e3:10.1f} {row.baseline * 1e3:10.1f} {row.ratio:7.2f} "
+        f"{row.floor * 1e3:10.1f} {row.of_floor:8.2f}  {row.unit}" + (f"; against {row.against}" if row.against else "")
     )
 
 
@@ -56,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected rows of {', '.join(QUESTIONS)}; found {', '.join(unknown)}")
     wanted = [row for row in QUESTIONS if not options.names or row.startswith(tuple(options.names))]
     print(machine())
-    print(f"{'row':24} {'ours ms':>10} {'base ms':>10} {'ratio':>7} {'floor ms':>10} {'of floor':>8}", flush=True)
+    print(f"{'row':30} {'ours ms':>10} {'base ms':>10} {'ratio':>7} {'floor ms':>10} {'of floor':>8}", flush=True)
     measured = []
-    for file in dict.fromkeys(QUESTIONS[row] for row in wanted):
-        for row in importlib.import_module(f"bench.{file}").rows(options.quick):
+    for question in dict.fromkeys(QUESTIONS[row] for row in wanted):
+        file, _, function = question.partition(":")
+        for row in getattr(importlib.import_module(f"bench.{file}"), function or "rows")(options.quick):
             if row.name in wanted:
                 print(line(row), flush=True)
                 measured.append(row.to_dict())

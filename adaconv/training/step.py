@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from adaconv.data.loader import Batch
 from adaconv.errors import NonFiniteError
 from adaconv.training import distributed
 from adaconv.training.losses import style_transfer_losses
 from adaconv.training.schedule import learning_rate
 from adaconv.training.state import TrainState
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # any objects with their attributes serve; torch is all that is needed
     from adaconv.config.model import LossConfig
     from adaconv.config.train import OptimConfig
+    from adaconv.data.loader import Batch
 
 
 @dataclass

@@ -1,0 +1,117 @@
+"""What a part of the network takes: FLOP (multiply-adds times two, of convolutions and linear layers) and values moved.
+
+All counts are of one image, and of square ones of a side that 64 divides. Letters: C channels, k kernel size.
+"""
+
+from dataclasses import dataclass
+
+_VGG_CONVS = (2, 2, 4, 1)  # between two poolings
+_DECODER_CONVS = (1, 4, 2, 2)  # coarsest scale first
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of what is measured. `side`: of content and style, in pixels."""
+
+    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
+    descriptor_channels: int = 512
+    side: int = 256
+
+    @property
+    def groups(self) -> tuple[int, int, int, int]:
+        """Of the adaptive convolutions, coarsest first: 1, 2, 4 and 8 channels each."""
+        one, two, three, four = self.widths
+        return four, three // 2, two // 4, one // 8
+
+
+def encoder_convs(size: Size, side: int) -> list[tuple[int, int, int]]:
+    """Channels in, channels out and side of every convolution up to relu4_1."""
+    convs, channels = [], 3
+    for width, count in zip(size.widths, _VGG_CONVS, strict=True):
+        for _ in range(count):
+            convs.append((channels, width, side))
+            channels = width
+        side //= 2
+    return convs
+
+
+def decoder_convs(size: Size, side: int) -> list[tuple[int, int, int]]:
+    """The same of the decoder's fixed convolutions."""
+    convs = []
+    scales = size.widths[::-1]
+    for scale, (channels, after, count) in enumerate(zip(scales, (*scales[1:], 3), _DECODER_CONVS, strict=True)):
+        of_scale = side // 8 * 2**scale
+        convs += [(channels, channels, of_scale)] * (count - 1) + [(channels, after, of_scale)]
+    return convs
+
+
+def _flops(convs: list[tuple[int, int, int]]) -> float:
+    return sum(2 * 9 * inputs * outputs * side**2 for inputs, outputs, side in convs)
+
+
+def _values(convs: list[tuple[int, int, int]]) -> float:
+    return sum(outputs * side**2 for _, outputs, side in convs)
+
+
+def encoder_flops(size: Size, side: int) -> float:
+    return _flops(encoder_convs(size, side))
+
+
+def style_flops(size: Size) -> float:
+    """relu4_1 of a style to all kernels: three convolutions, the linear layer, four predictors."""
+    channels, descriptor, side = size.widths[-1], size.descriptor_channels, size.side // 8
+    convs = _flops([(channels, channels, side // 2**stage) for stage in range(3)])
+    linear = 2 * channels * 16 * descriptor * 9
+    predictors = 0
+    for width, groups in zip(size.widths[::-1], size.groups, strict=True):
+        predicted = width * width // groups  # pointwise weights; nine times as many depthwise, by a 3x3 convolution
+        predictors += 2 * descriptor * (81 * predicted + predicted + width)
+    return convs + linear + predictors
+
+
+def adaptive_flops(size: Size, side: int) -> float:
+    """Of the four adaptive convolutions, each composed into one."""
+    scales = zip(size.widths[::-1], size.groups, strict=True)
+    return sum(2 * 9 * c * (c // groups) * (side // 8 * 2**scale) ** 2 for scale, (c, groups) in enumerate(scales))
+
+
+def decoder_flops(size: Size, side: int) -> float:
+    return _flops(decoder_convs(size, side)) + adaptive_flops(size, side)
+
+
+def stylize_flops(size: Size, side: int, *, style_cached: bool = False) -> float:
+    """One content of this side with one style."""
+    style = 0 if style_cached else encoder_flops(size, size.side) + style_flops(size)
+    return encoder_flops(size, side) + style + decoder_flops(size, side)
+
+
+def stylize_values(size: Size, side: int, *, style_cached: bool = False) -> float:
+    """Values written and read again: each map once, and an adaptive convolution's output."""
+    adaptive = sum(c * (side // 8 * 2**scale) ** 2 for scale, c in enumerate(size.widths[::-1]))
+    maps = _values(encoder_convs(size, side)) + _values(decoder_convs(size, side)) + adaptive
+    return 2 * (maps + (0 if style_cached else _values(encoder_convs(size, size.side))))
+
+
+def trained_weights(size: Size) -> float:
+    """Without biases, which are few."""
+    channels, descriptor = size.widths[-1], size.descriptor_channels
+    predicted = sum(10 * c * c // groups + c for c, groups in zip(size.widths[::-1], size.groups, strict=True))
+    fixed = sum(9 * inputs * outputs for inputs, outputs, _ in decoder_convs(size, size.side))
+    return 27 * channels**2 + channels * 16 * descriptor * 9 + descriptor * predicted + fixed
+
+
+def train_flops(size: Size) -> float:
+    """One pair: three encodes, back through the last to its image; style encoder and decoder forward and twice back.
+
+    The first convolution of the style encoder passes nothing on to the frozen encoder.
+    """
+    channels, side = size.widths[-1], size.side
+    unused = _flops([(channels, channels, side // 8)])
+    return 4 * encoder_flops(size, side) + 3 * (style_flops(size) + decoder_flops(size, side)) - unused
+
+
+def train_values(size: Size) -> float:
+    """One pair: what a pass forward moves, and twice the stylized image's part of it again on the way back."""
+    forward = stylize_values(size, size.side) + 2 * _values(encoder_convs(size, size.side))
+    back = stylize_values(size, size.side, style_cached=True)  # decoder and the output's encoder
+    return forward + 2 * back
