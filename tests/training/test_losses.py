@@ -36,6 +36,19 @@ def test_losses_are_what_the_formulas_say():
     assert set(found) == {"loss", "content_loss", "style_loss"}
 
 
+def test_statistics_are_torchs_and_so_are_their_gradients():
+    from adaconv.training.losses import _ChannelStatistics, _statistics
+
+    x = features(3)[0].requires_grad_()
+    assert torch.autograd.gradcheck(_ChannelStatistics.apply, (x,))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        # A mean far from zero, where E[x²] - E[x]² would keep three digits of the deviation.
+        wide = (torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0)) + 100).to(memory_format=layout)
+        std, mean = torch.std_mean(wide.double(), dim=(2, 3), correction=0)
+        for found, wanted in zip(_statistics(wide), (mean, std), strict=True):
+            torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=0)
+
+
 def test_nothing_is_lost_where_everything_agrees():
     same = features(0)
     assert losses(same, same[-1], same)["loss"] == 0
