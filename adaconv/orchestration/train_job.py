@@ -29,6 +29,7 @@ from adaconv.data.manifest import open_version
 from adaconv.errors import AdaConvError, JobError
 from adaconv.orchestration.cluster import require_resources
 from adaconv.tracking.tracker import Tracker
+from adaconv.training import allocator
 from adaconv.training.loop import train
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
             # Notes of Ray's own, a new folder for each start; none of them is needed to go on.
             name=f"start-{int(time.time())}-{os.getpid()}",
             storage_path=storage.join(run_folder, "ray"),
+            worker_runtime_env={} if scaling.gpus_per_worker else {"env_vars": allocator.environment()},
             failure_config=FailureConfig(max_failures=scaling.max_restarts, controller_failure_limit=3),
         ),
     )

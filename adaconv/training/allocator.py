@@ -22,8 +22,8 @@ _TUNABLES = {
 def environment() -> dict[str, str]:
     """What a process must find in its environment when it starts, to keep the most memory that it ever used.
 
-    Empty where the C library is not glibc. glibc reads it once, before any code of ours: a running process can no longer
-    be changed wholly, because `mallopt` leaves threads alone that have a heap of their own.
+    Empty where the C library is not glibc. glibc reads it once, before any code of ours; in a running process `mallopt`
+    does not reach threads that already have a heap of their own.
     """
     library, version = platform.libc_ver()
     if library != "glibc":
