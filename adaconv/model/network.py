@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaconv.model.adaptive_conv import EPS, AdaConvKernels, adaptive_conv
-from adaconv.model.encoder import VGGEncoder
+from adaconv.model.encoder import ReflectConv2d, VGGEncoder
 
 StyleCode = dict[str, Tensor]
 
@@ -26,7 +26,7 @@ _PREDICTED_SHARE = 0.3  # of the identity, at the start
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
+    conv = ReflectConv2d(in_channels, out_channels)
     _initialise(conv)
     return conv
 

@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adaconv.errors import WeightsError
-from adaconv.model.encoder import VGGEncoder
+from adaconv.model.encoder import ReflectConv2d, VGGEncoder
 from adaconv.model.encoder_weights import cached_file, fingerprint, load_encoder, normalise_encoder
 
 WIDTHS = (8, 16, 24, 32)
@@ -148,6 +148,27 @@ def test_normalised_features_are_the_old_ones_times_a_factor_per_channel(images)
         torch.testing.assert_close(new, old * factor.view(1, -1, 1, 1), rtol=1e-9, atol=1e-9)
         alive = old.mean(dim=(0, 2, 3)) > 0.1 * old.mean()
         torch.testing.assert_close(new.mean(dim=(0, 2, 3))[alive], torch.ones(int(alive.sum())).double())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_reflect_convolution_is_torchs(autocast):
+    """Outputs to the bit; gradients of bfloat16 up to its rounding."""
+    torch.manual_seed(0)
+    theirs = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")
+    ours = ReflectConv2d(4, 6)
+    ours.load_state_dict(theirs.state_dict())
+    results = []
+    for conv in (ours, theirs):
+        x = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+        x = (x.bfloat16() if autocast else x).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = conv(x)
+        out.float().square().sum().backward()
+        results.append((out, x.grad, conv.weight.grad, conv.bias.grad))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-2 if autocast else 0, atol=1e-2 if autocast else 0)
+    assert torch.equal(results[0][0], results[1][0])
 
 
 def test_the_encoder_is_frozen_and_lets_gradients_through(images):
