@@ -84,11 +84,15 @@ def alternate(ours: Callable[[], Any], baseline: Callable[[], Any], *, rounds: i
 
 def alternate_processes(ours: Side, baseline: Side, *, rounds: int) -> tuple[Taken, Taken]:
     """The same for two sides in processes of their own, which live side by side; one waits while the other works."""
+    peaks = [0, 0]
+
+    def once(number: int, ask: Callable[[], tuple[float, int]]) -> float:
+        seconds, peaks[number] = ask()
+        return seconds
+
     with _process(ours) as ask_ours, _process(baseline) as ask_baseline:
-        seconds = _in_turns([lambda: ask_ours()[0], lambda: ask_baseline()[0]], rounds)
-        peaks = [ask()[1] for ask in (ask_ours, ask_baseline)]
-    of_ours, of_baseline = (Taken(*both) for both in zip(seconds, peaks, strict=True))
-    return of_ours, of_baseline
+        seconds = _in_turns([lambda: once(0, ask_ours), lambda: once(1, ask_baseline)], rounds)
+    return Taken(seconds[0], peaks[0]), Taken(seconds[1], peaks[1])
 
 
 def _in_turns(rounds_of: list[Callable[[], float]], rounds: int) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import build_network
+from adaconv.model.network import StyleCode, build_network
 from bench import work
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import NaotoAdaIN, RElbersAdaConv
@@ -83,10 +83,9 @@ def our_forward(
     network = network.to(device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     content, style = _images(size, side)
 
-    @torch.inference_mode()
-    @torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
-    def stylize(code: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        return network.stylize(content, code or network.encode_style(style))
+    def stylize(code: StyleCode | None) -> Any:
+        with torch.inference_mode(), torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16"):
+            return network.stylize(content, code or network.encode_style(style))
 
     with torch.inference_mode():
         code = network.encode_style(style) if style_cached else None

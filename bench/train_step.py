@@ -54,7 +54,7 @@ def adain(quick: bool) -> Iterable[Row]:
 
 def _rows(name: str, quick: bool, *, baseline: Callable[..., Any] | None = None, **options: Any) -> Iterable[Row]:
     size, batch = (Size((8, 16, 32, 64), 16, 64), 2) if quick else (Size(), 8)
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     shared = {"size": size, "batch": batch}
     dtype = torch.bfloat16 if options.get("precision") == "bfloat16" else torch.float32
     weights = work.trained_weights(size)

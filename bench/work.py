@@ -40,7 +40,7 @@ def decoder_convs(size: Size, side: int) -> list[tuple[int, int, int]]:
     convs = []
     scales = size.widths[::-1]
     for scale, (channels, after, count) in enumerate(zip(scales, (*scales[1:], 3), _DECODER_CONVS, strict=True)):
-        of_scale = side // 8 * 2**scale
+        of_scale = side // 8 << scale
         convs += [(channels, channels, of_scale)] * (count - 1) + [(channels, after, of_scale)]
     return convs
 
@@ -72,7 +72,7 @@ def style_flops(size: Size) -> float:
 def adaptive_flops(size: Size, side: int) -> float:
     """Of the four adaptive convolutions, each composed into one."""
     scales = zip(size.widths[::-1], size.groups, strict=True)
-    return sum(2 * 9 * c * (c // groups) * (side // 8 * 2**scale) ** 2 for scale, (c, groups) in enumerate(scales))
+    return sum(18 * c * (c // groups) * (side // 8 << scale) ** 2 for scale, (c, groups) in enumerate(scales))
 
 
 def decoder_flops(size: Size, side: int) -> float:
@@ -87,7 +87,7 @@ def stylize_flops(size: Size, side: int, *, style_cached: bool = False) -> float
 
 def stylize_values(size: Size, side: int, *, style_cached: bool = False) -> float:
     """Values written and read again: each map once, and an adaptive convolution's output."""
-    adaptive = sum(c * (side // 8 * 2**scale) ** 2 for scale, c in enumerate(size.widths[::-1]))
+    adaptive = sum(c * (side // 8 << scale) ** 2 for scale, c in enumerate(size.widths[::-1]))
     maps = _values(encoder_convs(size, side)) + _values(decoder_convs(size, side)) + adaptive
     return 2 * (maps + (0 if style_cached else _values(encoder_convs(size, size.side))))
 
