@@ -1,7 +1,7 @@
 """Content and style losses in the encoder's feature space (Huang & Belongie, ICCV 2017), and two in pixels; float32."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ def style_transfer_losses(
     *,
     content_weight: float,
     style_weight: float,
+    content_target: Literal["raw", "normalised"] = "raw",
     identity: tuple[Tensor, Tensor] | None = None,
     identity_weight: float = 0.0,
     tv_weight: float = 0.0,
@@ -31,13 +32,18 @@ def style_transfer_losses(
         content_features: relu4_1 of the content.
         style_features: relu1_1 ... relu4_1 of the style.
         content_weight: of the mean squared difference at relu4_1.
-        style_weight: of the squared differences of means and deviations, averaged over channels, summed over maps.
+        style_weight: of the squared differences of means and deviations, averaged over channels, summed over maps: four
+            times the weight of implementations that average over maps.
+        content_target: compare relu4_1 as it is, as the AdaConv implementations do, or instance-normalised: raw
+            features also hold the means and deviations that the style loss asks to change.
         identity: (n, 3, H, W) images in [0, 1], each stylized with itself, and the images: `identity_loss`.
         identity_weight: of their mean squared difference (Park & Lee, CVPR 2019, the first term of equation 9).
         tv_weight: of the mean absolute difference of neighbouring pixels of the output, `tv_loss`; 0 leaves it out.
     """
     with torch.autocast(output.device.type, enabled=False):
-        content_loss = F.mse_loss(output_features[-1].float(), content_features.float())
+        content_loss = F.mse_loss(
+            *(_content(features.float(), content_target) for features in (output_features[-1], content_features))
+        )
         style_loss = output.new_zeros((), dtype=torch.float32)
         for of_output, of_style in zip(output_features, style_features, strict=True):
             for a, b in zip(_statistics(of_output), _statistics(of_style), strict=True):
@@ -51,6 +57,10 @@ def style_transfer_losses(
             losses["tv_loss"] = _total_variation(output.float())
             loss = loss + tv_weight * losses["tv_loss"]
         return {"loss": loss, **losses}
+
+
+def _content(features: Tensor, target: Literal["raw", "normalised"]) -> Tensor:
+    return F.instance_norm(features, eps=EPS) if target == "normalised" else features
 
 
 def _total_variation(image: Tensor) -> Tensor:

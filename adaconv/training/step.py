@@ -104,6 +104,7 @@ def _losses(
             style_features,
             content_weight=loss.content_weight,
             style_weight=loss.style_weight,
+            content_target=loss.content_target,
             identity=None if identity is None else (reconstructed, identity),
             identity_weight=loss.identity_weight,
             tv_weight=loss.tv_weight,

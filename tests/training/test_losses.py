@@ -49,6 +49,15 @@ def test_statistics_are_torchs_and_so_are_their_gradients():
             torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=0)
 
 
+def test_a_normalised_content_target_does_not_see_means_and_deviations():
+    content = features(2)
+    changed = [*content[:-1], content[-1] * 3 + torch.arange(8.0)[:, None, None]]
+    assert losses(changed, content[-1], content)["content_loss"] > 1
+    assert losses(changed, content[-1], content, content_target="normalised")["content_loss"] < 1e-3
+    other = losses(features(5), content[-1], content, content_target="normalised")["content_loss"]
+    assert other > 0.5
+
+
 def test_nothing_is_lost_where_everything_agrees():
     same = features(0)
     assert losses(same, same[-1], same)["loss"] == 0
