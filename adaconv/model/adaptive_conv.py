@@ -74,6 +74,8 @@ def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
     with torch.autocast(device, enabled=False):
         exact = torch.promote_types(x.dtype, torch.float32)
         kernels = AdaConvKernels(*(k.to(exact).expand(len(x), *k.shape[1:]) for k in kernels))
+        if torch.compiler.is_exporting():
+            return _of_plain_operators(x, kernels, groups=groups)
         out: Tensor = _AdaptiveConv.apply(x, compose(kernels, groups=groups), kernels.bias, dtype)  # type: ignore[no-untyped-call]
     return out
 
@@ -84,6 +86,15 @@ def compose(kernels: AdaConvKernels, *, groups: int) -> Tensor:
     depthwise = kernels.depthwise.reshape(batch, groups, channels // groups, per_group * size * size)
     pointwise = kernels.pointwise.reshape(batch, groups, channels // groups, per_group)
     return (pointwise @ depthwise).reshape(batch, channels, per_group, size, size)
+
+
+def _of_plain_operators(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
+    """The same of operators that graph formats have: nothing is written in place."""
+    half = kernels.depthwise.shape[-1] // 2
+    normal = F.instance_norm(x, eps=EPS)
+    padded = F.pad(normal, (half,) * 4, mode="reflect").flatten(0, 1)[None]
+    weight = compose(kernels, groups=groups).flatten(0, 1)
+    return F.conv2d(padded, weight, kernels.bias.flatten(), groups=len(x) * groups).view(x.shape)
 
 
 class _AdaptiveConv(torch.autograd.Function):
@@ -110,7 +121,7 @@ class _AdaptiveConv(torch.autograd.Function):
         return out.view(batch, channels, height, width)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         # z = scale * (x - mean) is the normalised map and z' its gradient. A kernel's gradient is a sum of products of
         # gradient and z, so over the map  sum(z' z) = sum over kernels(weight * weight's gradient)  and

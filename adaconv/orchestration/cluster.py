@@ -58,7 +58,7 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 _temp_dir=temp_dir,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises Exception itself where a node does not come up in time
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
         raise ClusterError(f"cannot connect to {where}: {error}; pipelines/doctor.py checks the cluster") from error
     try:

@@ -42,7 +42,7 @@ def style_transfer_losses(
     """
     with torch.autocast(output.device.type, enabled=False):
         content_loss = F.mse_loss(
-            *(_content(features.float(), content_target) for features in (output_features[-1], content_features))
+            _content(output_features[-1].float(), content_target), _content(content_features.float(), content_target)
         )
         style_loss = output.new_zeros((), dtype=torch.float32)
         for of_output, of_style in zip(output_features, style_features, strict=True):
