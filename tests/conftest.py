@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -11,6 +12,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from adaconv.data.manifest import DatasetVersion
 from adaconv.data.synthetic import generate_paintings, generate_photos
 from tests.helpers import build_version
+
+torch.set_num_threads(1)  # the tests' networks are so small that threads would mostly wait for one another
 
 
 @pytest.fixture(scope="session")
