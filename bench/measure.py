@@ -112,10 +112,10 @@ def _process(side: Side) -> Iterator[Callable[[], tuple[float, int]]]:
     there.close()
 
     def ask() -> tuple[float, int]:
-        here.send(True)
         try:
+            here.send(True)
             seconds, peak = here.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             process.join()
             raise RuntimeError(f"{side} ended with {process.exitcode}; its error is above") from None
         return seconds, peak

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 Widths = tuple[int, int, int, int]
 VGG_WIDTHS: Widths = (64, 128, 256, 512)
+PEERS = {"adaconv": "RElbers' AdaConv", "adain": "naoto0804's AdaIN"}
 _DECODER_CONVS = (1, 4, 2, 2)  # of each scale, coarsest first; an adaptive block counts as its fixed convolution
 
 

@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,22 +20,32 @@ import torch
 
 from bench.measure import Row, device
 
-_PICTURES = [f"{side}/{precision}" for side in (256, 512, 1024) for precision in ("fp32", "bf16")]
-# Row -> the file that measures it, and the function there if it is not `rows`.
-QUESTIONS = {
-    "adaptive_conv/forward": "adaptive_conv",
-    "adaptive_conv/train": "adaptive_conv",
-    "train_step/fp32": "train_step:fp32",
-    "train_step/fp32/same_allocator": "train_step:fp32",
-    "train_step/bf16": "train_step:bf16",
-    "train_step/bf16/same_allocator": "train_step:bf16",
-    **{f"stylize/one/{what}": "stylize:one" for what in _PICTURES},
-    **{f"stylize/cached/{what}": "stylize:cached" for what in _PICTURES},
-    **{f"adain/stylize/{what}": "stylize:adain" for what in _PICTURES},
-    "stylize/grid": "stylize_grid",
-    "adain/train_step": "train_step:adain",
-    "adain/train_step/same_allocator": "train_step:adain",
-    "load": "load",
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+# Row -> the file that measures it, and what its `rows` is told besides; rows told the same are measured together.
+QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adaptive_conv/forward": ("adaptive_conv", {}),
+    "adaptive_conv/train": ("adaptive_conv", {}),
+    **{
+        f"{name}/{label}{suffix}": (
+            "train_step",
+            {"architecture": architecture, "precision": precision, "same_allocator": bool(suffix)},
+        )
+        for name, architecture in (("train_step", "adaconv"), ("adain/train_step", "adain"))
+        for label, precision in _PRECISIONS.items()
+        for suffix in ("", "/same_allocator")
+    },
+    **{
+        f"{name}/{side}/{label}": ("stylize", {**network, "side": side, "precision": precision})
+        for name, network in (
+            ("stylize/one", {}),
+            ("stylize/cached", {"style_cached": True}),
+            ("adain/stylize", {"architecture": "adain"}),
+        )
+        for side in (256, 512, 1024)
+        for label, precision in _PRECISIONS.items()
+    },
+    "stylize/grid": ("stylize_grid", {}),
+    "load": ("load", {}),
 }
 
 
@@ -68,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine())
     print(f"{'row':30} {'ours ms':>10} {'base ms':>10} {'ratio':>7} {'floor ms':>10} {'of floor':>8}", flush=True)
     measured = []
-    for question in dict.fromkeys(QUESTIONS[row] for row in wanted):
-        file, _, function = question.partition(":")
-        for row in getattr(importlib.import_module(f"bench.{file}"), function or "rows")(options.quick):
+    told = [QUESTIONS[row] for row in wanted]
+    for file, how in (question for index, question in enumerate(told) if question not in told[:index]):
+        for row in importlib.import_module(f"bench.{file}").rows(options.quick, **how):
             if row.name in wanted:
                 print(line(row), flush=True)
                 measured.append(row.to_dict())

@@ -18,10 +18,11 @@ from adaconv.training.state import make_state
 from adaconv.training.step import train_step
 from bench import work
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
-from bench.peers import NaotoAdaIN, RElbersAdaConv, naoto_step, relbers_step
-from bench.work import Size
+from bench.peers import PEERS, NaotoAdaIN, RElbersAdaConv, naoto_step, relbers_step
+from bench.work import Size, size_of
 
 Precision = Literal["float32", "bfloat16"]
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 # The defaults of OptimConfig and LossConfig, without pydantic, which a bare GPU machine need not have. The step takes
 # any object with these attributes, and a batch likewise.
@@ -39,63 +40,41 @@ OPTIM = {
 LOSS = {"content_weight": 1.0, "style_weight": 10.0, "identity_weight": 0.0, "tv_weight": 0.0}
 
 
-def fp32(quick: bool) -> Iterable[Row]:
-    return _rows("train_step/fp32", quick, precision="float32")
-
-
-def bf16(quick: bool) -> Iterable[Row]:
-    return _rows("train_step/bf16", quick, precision="bfloat16")
-
-
-def adain(quick: bool) -> Iterable[Row]:
-    """The AdaIN baseline of this system against the reference of AdaIN."""
-    return _rows("adain/train_step", quick, architecture="adain", baseline=naoto)
-
-
-def _rows(name: str, quick: bool, *, baseline: Callable[..., Any] | None = None, **options: Any) -> Iterable[Row]:
-    size, batch = (Size((8, 16, 32, 64), 16, 64), 2) if quick else (Size(), 8)
-    rounds = 1 if quick else 3
+def rows(
+    quick: bool, *, architecture: Literal["adaconv", "adain"], precision: Precision, same_allocator: bool
+) -> Iterable[Row]:
+    size, batch = size_of(architecture, quick=quick), 2 if quick else 8
     shared = {"size": size, "batch": batch}
-    dtype = torch.bfloat16 if options.get("precision") == "bfloat16" else torch.float32
-    weights = work.trained_weights(size)
+    keep = allocator.environment()
+    ours, theirs = alternate_processes(
+        Side(our_step, {**shared, "precision": precision}, keep),
+        Side(peers_step, shared, keep if same_allocator else {}),
+        rounds=1 if quick else 3,
+    )
+    dtype = getattr(torch, precision)
     flops = batch * work.train_flops(size)
     # Weights, gradients and Adam's two moments are read, all but the gradients written.
-    moved = batch * work.train_values(size) * dtype.itemsize + 7 * weights * 4
-    whose = "naoto0804's AdaIN" if baseline is naoto else "RElbers' AdaConv"
-    for suffix, environment, allocated in (
-        ("", {}, "as shipped: float32, the C library's default allocator"),
-        ("/same_allocator", allocator.environment(), "float32, freed memory kept for reuse as ours does"),
-    ):
-        ours, theirs = alternate_processes(
-            Side(our_step, {**shared, **options}, allocator.environment()),
-            Side(baseline or relbers, shared, environment),
-            rounds=rounds,
-        )
-        yield Row(
-            name + suffix,
-            ours.seconds,
-            theirs.seconds,
-            floor_seconds(flops, moved, dtype),
-            unit=f"a step of {batch} at {size.side} px",
-            against=f"{whose}, {allocated}",
-            flops=flops,
-            bytes_moved=moved,
-            ours_peak_bytes=ours.peak_bytes,
-            baseline_peak_bytes=theirs.peak_bytes,
-        )
+    moved = batch * work.train_values(size) * dtype.itemsize + 7 * work.trained_weights(size) * 4
+    yield Row(
+        f"{'adain/' * (architecture == 'adain')}train_step/{SHORT[precision]}{'/same_allocator' * same_allocator}",
+        ours.seconds,
+        theirs.seconds,
+        floor_seconds(flops, moved, dtype),
+        unit=f"a step of {batch} at {size.side} px",
+        against=f"{PEERS[architecture]}, float32, "
+        + ("freed memory kept as ours does" if same_allocator else "as shipped: the C library's default allocator"),
+        flops=flops,
+        bytes_moved=moved,
+        ours_peak_bytes=ours.peak_bytes,
+        baseline_peak_bytes=theirs.peak_bytes,
+    )
 
 
-def our_step(
-    *,
-    size: Size,
-    batch: int,
-    precision: Precision = "float32",
-    architecture: Literal["adaconv", "adain"] = "adaconv",
-) -> Callable[[], Any]:
+def our_step(*, size: Size, batch: int, precision: Precision) -> Callable[[], Any]:
     torch.manual_seed(0)
     network = build_network(
         encoder=VGGEncoder(widths=size.widths),
-        architecture=architecture,
+        architecture=size.architecture,
         descriptor_channels=size.descriptor_channels,
         groups=size.groups,
     )
@@ -107,16 +86,12 @@ def our_step(
     return lambda: train_step(state, pairs, optim=optim, loss=loss)
 
 
-def relbers(*, size: Size, batch: int) -> Callable[[], Any]:
-    network = RElbersAdaConv(widths=size.widths, descriptor_channels=size.descriptor_channels, style_size=size.side).to(
-        device()
-    )
-    step = relbers_step(network)
-    content, style = torch.rand(2, batch, 3, size.side, size.side, device=device())
-    return lambda: step(content, style)
-
-
-def naoto(*, size: Size, batch: int) -> Callable[[], Any]:
-    step = naoto_step(NaotoAdaIN(widths=size.widths).to(device()))
+def peers_step(*, size: Size, batch: int) -> Callable[[], Any]:
+    step: Callable[[torch.Tensor, torch.Tensor], float]
+    if size.architecture == "adain":
+        step = naoto_step(NaotoAdaIN(widths=size.widths).to(device()))
+    else:
+        network = RElbersAdaConv(widths=size.widths, descriptor_channels=size.descriptor_channels, style_size=size.side)
+        step = relbers_step(network.to(device()))
     content, style = torch.rand(2, batch, 3, size.side, size.side, device=device())
     return lambda: step(content, style)

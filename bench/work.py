@@ -4,6 +4,7 @@ All counts are of one image, and of square ones of a side that 64 divides. Lette
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 _VGG_CONVS = (2, 2, 4, 1)  # between two poolings
 _DECODER_CONVS = (1, 4, 2, 2)  # coarsest scale first
@@ -11,8 +12,9 @@ _DECODER_CONVS = (1, 4, 2, 2)  # coarsest scale first
 
 @dataclass(frozen=True)
 class Size:
-    """Of what is measured. `side`: of content and style, in pixels."""
+    """Of what is measured. `side`: of a training pair's images and of every style, in pixels."""
 
+    architecture: Literal["adaconv", "adain"] = "adaconv"
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
     descriptor_channels: int = 512
     side: int = 256
@@ -22,6 +24,11 @@ class Size:
         """Of the adaptive convolutions, coarsest first: 1, 2, 4 and 8 channels each."""
         one, two, three, four = self.widths
         return four, three // 2, two // 4, one // 8
+
+
+def size_of(architecture: Literal["adaconv", "adain"], *, quick: bool) -> Size:
+    """The paper's, or one that shows that a row can be measured."""
+    return Size(architecture, (8, 16, 32, 64), 16, 64) if quick else Size(architecture)
 
 
 def encoder_convs(size: Size, side: int) -> list[tuple[int, int, int]]:
@@ -59,6 +66,8 @@ def encoder_flops(size: Size, side: int) -> float:
 
 def style_flops(size: Size) -> float:
     """relu4_1 of a style to all kernels: three convolutions, the linear layer, four predictors."""
+    if size.architecture == "adain":
+        return 0
     channels, descriptor, side = size.widths[-1], size.descriptor_channels, size.side // 8
     convs = _flops([(channels, channels, side // 2**stage) for stage in range(3)])
     linear = 2 * channels * 16 * descriptor * 9
@@ -71,6 +80,8 @@ def style_flops(size: Size) -> float:
 
 def adaptive_flops(size: Size, side: int) -> float:
     """Of the four adaptive convolutions, each composed into one."""
+    if size.architecture == "adain":
+        return 0
     scales = zip(size.widths[::-1], size.groups, strict=True)
     return sum(18 * c * (c // groups) * (side // 8 << scale) ** 2 for scale, (c, groups) in enumerate(scales))
 
@@ -86,8 +97,9 @@ def stylize_flops(size: Size, side: int, *, style_cached: bool = False) -> float
 
 
 def stylize_values(size: Size, side: int, *, style_cached: bool = False) -> float:
-    """Values written and read again: each map once, and an adaptive convolution's output."""
-    adaptive = sum(c * (side // 8 << scale) ** 2 for scale, c in enumerate(size.widths[::-1]))
+    """Values written and read again: each map once, and what is adapted to the style."""
+    scales = size.widths[::-1] if size.architecture == "adaconv" else size.widths[-1:]
+    adaptive = sum(c * (side // 8 << scale) ** 2 for scale, c in enumerate(scales))
     maps = _values(encoder_convs(size, side)) + _values(decoder_convs(size, side)) + adaptive
     return 2 * (maps + (0 if style_cached else _values(encoder_convs(size, size.side))))
 
@@ -95,8 +107,10 @@ def stylize_values(size: Size, side: int, *, style_cached: bool = False) -> floa
 def trained_weights(size: Size) -> float:
     """Without biases, which are few."""
     channels, descriptor = size.widths[-1], size.descriptor_channels
-    predicted = sum(10 * c * c // groups + c for c, groups in zip(size.widths[::-1], size.groups, strict=True))
     fixed = sum(9 * inputs * outputs for inputs, outputs, _ in decoder_convs(size, size.side))
+    if size.architecture == "adain":
+        return fixed
+    predicted = sum(10 * c * c // groups + c for c, groups in zip(size.widths[::-1], size.groups, strict=True))
     return 27 * channels**2 + channels * 16 * descriptor * 9 + descriptor * predicted + fixed
 
 
@@ -106,7 +120,7 @@ def train_flops(size: Size) -> float:
     The first convolution of the style encoder passes nothing on to the frozen encoder.
     """
     channels, side = size.widths[-1], size.side
-    unused = _flops([(channels, channels, side // 8)])
+    unused = _flops([(channels, channels, side // 8)]) if size.architecture == "adaconv" else 0
     return 4 * encoder_flops(size, side) + 3 * (style_flops(size) + decoder_flops(size, side)) - unused
 
 

@@ -1,19 +1,53 @@
 """That the measurements run and say what they should; never how fast."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import run
+from adaconv.config.model import LossConfig
+from adaconv.config.train import OptimConfig
+from adaconv.model.encoder import VGGEncoder
+from adaconv.model.network import build_network
+from bench import run, train_step, work
+
+
+def measure(folder, *names):
+    assert run.main([*names, "--quick", "--json", str(folder / "rows.json")]) == 0
+    return json.loads((folder / "rows.json").read_text())["rows"]
 
 
 def test_rows_have_a_ratio_and_a_distance_to_the_floor(tmp_path):
-    assert run.main(["load", "adaptive_conv/forward", "--quick", "--json", str(tmp_path / "rows.json")]) == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = measure(tmp_path, "load", "adaptive_conv/forward")
     assert [row["name"] for row in rows] == ["adaptive_conv/forward", "load"]
     for row in rows:
         assert row["ratio"] == row["baseline"] / row["ours"] > 0
         assert row["of_floor"] == row["floor"] / row["ours"] > 0
+
+
+def test_rows_of_two_processes_say_what_the_baseline_is_and_their_peaks(tmp_path):
+    names = ["train_step/bf16/same_allocator", "stylize/cached/256/fp32"]
+    rows = measure(tmp_path, *names)
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert row["ratio"] > 0
+        assert row["flops"] > 0
+        assert row["bytes_moved"] > 0
+        assert min(row["ours_peak_bytes"], row["baseline_peak_bytes"]) > 2**26
+        assert "RElbers' AdaConv" in row["against"]
+    assert "freed memory kept" in rows[0]["against"]
+
+
+def test_a_side_that_fails_ends_the_measurement():
+    from bench.measure import Side, alternate_processes
+
+    fine, broken = Side(sum, {"iterable": ()}), Side(dict, {"a": 1})  # what is made must be callable; neither is
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        alternate_processes(fine, broken, rounds=1)
 
 
 def test_rows_are_listed_and_unknown_ones_refused(capsys):
@@ -22,3 +56,37 @@ def test_rows_are_listed_and_unknown_ones_refused(capsys):
     with pytest.raises(SystemExit) as exit_:
         run.main(["nothing"])
     assert exit_.value.code == 2
+
+
+def test_steps_are_measured_with_the_defaults_that_runs_have():
+    for values, config in ((train_step.OPTIM, OptimConfig()), (train_step.LOSS, LossConfig())):
+        assert values == {name: getattr(config, name) for name in values}
+
+
+def test_torch_and_numpy_are_all_that_the_network_needs_to_be_measured():
+    program = "import sys, bench.train_step, bench.stylize, bench.adaptive_conv; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, check=True, text=True)
+    others = {"ray", "mlflow", "webdataset", "s3fs", "fsspec", "pydantic", "tyro", "PIL", "pyarrow", "safetensors"}
+    assert not others & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize("architecture", ["adaconv", "adain"])
+def test_counted_flops_are_those_that_torch_counts(architecture):
+    size = work.size_of(architecture, quick=True)
+    network = build_network(
+        encoder=VGGEncoder(widths=size.widths),
+        architecture=architecture,
+        descriptor_channels=size.descriptor_channels,
+        groups=size.groups,
+    )
+    side = 128
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        features = network.transfer.predict(network.encoder.relu4_1(torch.rand(1, 3, 256, 256)))
+    style = work.encoder_flops(size, 256) + work.style_flops(work.Size(architecture, size.widths, 16, 256))
+    assert counted.get_total_flops() == style
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        network.stylize(torch.rand(1, 3, side, side), features)
+    whole = work.stylize_flops(size, side, style_cached=True)
+    # Composing the kernels, and whatever way the adaptive convolution takes, is not counted.
+    assert whole - work.adaptive_flops(size, side) <= counted.get_total_flops() <= 1.05 * whole

@@ -1,0 +1,49 @@
+"""One update in bfloat16 against the same in float32; what the options may change and what not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adaconv.config.model import LossConfig
+from adaconv.config.train import OptimConfig
+from adaconv.model.encoder_weights import load_encoder
+from adaconv.model.network import build_network
+from adaconv.training.state import make_state
+from adaconv.training.step import train_step
+
+# Widths as in conf/train/smoke.yaml: bfloat16 keeps three digits, and sums of few values show it most.
+WIDTHS, MODEL = (8, 16, 32, 64), {"descriptor_channels": 16, "groups": (64, 16, 4, 1)}
+
+
+def update(**options):
+    """Losses and gradient norm of the first update, and the losses that the second finds."""
+    torch.manual_seed(0)
+    network = build_network(encoder=load_encoder("seeded:0", widths=WIDTHS), **MODEL)
+    optim = OptimConfig(global_batch_size=4, clip_norm=None, **options)
+    state = make_state(network, optim, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    content, style = torch.randint(0, 256, (2, 4, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    batch = SimpleNamespace(content=content, style=style, content_keys=[], style_keys=[])
+    first, second = (train_step(state, batch, optim=optim, loss=LossConfig()) for _ in range(2))
+    values = {f"first {name}": value.item() for name, value in first.losses.items()}
+    values |= {f"second {name}": value.item() for name, value in second.losses.items()}
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    return values | {"norm": first.gradient_norm}
+
+
+@pytest.fixture(scope="module")
+def float32():
+    return update(channels_last=False)
+
+
+def test_channels_last_changes_nothing_but_rounding(float32):
+    found = update(channels_last=True)
+    for name, value in found.items():  # Adam makes a whole step of any gradient, so the second update differs more
+        assert value == pytest.approx(float32[name], rel=1e-3 if "second" in name else 1e-4), name
+
+
+def test_bfloat16_loses_no_more_than_its_digits(float32):
+    found = update(precision="bfloat16")
+    assert found == pytest.approx(float32, rel=2e-2)
+    assert found != pytest.approx(float32, rel=1e-6)  # it was bfloat16
