@@ -26,13 +26,10 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptive_conv/forward": ("adaptive_conv", {}),
     "adaptive_conv/train": ("adaptive_conv", {}),
     **{
-        f"{name}/{label}{suffix}": (
-            "train_step",
-            {"architecture": architecture, "precision": precision, "same_allocator": bool(suffix)},
-        )
+        f"{name}/{label}{suffix}": ("train_step", {"architecture": architecture, "precision": precision, **how})
         for name, architecture in (("train_step", "adaconv"), ("adain/train_step", "adain"))
         for label, precision in _PRECISIONS.items()
-        for suffix in ("", "/same_allocator")
+        for suffix, how in (("", {}), ("/batch_2", {"batch": 2}), ("/same_allocator", {"same_allocator": True}))
     },
     **{
         f"{name}/{side}/{label}": ("stylize", {**network, "side": side, "precision": precision})

@@ -41,9 +41,14 @@ LOSS = {"content_weight": 1.0, "style_weight": 10.0, "identity_weight": 0.0, "tv
 
 
 def rows(
-    quick: bool, *, architecture: Literal["adaconv", "adain"], precision: Precision, same_allocator: bool
+    quick: bool,
+    *,
+    precision: Precision,
+    architecture: Literal["adaconv", "adain"] = "adaconv",
+    batch: int = 8,
+    same_allocator: bool = False,
 ) -> Iterable[Row]:
-    size, batch = size_of(architecture, quick=quick), 2 if quick else 8
+    size = size_of(architecture, quick=quick)
     shared = {"size": size, "batch": batch}
     keep = allocator.environment()
     ours, theirs = alternate_processes(
@@ -55,8 +60,10 @@ def rows(
     flops = batch * work.train_flops(size)
     # Weights, gradients and Adam's two moments are read, all but the gradients written.
     moved = batch * work.train_values(size) * dtype.itemsize + 7 * work.trained_weights(size) * 4
+    name = "adain/train_step" if architecture == "adain" else "train_step"
+    how = "/same_allocator" if same_allocator else "" if batch == 8 else f"/batch_{batch}"
     yield Row(
-        f"{'adain/' * (architecture == 'adain')}train_step/{SHORT[precision]}{'/same_allocator' * same_allocator}",
+        f"{name}/{SHORT[precision]}{how}",
         ours.seconds,
         theirs.seconds,
         floor_seconds(flops, moved, dtype),

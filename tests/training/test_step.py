@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from adaconv.config.model import LossConfig
 from adaconv.config.train import OptimConfig
@@ -47,3 +48,16 @@ def test_bfloat16_loses_no_more_than_its_digits(float32):
     found = update(precision="bfloat16")
     assert found == pytest.approx(float32, rel=2e-2)
     assert found != pytest.approx(float32, rel=1e-6)  # it was bfloat16
+
+
+@torch.inference_mode()
+def test_a_picture_stylized_in_bfloat16_is_float32s_up_to_its_digits():
+    torch.manual_seed(0)
+    network = build_network(encoder=load_encoder("seeded:0", widths=WIDTHS), **MODEL).eval()
+    content, style = F.interpolate(torch.rand(2, 3, 8, 8), size=(64, 64), mode="bilinear").split(1)
+    wanted = network(content, style)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(content, style).float()
+    assert wanted.std() > 0.05
+    difference = (found - wanted).square().mean().sqrt()  # in the image's [0, 1]
+    assert 1e-4 < difference < 2e-2
