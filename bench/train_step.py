@@ -37,7 +37,13 @@ OPTIM = {
     "micro_batch_size": None,
     "channels_last": True,
 }
-LOSS = {"content_weight": 1.0, "style_weight": 10.0, "identity_weight": 0.0, "tv_weight": 0.0}
+LOSS = {
+    "content_weight": 1.0,
+    "content_target": "raw",
+    "style_weight": 10.0,
+    "identity_weight": 0.0,
+    "tv_weight": 0.0,
+}
 
 
 def rows(
