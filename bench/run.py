@@ -29,7 +29,12 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         f"{name}/{label}{suffix}": ("train_step", {"architecture": architecture, "precision": precision, **how})
         for name, architecture in (("train_step", "adaconv"), ("adain/train_step", "adain"))
         for label, precision in _PRECISIONS.items()
-        for suffix, how in (("", {}), ("/batch_2", {"batch": 2}), ("/same_allocator", {"same_allocator": True}))
+        for suffix, how in (
+            ("", {}),
+            ("/batch_2", {"batch": 2}),
+            ("/same_allocator", {"same_allocator": True}),
+            ("/compiled", {"compiled": True}),
+        )
     },
     **{
         f"{name}/{side}/{label}": ("stylize", {**network, "side": side, "precision": precision})

@@ -36,6 +36,7 @@ OPTIM = {
     "clip_norm": 10.0,
     "micro_batch_size": None,
     "channels_last": True,
+    "compile": False,
 }
 LOSS = {
     "content_weight": 1.0,
@@ -53,12 +54,13 @@ def rows(
     architecture: Literal["adaconv", "adain"] = "adaconv",
     batch: int = 8,
     same_allocator: bool = False,
+    compiled: bool = False,
 ) -> Iterable[Row]:
     size = size_of(architecture, quick=quick)
     shared = {"size": size, "batch": batch}
     keep = allocator.environment()
     ours, theirs = alternate_processes(
-        Side(our_step, {**shared, "precision": precision}, keep),
+        Side(our_step, {**shared, "precision": precision, "compiled": compiled}, keep),
         Side(peers_step, shared, keep if same_allocator else {}),
         rounds=1 if quick else 3,
     )
@@ -67,7 +69,7 @@ def rows(
     # Weights, gradients and Adam's two moments are read, all but the gradients written.
     moved = batch * work.train_values(size) * dtype.itemsize + 7 * work.trained_weights(size) * 4
     name = "adain/train_step" if architecture == "adain" else "train_step"
-    how = "/same_allocator" if same_allocator else "" if batch == 8 else f"/batch_{batch}"
+    how = "/same_allocator" if same_allocator else "/compiled" if compiled else "" if batch == 8 else f"/batch_{batch}"
     yield Row(
         f"{name}/{SHORT[precision]}{how}",
         ours.seconds,
@@ -83,7 +85,7 @@ def rows(
     )
 
 
-def our_step(*, size: Size, batch: int, precision: Precision) -> Callable[[], Any]:
+def our_step(*, size: Size, batch: int, precision: Precision, compiled: bool) -> Callable[[], Any]:
     torch.manual_seed(0)
     network = build_network(
         encoder=VGGEncoder(widths=size.widths),
@@ -91,7 +93,7 @@ def our_step(*, size: Size, batch: int, precision: Precision) -> Callable[[], An
         descriptor_channels=size.descriptor_channels,
         groups=size.groups,
     )
-    optim: Any = SimpleNamespace(**OPTIM, precision=precision, global_batch_size=batch)
+    optim: Any = SimpleNamespace(**{**OPTIM, "compile": compiled}, precision=precision, global_batch_size=batch)
     loss: Any = SimpleNamespace(**LOSS)
     state = make_state(network, optim, device=device())
     content, style = torch.randint(0, 256, (2, batch, 3, size.side, size.side), dtype=torch.uint8)

@@ -62,6 +62,8 @@ class OptimConfig(Config):
     """`bfloat16` runs convolutions under autocast; weights, statistics and losses stay float32."""
     channels_last: bool = True
     """Keep feature maps in memory with channels innermost."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start, with a C++ compiler on CPUs or Triton on GPUs."""
     seed: int = Field(default=0, ge=0)
     """Of the weights, the sample order and the crops."""
     log_every_steps: int = Field(default=10, ge=1)
@@ -141,7 +143,7 @@ class TrainConfig(Config):
         values = self.model_dump(mode="json", include={"encoder", "model", "loss", "data", "train"})
         for name in ("loader_workers", "prefetch_batches", "cache_dir"):
             values["data"].pop(name)
-        for name in ("log_every_steps", "micro_batch_size", "channels_last"):
+        for name in ("log_every_steps", "micro_batch_size", "channels_last", "compile"):
             values["train"].pop(name)
         if self.train.schedule in ("inverse_time", "constant"):
             values["train"].pop("steps")  # these schedules do not look at the end, so a run may be made longer

@@ -74,7 +74,7 @@ def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
     with torch.autocast(device, enabled=False):
         exact = torch.promote_types(x.dtype, torch.float32)
         kernels = AdaConvKernels(*(k.to(exact).expand(len(x), *k.shape[1:]) for k in kernels))
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_compiling():  # or exporting
             return _of_plain_operators(x, kernels, groups=groups)
         out: Tensor = _AdaptiveConv.apply(x, compose(kernels, groups=groups), kernels.bias, dtype)  # type: ignore[no-untyped-call]
     return out
@@ -89,7 +89,7 @@ def compose(kernels: AdaConvKernels, *, groups: int) -> Tensor:
 
 
 def _of_plain_operators(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
-    """The same of operators that graph formats have: nothing is written in place."""
+    """The same of operators that graphs have: a compiler joins normalisation and padding by itself."""
     half = kernels.depthwise.shape[-1] // 2
     normal = F.instance_norm(x, eps=EPS)
     padded = F.pad(normal, (half,) * 4, mode="reflect").flatten(0, 1)[None]

@@ -72,9 +72,11 @@ class StyleEncoder(nn.Module):
             else:
                 features = F.avg_pool2d(F.leaky_relu(features, _SLOPE), 2, ceil_mode=True)
         features = F.adaptive_avg_pool2d(features, 4)  # changes nothing for a style of 256 px
-        descriptor = self.linear(features.flatten(1)).view(-1, *self.shape)
-        # The output grows with the square of W's scale (depthwise times pointwise): keep it at one.
-        return F.rms_norm(descriptor, self.shape, eps=EPS) if self.descriptor_norm else descriptor
+        with torch.autocast(features.device.type, enabled=False):
+            # In float32: a sum of thousands of terms, once a style; its weights are not worth a conversion either.
+            descriptor = self.linear(features.flatten(1).to(self.linear.weight.dtype)).view(-1, *self.shape)
+            # The output grows with the square of W's scale (depthwise times pointwise): keep it at one.
+            return F.rms_norm(descriptor, self.shape, eps=EPS) if self.descriptor_norm else descriptor
 
 
 class KernelPredictor(nn.Module):

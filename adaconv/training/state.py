@@ -51,6 +51,9 @@ def make_state(network: StyleTransferNet, optim: OptimConfig, *, device: torch.d
     network = network.to(device)
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if optim.compile:  # in place: names of weights stay
+        network.encoder.compile()
+        network.transfer.compile()
     style_encoder = getattr(network.transfer, "style_encoder", None)
     slow = list(style_encoder.parameters()) if style_encoder is not None else []
     groups = [

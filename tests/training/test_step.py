@@ -1,5 +1,6 @@
 """One update in bfloat16 against the same in float32; what the options may change and what not."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,15 @@ def test_bfloat16_loses_no_more_than_its_digits(float32):
     found = update(precision="bfloat16")
     assert found == pytest.approx(float32, rel=2e-2)
     assert found != pytest.approx(float32, rel=1e-6)  # it was bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_network_changes_nothing_but_rounding(float32):
+    found = update(compile=True)
+    for name, value in found.items():
+        assert value == pytest.approx(float32[name], rel=1e-3 if "second" in name else 1e-4), name
 
 
 @torch.inference_mode()
