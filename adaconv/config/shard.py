@@ -1,5 +1,7 @@
 """Configuration of pipelines/shard.py: raw images to a dataset version."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from adaconv.config.base import Config
@@ -21,6 +23,10 @@ class RecipeConfig(Config):
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of images that are encoded anew (4:4:4); one that needs no change keeps its bytes."""
 
+    layout: Literal["auto", "wikiart", "plain"] = "auto"
+    """What paths tell besides the label: `wikiart` reads `Style/artist_title.jpg`, `plain` reads nothing; `auto` is
+    `wikiart` in folders that have the name of one of WikiArt's styles, else `plain`."""
+
 
 class BudgetConfig(Config):
     share: float = Field(default=0.01, ge=0, le=1)
@@ -29,10 +35,17 @@ class BudgetConfig(Config):
     """Quarantined images that are always allowed."""
 
 
+class ShardScalingConfig(Config):
+    num_workers: int | None = Field(default=None, ge=1)
+    """Ray tasks at once, a CPU each; None takes every CPU of the cluster. The result does not depend on it."""
+
+
 class ShardConfig(Config):
     source: tuple[str, ...] = Field(min_length=1)
-    """Folders of images, with any folders below them; the folder an image lies in is its label."""
+    """Folders or zip archives of images, here or on s3://, with any folders below them; the folder an image lies in is
+    its label."""
     output: str
     """Root of the dataset: a folder or s3://bucket/prefix."""
     shard: RecipeConfig = RecipeConfig()
     budget: BudgetConfig = BudgetConfig()
+    scaling: ShardScalingConfig = ShardScalingConfig()
