@@ -35,12 +35,16 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Entry:
-    """A file below a folder: `path` is relative to it, with forward slashes; `stamp` changes when the file does."""
+    """A file below a folder: `path` is relative to it, with forward slashes; `stamp` changes when the file does.
+
+    `changed`: when it last did, in seconds since 1970.
+    """
 
     uri: str
     path: str
     bytes: int
     stamp: str
+    changed: float
 
 
 def is_local(uri: str) -> bool:
@@ -95,12 +99,15 @@ def open_binary(uri: str) -> BinaryIO:
     return cast(BinaryIO, _patiently(uri, lambda: _filesystem(uri).open(uri, "rb")))
 
 
-def walk(uri: str) -> Iterator[Entry]:
+def walk(uri: str, *, hidden: bool = False) -> Iterator[Entry]:
     """Every file below a folder, in no particular order and one at a time, so that memory does not grow with them.
 
-    Links are followed, though none in a circle. What begins with a dot is left out, folders as well.
+    Links are followed, though none in a circle. What begins with a dot is left out unless `hidden`, folders as well.
     """
-    yield from _walk_local(uri, "", ()) if is_local(uri) else _walk_objects(uri.rstrip("/"))
+    if is_local(uri):
+        yield from _walk_local(uri, "", (), hidden) if Path(uri).is_dir() else ()
+    else:
+        yield from _walk_objects(uri.rstrip("/"), hidden)
 
 
 def list_directories(uri: str) -> list[str]:
@@ -213,25 +220,27 @@ def local_directory(uri: str) -> Path:
     return target
 
 
-def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hidden: bool) -> Iterator[Entry]:
     this = os.stat(folder)
     if (this.st_dev, this.st_ino) in above:  # a link to a folder that it lies in
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") and not hidden:
                 continue
             if entry.is_dir():
-                yield from _walk_local(entry.path, f"{below}{entry.name}/", (*above, (this.st_dev, this.st_ino)))
+                inside = (*above, (this.st_dev, this.st_ino))
+                yield from _walk_local(entry.path, f"{below}{entry.name}/", inside, hidden)
                 continue
+            path = below + entry.name
             try:
                 status = entry.stat()
-                yield Entry(entry.path, below + entry.name, status.st_size, str(status.st_mtime_ns))
+                yield Entry(entry.path, path, status.st_size, str(status.st_mtime_ns), status.st_mtime)
             except OSError:  # a link to nowhere: found, and for whoever reads it to refuse
-                yield Entry(entry.path, below + entry.name, 0, "")
+                yield Entry(entry.path, path, 0, "", 0.0)
 
 
-def _walk_objects(uri: str) -> Iterator[Entry]:
+def _walk_objects(uri: str, hidden: bool) -> Iterator[Entry]:
     scheme, _, path = uri.partition("://")
     bucket, _, prefix = path.partition("/")
     prefix = prefix and prefix + "/"
@@ -244,9 +253,11 @@ def _walk_objects(uri: str) -> Iterator[Entry]:
         )
         for item in page.get("Contents", ()):
             below = item["Key"][len(prefix) :]
-            # Some clients keep a folder as an empty object of its name.
-            if not below.endswith("/") and not any(part.startswith(".") for part in below.split("/")):
-                yield Entry(f"{scheme}://{bucket}/{item['Key']}", below, item["Size"], item["ETag"].strip('"'))
+            if below.endswith("/"):  # some clients keep a folder as an empty object of its name
+                continue
+            if hidden or not any(part.startswith(".") for part in below.split("/")):
+                name, changed = f"{scheme}://{bucket}/{item['Key']}", item["LastModified"].timestamp()
+                yield Entry(name, below, item["Size"], item["ETag"].strip('"'), changed)
         if not page.get("IsTruncated"):
             return
 
@@ -310,6 +321,7 @@ def _filesystem(uri: str) -> Any:
     if key not in clients:
         options: dict[str, Any] = {}
         if protocol == "s3":
+            logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # tells where credentials come from, each time
             options = {
                 # One attempt of the client's own: pauses are ours, so that all of them together have one bound.
                 "config_kwargs": {"retries": {"total_max_attempts": 1}, "read_timeout": 30, "connect_timeout": 10},

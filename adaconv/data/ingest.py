@@ -85,6 +85,11 @@ def recipe_of(config: RecipeConfig) -> dict[str, Any]:
     return {**config.model_dump(mode="json"), "codecs": codecs}
 
 
+def settings_of(recipe: Mapping[str, Any]) -> RecipeConfig:
+    """The settings within a version's recipe, which holds versions of codecs besides."""
+    return RecipeConfig.model_validate({name: recipe[name] for name in RecipeConfig.model_fields})
+
+
 def check_codecs(recipe: Mapping[str, Any]) -> None:
     """Refuse to work with other codecs than the recipe's: the bytes would be others.
 

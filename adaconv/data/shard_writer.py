@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import tarfile
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from adaconv import storage
 from adaconv.data.ingest import Refusal, Sample, refusal_of
@@ -19,9 +20,6 @@ from adaconv.data.plan import Candidate, ShardPlan, row_of
 from adaconv.data.sources import Found, read_found
 from adaconv.data.verify import check_span
 from adaconv.images import ImageError
-
-if TYPE_CHECKING:
-    import webdataset
 
 _READ_AHEAD = 8  # files on their way from an object store, where each takes its time
 _COPY_BYTES = 2**20
@@ -44,20 +42,19 @@ def write_shard(
     Returns:
         the shard, or None if every image was refused; and a manifest row for each image.
     """
-    import webdataset  # brings torch: three seconds that a worker which only looks at headers need not wait
-
     rows = []
     with tempfile.TemporaryDirectory(prefix="adaconv-shard-") as scratch:
         path = Path(scratch) / "shard.tar"
-        with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+        with tarfile.open(path, "w") as tar:
             read = read_ahead([candidate.found for candidate in plan.candidates])
             for candidate, data in zip(plan.candidates, read, strict=True):
                 row = _write_sample(tar, candidate, data, ingest)
                 rows.append(row)
                 told(1, candidate.found.bytes, row["state"] == "quarantined")
-        if not any(row["state"] != "quarantined" for row in rows):
+        samples = [row for row in rows if row["state"] != "quarantined"]
+        if not samples:
             return None, rows
-        shard = _measure(path, [row for row in rows if row["state"] != "quarantined"])
+        shard = _measure(path, samples)
         storage.publish_file(path, storage.join(root, "shards", shard.name))
     return shard, rows
 
@@ -78,6 +75,7 @@ def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
             for row in rows:
                 span = storage.read_range(old, row["offset"] - HEADER_BYTES, row["span"])
                 check_span(old, row, span)
+                row["offset"] = tar.tell() + HEADER_BYTES
                 tar.write(span)
             tar.write(bytes(2 * tarfile.BLOCKSIZE))
             tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
@@ -116,7 +114,7 @@ def _read(found: Found) -> bytes | ImageError:
         return error
 
 
-def _write_sample(tar: "webdataset.TarWriter", candidate: Candidate, data: bytes | ImageError, ingest: Ingest) -> Row:
+def _write_sample(tar: tarfile.TarFile, candidate: Candidate, data: bytes | ImageError, ingest: Ingest) -> Row:
     if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != candidate.sha256:
         data = ImageError("changed", "its bytes are not those that were there when the job began")
     answer = refusal_of(data) if isinstance(data, ImageError) else ingest(data, candidate.source)
@@ -130,32 +128,39 @@ def _write_sample(tar: "webdataset.TarWriter", candidate: Candidate, data: bytes
         "style": candidate.style,
         "source_size": [candidate.width, candidate.height],
     }
-    tar.write(
-        {
-            "__key__": candidate.key,
-            "jpg": answer.jpeg,
-            "json": json.dumps(described, sort_keys=True, ensure_ascii=False).encode(),
-        }
-    )
-    row = row_of(candidate, "repaired" if answer.repairs else "kept", ",".join(answer.repairs))
-    return {**row, "width": answer.width, "height": answer.height, "phash": answer.phash}
+    start = tar.offset
+    _add(tar, f"{candidate.key}.jpg", answer.jpeg)
+    _add(tar, f"{candidate.key}.json", json.dumps(described, sort_keys=True, ensure_ascii=False).encode())
+    return {
+        **row_of(candidate, "repaired" if answer.repairs else "kept", ",".join(answer.repairs)),
+        "width": answer.width,
+        "height": answer.height,
+        "phash": answer.phash,
+        "offset": start + HEADER_BYTES,
+        "size": len(answer.jpeg),
+        "span": tar.offset - start,
+    }
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A member as webdataset.TarWriter writes it, byte for byte, with a header that says nothing of time or machine.
+
+    Importing that library takes a worker three seconds and 200 MB, for it brings torch.
+    """
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    tar.addfile(member, io.BytesIO(data))
 
 
 def _measure(path: Path, rows: Sequence[Row]) -> Shard:
-    """Complete the rows of a written tar with where each sample lies, and name the shard by its content."""
-    with tarfile.open(path) as tar:
-        members = list(tar)
-    images = [member for member in members if member.name.endswith(".jpg")]
-    last = members[-1]
-    ends = [member.offset for member in images[1:]] + [last.offset_data + -(-last.size // 512) * 512]
+    """Name a written tar by its content, and complete the rows of its samples."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        for row, image, end in zip(rows, images, ends, strict=True):
-            assert image.name == f"{row['key']}.jpg"
-            assert image.offset_data - image.offset == HEADER_BYTES, "a plain header, without extensions"
-            span = file.read(end - image.offset)
+        for row in rows:
+            assert file.tell() == row["offset"] - HEADER_BYTES, "samples lie end to end"
+            span = file.read(row["span"])
             sha256.update(span)
-            row.update(offset=image.offset_data, size=image.size, span=len(span), crc32=zlib.crc32(span))
+            row["crc32"] = zlib.crc32(span)
         for block in _blocks(file):
             sha256.update(block)
         total = file.tell()

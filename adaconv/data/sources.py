@@ -5,12 +5,12 @@ that is made of them depends on the order.
 """
 
 import hashlib
+import posixpath
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal
 
 from adaconv import storage
@@ -82,8 +82,7 @@ class Found:
     @property
     def label(self) -> str:
         """The folders between the source and the file: `Impressionism/monet`, or nothing."""
-        parent = str(PurePosixPath(self.source).parent)
-        return "" if parent == "." else parent
+        return posixpath.dirname(self.source)
 
 
 def artist_and_style(source: str, layout: Layout) -> tuple[str, str]:
@@ -91,11 +90,11 @@ def artist_and_style(source: str, layout: Layout) -> tuple[str, str]:
 
     `auto` takes for WikiArt what lies in a folder with the name of one of its styles.
     """
-    path = PurePosixPath(source)
-    style = path.parent.name
+    folder, name = posixpath.split(source)
+    style = posixpath.basename(folder)
     if layout == "plain" or (layout == "auto" and style not in WIKIART_STYLES):
         return "", ""
-    artist, mark, _ = path.stem.partition("_")
+    artist, mark, _ = posixpath.splitext(name)[0].partition("_")
     return (artist if mark else ""), style
 
 
@@ -109,7 +108,7 @@ def iter_images(sources: Iterable[str], *, flag: str = "--source") -> Iterator[F
         root = storage.absolute(source)
         images = others = 0
         for found in _walk_zip(root, source, flag) if _is_zip(root, source, flag) else _walk_folder(root):
-            if PurePosixPath(found.source).suffix.lower() in EXTENSIONS:
+            if posixpath.splitext(found.source)[1].lower() in EXTENSIONS:
                 images += 1
                 yield found
             else:
@@ -168,7 +167,7 @@ def _is_zip(root: str, source: str, flag: str) -> bool:
         return False
     if not storage.exists(root):
         raise UsageError(f"{flag} {source}: expected a folder of images, found nothing there")
-    if PurePosixPath(root).suffix.lower() != ".zip":
+    if posixpath.splitext(root)[1].lower() != ".zip":
         raise UsageError(f"{flag} {source}: expected a folder of images or a .zip of them, found a file")
     return True
 
@@ -191,7 +190,7 @@ def _walk_zip(root: str, source: str, flag: str) -> Iterator[Found]:
         raise UsageError(
             f"{flag} {source}: expected a zip archive, found a damaged one ({error}); download it again"
         ) from None
-    own = PurePosixPath(root).stem + "/"
+    own = posixpath.splitext(storage.name_of(root))[0] + "/"
     top = own if all(m.filename.startswith(own) for m in members) else ""
     for m in members:
         path = m.filename.removeprefix(top)

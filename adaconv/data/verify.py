@@ -3,7 +3,7 @@
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adaconv import storage
@@ -40,13 +40,14 @@ def verify_manifest(version: DatasetVersion) -> list[Damage]:
     return []
 
 
-def verify_shard(root: str, shard: Shard, rows: Sequence[Row] | None) -> list[Damage]:
+def verify_shard(root: str, shard: Shard, rows_of_shard: Callable[[], Sequence[Row] | None]) -> list[Damage]:
     """A shard against its hash and, where that differs, each of its samples against their own.
 
     Args:
         root: of the dataset.
         shard: as the version lists it.
-        rows: the manifest's of this shard, in the order of the tar; None where the manifest is damaged.
+        rows_of_shard: gives the manifest's rows of this shard, in the order of the tar, or None where the manifest is
+            damaged; asked only if something is wrong.
     """
     file = f"shards/{shard.name}"
     uri = storage.join(root, file)
@@ -56,7 +57,7 @@ def verify_shard(root: str, shard: Shard, rows: Sequence[Row] | None) -> list[Da
         return [Damage(file, f"it is not there; {shard.rows} samples are gone", end=shard.bytes)]
     if hashlib.sha256(data).hexdigest() == shard.sha256:
         return []
-    found = []
+    rows, found = rows_of_shard(), []
     if len(data) != shard.bytes:
         what = f"expected {shard.bytes} bytes, found {len(data)}"
         found.append(Damage(file, what, start=min(len(data), shard.bytes), end=shard.bytes))

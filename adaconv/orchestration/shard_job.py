@@ -29,7 +29,7 @@ import ray
 from adaconv import storage
 from adaconv.config.shard import BudgetConfig, RecipeConfig, ShardConfig
 from adaconv.data.builds import Listing, note_build, result_of
-from adaconv.data.ingest import Header, Refusal, check_codecs, ingest, key_of, look, recipe_of, refusal_of
+from adaconv.data.ingest import Header, Refusal, check_codecs, ingest, key_of, look, recipe_of, refusal_of, settings_of
 from adaconv.data.isolation import IsolatedDecoder
 from adaconv.data.manifest import (
     IN_SHARDS,
@@ -195,11 +195,7 @@ def write_and_note(
     plan = plan_from(storage.read_bytes(storage.join(work, "plan", f"{name}.json")))
     with _decoders(work, name, recipe) as (_, ingest_one):
         shard, rows = write_shard(plan, root, ingest_one, told)
-    described = json.dumps(asdict(shard) if shard else None).encode()
-    with tempfile.TemporaryDirectory(prefix="adaconv-note-") as scratch:
-        note = Path(scratch) / "note.parquet"
-        pq.write_table(table_of(rows).replace_schema_metadata({b"shard": described}), note)
-        storage.publish_file(note, storage.join(work, "shard", f"{name}.parquet"))
+    publish_note(work, name, shard, rows)
     told.close()
     refused = sum(row["state"] == "quarantined" for row in rows)
     return {"name": name, "refused": refused, "memory": _peak_megabytes()}
@@ -221,11 +217,6 @@ def _decoders(
         yield partial(look, recipe=settings), partial(ingest, recipe=settings)
 
 
-def settings_of(recipe: dict[str, Any]) -> RecipeConfig:
-    """The settings within a version's recipe, which holds versions of codecs besides."""
-    return RecipeConfig.model_validate({name: recipe[name] for name in RecipeConfig.model_fields})
-
-
 def _publish(
     plans: list[dict[str, Any]],
     catalog: Catalog,
@@ -237,7 +228,7 @@ def _publish(
     shards = list(parent.shards) if parent else []
     notes = []
     for plan in plans:
-        shard, rows = _read_note(work, plan["name"])
+        shard, rows = read_note(work, plan["name"])
         for row in rows:
             if row["state"] not in IN_SHARDS:
                 catalog.set_outside(row)
@@ -249,7 +240,7 @@ def _publish(
         if parent:
             yield from (row for row in parent.rows() if row["state"] in IN_SHARDS)
         for name in notes:
-            yield from (row for row in _read_note(work, name)[1] if row["state"] in IN_SHARDS)
+            yield from (row for row in read_note(work, name)[1] if row["state"] in IN_SHARDS)
         yield from catalog.outside()
 
     if parent and not catalog.has_news and len(shards) == len(parent.shards):
@@ -258,7 +249,16 @@ def _publish(
     return publish_version(config.output, recipe=recipe, shards=shards, rows=rows_in_order(), parent=parent)
 
 
-def _read_note(work: str, name: str) -> tuple[Shard | None, list[Row]]:
+def publish_note(work: str, name: str, shard: Shard | None, rows: list[Row]) -> None:
+    """Note what a task made, for the driver and for a later start."""
+    described = json.dumps(asdict(shard) if shard else None).encode()
+    with tempfile.TemporaryDirectory(prefix="adaconv-note-") as scratch:
+        note = Path(scratch) / "note.parquet"
+        pq.write_table(table_of(rows).replace_schema_metadata({b"shard": described}), note)
+        storage.publish_file(note, storage.join(work, "shard", f"{name}.parquet"))
+
+
+def read_note(work: str, name: str) -> tuple[Shard | None, list[Row]]:
     with storage.open_binary(storage.join(work, "shard", f"{name}.parquet")) as file:
         table = pq.read_table(file)
     described = json.loads(table.schema.metadata[b"shard"])
