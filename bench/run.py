@@ -25,6 +25,7 @@ QUESTIONS = {
     "adaptive_conv/train": "adaptive_conv",
     "stylize/grid": "stylize_grid",
     "load": "load",
+    "shard": "shard",
 }
 
 

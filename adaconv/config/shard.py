@@ -18,7 +18,7 @@ class RecipeConfig(Config):
     """Images whose shorter side has fewer pixels are quarantined as `too_small`."""
     max_aspect: float = Field(default=8.0, ge=1)
     """Images longer than this many times their shorter side are quarantined as `too_thin`."""
-    max_megapixels: float = Field(default=40.0, gt=0)
+    max_megapixels: float = Field(default=40.0, gt=0, le=178)
     """Images with more pixels (10^6) are quarantined undecoded as `too_many_pixels`."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of images that are encoded anew (4:4:4); one that needs no change keeps its bytes."""
