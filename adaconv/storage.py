@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TRANSIENT = {errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED}
-_LONGEST_PAUSE_SECONDS = 10.0
+_LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _local = threading.local()
 
 
@@ -291,7 +291,7 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
             attempt += 1
             patience = float(os.environ.get("ADACONV_STORAGE_PATIENCE", "60"))
             pause = min(_LONGEST_PAUSE_SECONDS, 0.2 * 2**attempt) * random.uniform(0.5, 1)
-            if time.monotonic() - began + pause > patience:
+            if attempt >= _LEAST_ATTEMPTS and time.monotonic() - began + pause > patience:
                 raise ConnectionError(
                     f"{uri}: no answer in {patience:.0f} s, {attempt} attempts; the last said: {error}. "
                     "See that the server is up and AWS_ENDPOINT_URL right; the same command goes on where this stopped"

@@ -61,7 +61,7 @@ class S3Server:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
             start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-            return [body]
+            return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
         return self._backend(environ, start_response)
 
 

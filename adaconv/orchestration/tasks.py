@@ -28,6 +28,9 @@ class Board:
     def __init__(self) -> None:
         self._of_task: dict[str, tuple[int, int, int]] = {}
 
+    def clear(self) -> None:
+        self._of_task.clear()
+
     def set(self, task: str, images: int, read_bytes: int, refused: int) -> None:
         self._of_task[task] = (images, read_bytes, refused)
 
@@ -85,7 +88,9 @@ def run_tasks(
         return
     quiet_ray_data()
     ray.data.DataContext.get_current().raise_original_map_exception = True
-    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+    # One a driver, for it takes a process: what runs next clears it.
+    board = ray.remote(Board).options(name="board", get_if_exists=True, num_cpus=0, max_restarts=-1).remote()
+    board.clear.remote()
     dataset = ray.data.from_items(list(jobs), override_num_blocks=len(jobs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # there is no other way yet to bound the retries
@@ -101,7 +106,9 @@ def run_tasks(
             yield from mapped.iter_rows()
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (AdaConvError, OSError)):
-                raise error.cause from None
+                # Ray adds advice on its own settings to the message.
+                message, _, _ = str(error.cause).partition("\nFailed to apply UDF transform")
+                raise type(error.cause)(message) from None
             raise
         except ray.exceptions.WorkerCrashedError as error:
             raise JobError(
@@ -128,7 +135,6 @@ class _watched:
         self._thread.join()
         self._look()
         self._progress.close()
-        ray.kill(self._board)
 
     def _watch(self) -> None:
         while not self._over.wait(_ASK_SECONDS):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -221,3 +222,25 @@ def test_no_real_image_is_lost(cluster, tmp_path):
         version.books["kept"] + version.books["repaired"] + version.books["quarantined"] + version.books["duplicate"]
         == version.books["found"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_peak_memory_does_not_grow_with_the_images(cluster, tmp_path):
+    """Ten thousand images against one thousand, in the driver and in the hungriest worker."""
+    peaks = {}
+    for count in (1_000, 10_000):
+        folder = tmp_path / f"raw-{count}"
+        folder.mkdir()
+        draw = np.random.default_rng(count)
+        for number in range(count):
+            pixels = draw.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((100, 80)).save(folder / f"{number:05d}.jpg")
+        root = tmp_path / f"data-{count}"
+        shard(cluster, folder, root, "--shard.target-mb", 1)
+        result = json.loads((root / "result.json").read_text())
+        assert result["books"]["found"] == count
+        peaks[count] = result["peak_memory"]
+    print(peaks)
+    assert peaks[10_000]["driver_mb"] < peaks[1_000]["driver_mb"] + 40
+    assert peaks[10_000]["worker_mb"] < peaks[1_000]["worker_mb"] + 40
