@@ -1,6 +1,7 @@
 """Shards on a real Ray cluster: the same bytes whatever happens, on a disk and on an S3 server."""
 
 import hashlib
+import json
 import random
 import re
 import shutil
