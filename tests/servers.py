@@ -17,7 +17,8 @@ REPO = Path(__file__).parents[1]
 class S3Server:
     """moto's S3 over HTTP, with a switch.
 
-    mode: `up`; `busy`: every second request is answered 503; `down`: nobody listens. What was stored stays stored.
+    mode: `up`; `busy`: every request is answered 503 the first time it is made; `down`: nobody listens. What was stored
+    stays stored.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class S3Server:
 
         self._backend = DomainDispatcherApplication(create_backend_app)
         self._server = None
-        self._count = 0
+        self._refused: set[tuple[str, ...]] = set()
         self.port = 0
         self.mode = "up"
         self.start()
@@ -54,10 +55,11 @@ class S3Server:
         self._server.server_close()
 
     def _answer(self, environ, start_response):
-        self._count += 1
         if self.mode == "down":
             raise ConnectionError("the server is going down")
-        if self.mode == "busy" and self._count % 2:
+        request = tuple(environ.get(name, "") for name in ("REQUEST_METHOD", "RAW_URI", "HTTP_RANGE"))
+        if self.mode == "busy" and request not in self._refused:
+            self._refused.add(request)
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
             start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])

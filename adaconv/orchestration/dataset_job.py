@@ -107,7 +107,7 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
                 yield from rows
             elif touched[name]:
                 yield from read_note(work, name)[1]
-        # What was taken out is of the size of the request; what no shard held before is read again, row by row.
+        # In no shard: what was taken out, and what never was in one.
         gone = [
             excluded(row, reasons[row["key"]], config.why)
             for row in parent.rows()
