@@ -1,6 +1,7 @@
 """Servers on loopback that tests start: an S3 server that can be made to misbehave, and a Ray cluster of its own."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -43,6 +44,7 @@ class S3Server:
     def start(self) -> None:
         from werkzeug.serving import make_server
 
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server("127.0.0.1", self.port, self._answer, threaded=True)
         self.port = self._server.port
         self.mode = "up"
