@@ -51,6 +51,7 @@ def test_a_rerun_changes_nothing_and_starts_no_cluster(cluster, images, undistur
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_missing_shard_is_made_again(cluster, images, undisturbed, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(undisturbed[0], root)
