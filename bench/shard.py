@@ -47,6 +47,8 @@ print("seconds", time.perf_counter() - began)
 def rows(quick: bool) -> list[Row]:
     folder = Path(tempfile.mkdtemp(prefix="adaconv-bench-"))
     count = 30 if quick else 600
+    # Ray lowers the priority of its workers; whatever else this machine does is to fall on all that is compared.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         _draw(folder / "raw", count)
         with connect():
