@@ -24,10 +24,17 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Config)
 
-_PATHS = ("source", "content", "style", "output", "model")  # flags that name data
+_PATHS = ("source", "content", "style", "dataset", "against", "output", "model")  # flags that name data
 
 # Storage failures reach the user as they are: the system's own words name the path.
-_STORAGE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_STORAGE_ERRORS = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+    ConnectionError,
+)
 
 
 def run(

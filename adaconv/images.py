@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from adaconv.errors import AdaConvError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # sharding needs no torch, and a worker that does not import 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 40_000_000
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 
 class ImageError(AdaConvError):
@@ -35,7 +37,7 @@ def open_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Look at the header only; nothing is decoded.
 
     Raises:
-        ImageError: `empty`, `not_an_image` or `too_many_pixels`.
+        ImageError: `empty`, `not_an_image`, `damaged_header` or `too_many_pixels`.
     """
     if not data:
         raise ImageError("empty", "the file has no bytes")
@@ -44,8 +46,10 @@ def open_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded below, by our own limit
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError("too_many_pixels", str(error)) from error
+        raise ImageError("too_many_pixels", f"its header claims far more than {max_pixels} pixels") from error
     except (OSError, SyntaxError, ValueError) as error:
+        if data.startswith(_MAGIC):
+            raise ImageError("damaged_header", "it starts like an image and does not go on like one") from error
         raise ImageError("not_an_image", "no image of a known format starts here") from error
     if image.width * image.height > max_pixels:
         raise ImageError("too_many_pixels", f"{image.width}x{image.height} exceeds {max_pixels} pixels")
@@ -77,7 +81,46 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def is_srgb(profile: bytes) -> bool:
+    """Whether an ICC profile is sRGB by its own description: most are, and converting them would change nothing."""
+    try:
+        return "srgb" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).lower()
+    except (ImageCms.PyCMSError, OSError):
+        return False
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Colours of another profile as sRGB (relative colorimetric, black point compensated); alpha stays.
+
+    Raises:
+        ValueError: the profile cannot be read or is not one of the image's mode.
+    """
+    if image.mode in ("PA", "LA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    try:
+        transform = _to_srgb_transform(image.info["icc_profile"], image.mode)
+        converted = ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise ValueError(f"its ICC profile does not fit: {error}") from error
+    assert converted is not None
+    return converted
+
+
+@lru_cache(maxsize=16)
+def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+        ImageCms.createProfile("sRGB"),
+        mode,
+        "RGBA" if mode == "RGBA" else "RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:

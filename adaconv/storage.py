@@ -3,20 +3,48 @@
 S3 through s3fs; endpoint, region and credentials by the standard AWS variables (AWS_ENDPOINT_URL and the like).
 A local path is written aside, synced and renamed. An object of S3 is whole or absent by itself; a folder there is
 published by the file that readers look for, which is written last.
+
+What a server answers for a while (5xx, throttling, a cut connection, none at all) is tried again with growing pauses,
+for ADACONV_STORAGE_PATIENCE seconds (60) in all, then a ConnectionError names the object and what was the matter.
 """
 
+import errno
+import logging
 import os
+import random
 import shutil
 import tempfile
 import threading
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
-_ATTEMPTS = 8  # botocore retries 5xx and throttling with backoff, each read or write by itself
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_TRANSIENT = {errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED}
+_LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _local = threading.local()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file below a folder: `path` is relative to it, with forward slashes; `stamp` changes when the file does.
+
+    `changed`: when it last did, in seconds since 1970.
+    """
+
+    uri: str
+    path: str
+    bytes: int
+    stamp: str
+    changed: float
 
 
 def is_local(uri: str) -> bool:
@@ -38,21 +66,48 @@ def name_of(uri: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    return bool(_filesystem(uri).exists(uri))
+    return bool(_patiently(uri, lambda: _filesystem(uri).exists(uri)))
+
+
+def is_directory(uri: str) -> bool:
+    return bool(_patiently(uri, lambda: _filesystem(uri).isdir(uri)))
 
 
 def size_of(uri: str) -> int:
-    return int(_filesystem(uri).size(uri))
+    return int(_patiently(uri, lambda: _filesystem(uri).size(uri)))
+
+
+def stamp_of(uri: str) -> str:
+    """Changes when the file does: its time of change here, its ETag on an object store."""
+    if is_local(uri):
+        return str(Path(uri).stat().st_mtime_ns)
+    return str(_patiently(uri, lambda: _filesystem(uri).info(uri))["ETag"]).strip('"')
 
 
 def read_bytes(uri: str) -> bytes:
-    data: bytes = _filesystem(uri).cat_file(uri)
+    data: bytes = _patiently(uri, lambda: _filesystem(uri).cat_file(uri))
     return data
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    data: bytes = _filesystem(uri).cat_file(uri, start=offset, end=offset + size)
+    data: bytes = _patiently(uri, lambda: _filesystem(uri).cat_file(uri, start=offset, end=offset + size))
     return data
+
+
+def open_binary(uri: str) -> BinaryIO:
+    """The file for reading at any place; on an object store each read fetches what it needs."""
+    return cast(BinaryIO, _patiently(uri, lambda: _filesystem(uri).open(uri, "rb")))
+
+
+def walk(uri: str, *, hidden: bool = False) -> Iterator[Entry]:
+    """Every file below a folder, in no particular order and one at a time, so that memory does not grow with them.
+
+    Links are followed, though none in a circle. What begins with a dot is left out unless `hidden`, folders as well.
+    """
+    if is_local(uri):
+        yield from _walk_local(uri, "", (), hidden) if Path(uri).is_dir() else ()
+    else:
+        yield from _walk_objects(uri.rstrip("/"), hidden)
 
 
 def list_directories(uri: str) -> list[str]:
@@ -68,7 +123,7 @@ def list_files(uri: str) -> list[str]:
 def publish_bytes(uri: str, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none, whenever this process is killed."""
     if not is_local(uri):
-        _filesystem(uri).pipe_file(uri, data)
+        _patiently(uri, lambda: _filesystem(uri).pipe_file(uri, data))
         return
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +141,7 @@ def publish_bytes(uri: str, data: bytes) -> None:
 def publish_file(path: Path, uri: str) -> None:
     """Copy a local file to where readers see all of it or none."""
     if not is_local(uri):
-        _filesystem(uri).put_file(str(path), uri)
+        _patiently(uri, lambda: _filesystem(uri).put_file(str(path), uri))
         return
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,17 +181,16 @@ def publish_directory(source: Path, uri: str, *, last: str) -> None:
 
 
 def remove(uri: str) -> None:
-    filesystem = _filesystem(uri)
-    if filesystem.exists(uri):
-        filesystem.rm_file(uri)
+    if exists(uri):
+        _patiently(uri, lambda: _filesystem(uri).rm_file(uri))
 
 
-def remove_directory(uri: str, *, first: str) -> None:
-    """Remove a folder, beginning with the file that says that it is whole."""
-    remove(join(uri, first))
-    filesystem = _filesystem(uri)
-    if filesystem.exists(uri):
-        filesystem.rm(uri, recursive=True)
+def remove_directory(uri: str, *, first: str | None = None) -> None:
+    """Remove a folder, beginning with the file that says that it is whole, where there is one."""
+    if first is not None:
+        remove(join(uri, first))
+    if exists(uri):
+        _patiently(uri, lambda: _filesystem(uri).rm(uri, recursive=True))
 
 
 def local_copy(uri: str, *, cache_dir: str | None = None) -> Path:
@@ -149,7 +203,7 @@ def local_copy(uri: str, *, cache_dir: str | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
         try:
-            _filesystem(uri).get_file(uri, str(aside))
+            _patiently(uri, lambda: _filesystem(uri).get_file(uri, str(aside)))
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
@@ -162,20 +216,101 @@ def local_directory(uri: str) -> Path:
         return Path(uri)
     target = Path(tempfile.mkdtemp(prefix="adaconv-fetch-"))
     for file in list_files(uri):
-        _filesystem(uri).get_file(file, str(target / name_of(file)))
+        (target / name_of(file)).write_bytes(read_bytes(file))
     return target
 
 
+def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hidden: bool) -> Iterator[Entry]:
+    this = os.stat(folder)
+    if (this.st_dev, this.st_ino) in above:  # a link to a folder that it lies in
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") and not hidden:
+                continue
+            if entry.is_dir():
+                inside = (*above, (this.st_dev, this.st_ino))
+                yield from _walk_local(entry.path, f"{below}{entry.name}/", inside, hidden)
+                continue
+            path = below + entry.name
+            try:
+                status = entry.stat()
+                yield Entry(entry.path, path, status.st_size, str(status.st_mtime_ns), status.st_mtime)
+            except OSError:  # a link to nowhere: found, and for whoever reads it to refuse
+                yield Entry(entry.path, path, 0, "", 0.0)
+
+
+def _walk_objects(uri: str, hidden: bool) -> Iterator[Entry]:
+    scheme, _, path = uri.partition("://")
+    bucket, _, prefix = path.partition("/")
+    prefix = prefix and prefix + "/"
+    page: dict[str, Any] = {}
+    while True:
+        more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
+        page = _patiently(
+            uri,
+            lambda: _filesystem(uri).call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more),  # noqa: B023
+        )
+        for item in page.get("Contents", ()):
+            below = item["Key"][len(prefix) :]
+            if below.endswith("/"):  # some clients keep a folder as an empty object of its name
+                continue
+            if hidden or not any(part.startswith(".") for part in below.split("/")):
+                name, changed = f"{scheme}://{bucket}/{item['Key']}", item["LastModified"].timestamp()
+                yield Entry(name, below, item["Size"], item["ETag"].strip('"'), changed)
+        if not page.get("IsTruncated"):
+            return
+
+
 def _entries(uri: str, kind: str) -> list[str]:
-    filesystem = _filesystem(uri)
-    if not filesystem.exists(uri):
+    if not exists(uri):
         return []
-    filesystem.invalidate_cache(uri)
     scheme = "" if is_local(uri) else uri.partition("://")[0] + "://"
-    found = [entry for entry in filesystem.ls(uri, detail=True) if entry["type"] == kind]
+    found = _patiently(uri, lambda: _filesystem(uri).ls(uri, detail=True))
+    found = [entry for entry in found if entry["type"] == kind]
     # Some clients of S3 keep a folder as an empty object of its name.
     names = [entry["name"].rstrip("/") for entry in found if entry["name"].rstrip("/") != uri.rstrip("/")]
     return sorted(scheme + name for name in names if not name_of(name).startswith("."))
+
+
+def _patiently(uri: str, call: Callable[[], T]) -> T:
+    """Do it again, after growing pauses, while a server's answer is one that passes.
+
+    Raises:
+        ConnectionError: it did not pass.
+    """
+    if is_local(uri):
+        return call()
+    began, attempt = time.monotonic(), 0
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not _passes(error):
+                raise
+            attempt += 1
+            patience = float(os.environ.get("ADACONV_STORAGE_PATIENCE", "60"))
+            pause = min(_LONGEST_PAUSE_SECONDS, 0.2 * 2**attempt) * random.uniform(0.5, 1)
+            if attempt >= _LEAST_ATTEMPTS and time.monotonic() - began + pause > patience:
+                raise ConnectionError(
+                    f"{uri}: no answer in {patience:.0f} s, {attempt} attempts; the last said: {error}. "
+                    "See that the server is up and AWS_ENDPOINT_URL right; the same command goes on where this stopped"
+                ) from error
+            log.debug("%s: %s; trying again in %.1f s", uri, error, pause)
+            time.sleep(pause)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an answer of an object store may be another one in a moment."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+        return False
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT:
+        return True
+    # Clients of the network raise their own: aiohttp where a body is cut, botocore where nobody answers.
+    roots = {kind.__module__.partition(".")[0] + "." + kind.__name__ for kind in type(error).__mro__}
+    return bool(roots & {"aiohttp.ClientError", "botocore.HTTPClientError", "botocore.ConnectionError"})
 
 
 def _filesystem(uri: str) -> Any:
@@ -186,8 +321,10 @@ def _filesystem(uri: str) -> Any:
     if key not in clients:
         options: dict[str, Any] = {}
         if protocol == "s3":
+            logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # tells where credentials come from, each time
             options = {
-                "config_kwargs": {"retries": {"max_attempts": _ATTEMPTS, "mode": "standard"}, "read_timeout": 30},
+                # One attempt of the client's own: pauses are ours, so that all of them together have one bound.
+                "config_kwargs": {"retries": {"total_max_attempts": 1}, "read_timeout": 30, "connect_timeout": 10},
                 "skip_instance_cache": True,
                 "use_listings_cache": False,
             }

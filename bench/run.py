@@ -48,6 +48,7 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "stylize/grid": ("stylize_grid", {}),
     "load": ("load", {}),
+    "shard": ("shard", {}),
 }
 
 

@@ -5,35 +5,54 @@
 The same images and recipe give the same bytes. The same command again goes on where it was broken off.
 """
 
+import logging
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from adaconv import cli
 from adaconv.config.shard import ShardConfig
 
+log = logging.getLogger(__name__)
+
 
 def plan(config: ShardConfig) -> str:
-    from adaconv.data.sources import list_images
+    from adaconv.data.sources import iter_images
 
-    found = list_images(config.source)
+    images, megabytes = 0, 0.0
+    for found in iter_images(config.source):
+        images, megabytes = images + 1, megabytes + found.bytes / 1e6
     sources = ", ".join(config.source)
-    return f"{len(found)} images from {sources} to shards of {config.shard.target_mb:g} MB in {config.output}"
+    return (
+        f"{images} images, {megabytes:.0f} MB from {sources} to shards of {config.shard.target_mb:g} MB, "
+        f"{megabytes / config.shard.target_mb + 1:.0f} at most, in {config.output}"
+    )
 
 
 def execute(config: ShardConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.data.sources import list_images
+    from adaconv.data.builds import finished_version, result_of, spill_listing
+    from adaconv.data.ingest import recipe_of
+    from adaconv.data.sources import iter_images
     from adaconv.orchestration.cluster import connect
 
-    list_images(config.source)  # a typo is answered before a cluster is started
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
-    config = config.model_copy(update={"output": storage.absolute(config.output)})
-    with connect():
-        from adaconv.orchestration.shard_job import run_shard_job
+    absolute = {"output": storage.absolute(config.output), "source": tuple(map(storage.absolute, config.source))}
+    config = config.model_copy(update=absolute)
+    with tempfile.TemporaryDirectory(prefix="adaconv-listing-") as scratch:
+        listing = spill_listing(iter_images(config.source), Path(scratch))
+        log.info("%d images, %.1f MB in %s", listing.images, listing.bytes / 1e6, ", ".join(config.source))
+        finished = finished_version(config.output, listing.build(recipe_of(config.shard), None))
+        if finished:
+            log.info("nothing to do: this build is version %s", finished.version)
+            return {**result_of(finished), "made": 0}
+        with connect():
+            from adaconv.orchestration.shard_job import run_shard_job
 
-        return run_shard_job(config)
+            return run_shard_job(config, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,18 +1,19 @@
 """What several tests make."""
 
+import hashlib
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 
 from adaconv import checkpoint
 from adaconv.config.shard import RecipeConfig
-from adaconv.data.ingest import key_of
-from adaconv.data.manifest import MANIFEST, DatasetVersion, publish_version
+from adaconv.data.ingest import Header, ingest, key_of, look, recipe_of
+from adaconv.data.manifest import IN_SHARDS, DatasetVersion, publish_version
 from adaconv.data.plan import Candidate, plan_shards
-from adaconv.data.shard_writer import row_of, write_shard
-from adaconv.data.sources import list_images
-from adaconv.images import open_header
+from adaconv.data.shard_writer import write_shard
+from adaconv.data.sources import Found, iter_images, read_found
 from adaconv.model.encoder_weights import fingerprint, load_encoder
 from adaconv.model.network import StyleTransferNet, build_network
 
@@ -43,19 +44,23 @@ def save_checkpoint(folder: Path, step: int = 7) -> tuple[StyleTransferNet, str]
 
 def build_version(folder: Path, root: str, recipe: RecipeConfig = RECIPE) -> DatasetVersion:
     """A dataset version in this process, through the parts that the job runs on Ray."""
-    candidates = []
-    for found in list_images((str(folder),)):
-        data = Path(found.uri).read_bytes()
-        width, height = open_header(data).size
-        key = key_of(data)
-        candidates.append(Candidate(key, found.uri, found.source, found.label, key * 2, len(data), width, height))
-    plans, duplicates = plan_shards(candidates, recipe)
-    rows = [row_of(left, "duplicate", "of") for left, _ in duplicates]
-    shards = []
-    for plan in plans:
-        shard, of_shard = write_shard(plan, recipe, root)
-        rows += of_shard
+    shards, in_shards, outside = [], [], []
+    for plan in plan_shards(look_at(iter_images((str(folder),)), recipe), recipe, duplicate=lambda c: None):
+        shard, rows = write_shard(plan, root, partial(ingest, recipe=recipe))
+        in_shards += [row for row in rows if row["state"] in IN_SHARDS]
+        outside += [row for row in rows if row["state"] not in IN_SHARDS]
         if shard:
             shards.append(shard)
-    table = pa.Table.from_pylist(rows, schema=MANIFEST)
-    return publish_version(root, recipe=recipe.model_dump(mode="json"), shards=shards, rows=table)
+    return publish_version(root, recipe=recipe_of(recipe), shards=shards, rows=[*in_shards, *outside])
+
+
+def look_at(found: Iterable[Found], recipe: RecipeConfig = RECIPE) -> list[Candidate]:
+    """Candidates of images whose headers are good, sorted as plans want them."""
+    candidates = []
+    for one in found:
+        data = read_found(one)
+        header = look(data, recipe)
+        assert isinstance(header, Header)
+        sha256 = hashlib.sha256(data).hexdigest()
+        candidates.append(Candidate(key_of(data), sha256, one, one.label, "", "", header.width, header.height))
+    return sorted(candidates, key=lambda candidate: (candidate.key, candidate.source))

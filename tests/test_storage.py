@@ -6,31 +6,24 @@ from pathlib import Path
 import pytest
 
 from adaconv import storage
+from tests.servers import S3Server
 
 
 @pytest.fixture(scope="module")
 def s3_server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+    server = S3Server()
+    yield server
     server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
-def root(request, tmp_path, monkeypatch):
-    if request.param == "local":
-        yield str(tmp_path)
-        return
-    endpoint = request.getfixturevalue("s3_server")
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+def root(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def bucket(request, s3_server, monkeypatch):
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     storage._local.__dict__.clear()
     import boto3
@@ -117,3 +110,47 @@ def test_paths_become_absolute_and_uris_stay(monkeypatch, tmp_path):
     assert storage.absolute("~/runs") == str(Path.home() / "runs")
     assert storage.absolute("s3://b/runs/") == "s3://b/runs"
     assert storage.join("s3://b/p/", "x", "y") == "s3://b/p/x/y"
+
+
+def test_every_file_below_a_folder_is_walked(root):
+    names = ["a.jpg", "b/c.jpg", "b/d/e é.jpg", "b/.hidden", ".folder/f.jpg"]
+    for name in names:
+        storage.publish_bytes(storage.join(root, name), name.encode())
+    found = {entry.path: entry for entry in storage.walk(root)}
+    assert sorted(found) == names[:3]
+    assert sorted(entry.path for entry in storage.walk(root, hidden=True)) == sorted(names)
+    assert storage.read_bytes(found["b/d/e é.jpg"].uri) == names[2].encode()
+    assert found["b/c.jpg"].bytes == 7
+    storage.publish_bytes(storage.join(root, "a.jpg"), b"other")
+    assert {entry.path: entry for entry in storage.walk(root)}["a.jpg"].stamp != found["a.jpg"].stamp
+    assert list(storage.walk(storage.join(root, "nothing"))) == []
+
+
+def test_more_files_than_a_page_are_walked(bucket):
+    for number in range(1005):
+        storage._filesystem(bucket).pipe_file(f"{bucket}/{number}", b"")
+    assert {int(entry.path) for entry in storage.walk(bucket)} == set(range(1005))
+
+
+def test_a_server_that_is_busy_is_asked_again(bucket, s3_server):
+    s3_server.mode = "busy"
+    try:
+        for number in range(5):
+            storage.publish_bytes(f"{bucket}/{number}", b"x" * number)
+            assert storage.read_bytes(f"{bucket}/{number}") == b"x" * number
+            assert storage.exists(f"{bucket}/{number}")
+    finally:
+        s3_server.mode = "up"
+
+
+def test_a_server_that_is_gone_is_named_soon_and_one_that_comes_back_is_found(bucket, s3_server, monkeypatch):
+    monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "1")
+    storage.publish_bytes(f"{bucket}/a", b"kept")
+    s3_server.stop()
+    try:
+        for call in (storage.read_bytes, storage.exists, lambda uri: storage.publish_bytes(uri, b"x")):
+            with pytest.raises(ConnectionError, match=r"prefix/a: no answer in 1 s.*AWS_ENDPOINT_URL"):
+                call(f"{bucket}/a")
+    finally:
+        s3_server.start()
+    assert storage.read_bytes(f"{bucket}/a") == b"kept"

@@ -1,5 +1,7 @@
 """Configuration of pipelines/shard.py: raw images to a dataset version."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from adaconv.config.base import Config
@@ -16,10 +18,14 @@ class RecipeConfig(Config):
     """Images whose shorter side has fewer pixels are quarantined as `too_small`."""
     max_aspect: float = Field(default=8.0, ge=1)
     """Images longer than this many times their shorter side are quarantined as `too_thin`."""
-    max_megapixels: float = Field(default=40.0, gt=0)
+    max_megapixels: float = Field(default=40.0, gt=0, le=178)
     """Images with more pixels (10^6) are quarantined undecoded as `too_many_pixels`."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of images that are encoded anew (4:4:4); one that needs no change keeps its bytes."""
+
+    layout: Literal["auto", "wikiart", "plain"] = "auto"
+    """What paths tell besides the label: `wikiart` reads `Style/artist_title.jpg`, `plain` reads nothing; `auto` is
+    `wikiart` in folders that have the name of one of WikiArt's styles, else `plain`."""
 
 
 class BudgetConfig(Config):
@@ -29,10 +35,17 @@ class BudgetConfig(Config):
     """Quarantined images that are always allowed."""
 
 
+class ShardScalingConfig(Config):
+    num_workers: int | None = Field(default=None, ge=1)
+    """Ray tasks at once, a CPU each; None takes every CPU of the cluster. The result does not depend on it."""
+
+
 class ShardConfig(Config):
     source: tuple[str, ...] = Field(min_length=1)
-    """Folders of images, with any folders below them; the folder an image lies in is its label."""
+    """Folders or zip archives of images, here or on s3://, with any folders below them; the folder an image lies in is
+    its label."""
     output: str
     """Root of the dataset: a folder or s3://bucket/prefix."""
     shard: RecipeConfig = RecipeConfig()
     budget: BudgetConfig = BudgetConfig()
+    scaling: ShardScalingConfig = ShardScalingConfig()

@@ -1,43 +1,63 @@
 """The contract between sharding and everything that reads: a dataset version and its manifest.
 
 ROOT/shards/<16 hex of its sha256>.tar    plain WebDataset: KEY.jpg and KEY.json
-ROOT/manifests/<version>.parquet          a row for every image found
-ROOT/versions/<version>.json              recipe, shards, books, root hash; written last: it publishes
+ROOT/manifests/<version>.parquet          a row for every image found: shard by shard in the order of each tar, then
+                                          those in no shard
+ROOT/versions/<version>.json              recipe, parent, shards, books, root hash; written last: it publishes
 ROOT/LATEST                               the newest version's name
+
+A sample takes `span` bytes of its tar: the header of KEY.jpg, its bytes, KEY.json. `offset` and `size` are those of
+the image's bytes, so the span begins HEADER_BYTES before `offset`.
 """
 
+import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from adaconv import storage
 from adaconv.errors import DatasetError, UsageError
 
-SCHEMA_NUMBER = 1
-State = Literal["kept", "repaired", "quarantined", "duplicate"]
+SCHEMA_NUMBER = 2
+HEADER_BYTES = 512  # of a member of a tar
+State = Literal["kept", "repaired", "quarantined", "duplicate", "excluded"]
+STATES: tuple[State, ...] = ("kept", "repaired", "quarantined", "duplicate", "excluded")
+IN_SHARDS: tuple[State, ...] = ("kept", "repaired")
+Row = dict[str, Any]  # of the manifest, by the names below; `thumbnail` in base64
 
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
         ("state", pa.string()),
-        ("reason", pa.string()),
+        ("reason", pa.string()),  # codes, comma between
+        ("detail", pa.string()),
         ("source", pa.string()),
         ("source_sha256", pa.string()),
+        ("source_bytes", pa.int64()),
         ("label", pa.string()),
+        ("artist", pa.string()),
+        ("style", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("phash", pa.uint64()),
         ("shard", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
+        ("span", pa.int64()),
+        ("crc32", pa.uint32()),
+        ("thumbnail", pa.binary()),
     ]
 )
+_ROWS_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
@@ -52,26 +72,34 @@ class Shard:
 
 @dataclass(frozen=True)
 class DatasetVersion:
-    """An immutable set of shards. `books` counts images by state, and by reason within `reasons`."""
+    """An immutable set of shards. `books` counts images by state, and by reason within `reasons`.
+
+    `parent`: the version that this one was made from by appending or removing. `manifest_sha256`: of its file.
+    """
 
     root: str
     version: str
     root_hash: str
     recipe: Mapping[str, Any]
+    parent: str | None
     books: Mapping[str, Any]
+    manifest_sha256: str
     shards: tuple[Shard, ...]
 
     def samples(self) -> pa.Table:
         """Rows of the images that are in shards, shard by shard as `shards` lists them, in the order of each tar."""
-        table = self.manifest()
-        table = table.filter(pc.is_in(table["state"], value_set=pa.array(["kept", "repaired"])))
-        position = {shard.name: index for index, shard in enumerate(self.shards)}
-        order = pa.array([position[name] for name in table["shard"].to_pylist()], pa.int32())
-        return table.append_column("_", order).sort_by([("_", "ascending"), ("offset", "ascending")]).drop_columns("_")
+        data = io.BytesIO(storage.read_bytes(manifest_uri(self.root, self.version)))
+        return pq.read_table(data, filters=[("state", "in", IN_SHARDS)])
 
     def manifest(self) -> pa.Table:
         """A row for every image found."""
         return pq.read_table(io.BytesIO(storage.read_bytes(manifest_uri(self.root, self.version))))
+
+    def rows(self) -> Iterator[Row]:
+        """A row for every image found, a few thousand of them in memory at a time."""
+        with storage.open_binary(manifest_uri(self.root, self.version)) as file:
+            for batch in pq.ParquetFile(file).iter_batches(_ROWS_AT_ONCE):
+                yield from rows_of(batch)
 
     def shard_uri(self, name: str) -> str:
         return storage.join(self.root, "shards", name)
@@ -85,73 +113,190 @@ def version_uri(root: str, version: str) -> str:
     return storage.join(root, "versions", f"{version}.json")
 
 
+def latest_uri(root: str) -> str:
+    return storage.join(root, "LATEST")
+
+
+def table_of(rows: Iterable[Row]) -> pa.Table:
+    decoded = [{**row, "thumbnail": base64.b64decode(row["thumbnail"]) if row["thumbnail"] else None} for row in rows]
+    return pa.Table.from_pylist(decoded, schema=MANIFEST)
+
+
+def rows_of(table: pa.Table | pa.RecordBatch) -> Iterator[Row]:
+    for row in table.to_pylist():
+        thumbnail = row["thumbnail"]
+        yield {**row, "thumbnail": base64.b64encode(thumbnail).decode() if thumbnail else None}
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """ROOT or ROOT@VERSION -> root and version, which may be empty."""
+    root, _, version = spec.rpartition("@") if "@" in storage.name_of(spec) else (spec, "", "")
+    return storage.absolute(root), version
+
+
+def list_versions(root: str) -> list[str]:
+    return [storage.name_of(uri).removesuffix(".json") for uri in storage.list_files(storage.join(root, "versions"))]
+
+
+def latest_version(root: str) -> str | None:
+    """The name that LATEST holds, if there is one."""
+    try:
+        return storage.read_bytes(latest_uri(root)).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
 def open_version(spec: str) -> DatasetVersion:
     """Open ROOT or ROOT@VERSION; without a version, the one that LATEST names.
 
     Raises:
         UsageError: there is no dataset there, or not this version.
-        DatasetError: the version was written by another release.
+        DatasetError: the version's file is damaged, or was written by another release.
     """
-    root, _, version = spec.rpartition("@") if "@" in storage.name_of(spec) else (spec, "", "")
-    root = storage.absolute(root)
+    root, version = split_spec(spec)
+    version = version or latest_version(root) or ""
     if not version:
-        latest = storage.join(root, "LATEST")
-        if not storage.exists(latest):
-            raise UsageError(
-                f"expected a dataset version at {root}, found no LATEST in it; pipelines/shard.py makes one"
-            )
-        version = storage.read_bytes(latest).decode().strip()
-    if not storage.exists(version_uri(root, version)):
-        uris = storage.list_files(storage.join(root, "versions"))
-        names = [storage.name_of(uri).removesuffix(".json") for uri in uris]
-        raise UsageError(f"{root} has no version {version}; it has {', '.join(names) or 'none'}")
-    described = json.loads(storage.read_bytes(version_uri(root, version)))
-    if described["schema"] != SCHEMA_NUMBER:
-        raise DatasetError(f"{root}@{version}: expected schema {SCHEMA_NUMBER}, found {described['schema']}")
-    return DatasetVersion(
-        root=root,
-        version=version,
-        root_hash=described["root_hash"],
-        recipe=described["recipe"],
-        books=described["books"],
-        shards=tuple(Shard(**shard) for shard in described["shards"]),
-    )
+        raise UsageError(f"expected a dataset version at {root}, found no LATEST in it; pipelines/shard.py makes one")
+    uri = version_uri(root, version)
+    try:
+        text = storage.read_bytes(uri)
+    except (FileNotFoundError, ValueError):  # a damaged LATEST may hold what no file can be called
+        names = ", ".join(list_versions(root)) or "none"
+        raise UsageError(f"{root} has no version {ascii(version)[1:61].rstrip(chr(39))}; it has {names}") from None
+    try:
+        described = json.loads(text)
+        schema = described["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise DatasetError(f"{uri}: expected the description of a dataset version, found damage") from None
+    if schema != SCHEMA_NUMBER:
+        raise DatasetError(
+            f"{root}@{version}: expected schema {SCHEMA_NUMBER}, found {schema!r:.20}; it was written by another "
+            "release, or its file is damaged: run pipelines/shard.py again"
+        )
+    try:
+        content = {key: value for key, value in described.items() if key != "root_hash"}
+        if text != _text_of(content) or described["root_hash"][:16] != version:
+            raise ValueError
+        return DatasetVersion(
+            root=root,
+            version=version,
+            root_hash=described["root_hash"],
+            recipe=described["recipe"],
+            parent=described["parent"],
+            books=described["books"],
+            manifest_sha256=described["manifest_sha256"],
+            shards=tuple(Shard(**shard) for shard in described["shards"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        raise DatasetError(f"{uri}: its content is not what its root hash was taken of; the file is damaged") from None
 
 
-def publish_version(root: str, *, recipe: Mapping[str, Any], shards: list[Shard], rows: pa.Table) -> DatasetVersion:
+def lineage(version: DatasetVersion) -> Iterator[DatasetVersion]:
+    """The version itself, its parent, and so on as far as they are still there."""
+    while True:
+        yield version
+        if version.parent is None or not storage.exists(version_uri(version.root, version.parent)):
+            return
+        version = open_version(f"{version.root}@{version.parent}")
+
+
+def publish_version(
+    root: str,
+    *,
+    recipe: Mapping[str, Any],
+    shards: Sequence[Shard],
+    rows: Iterable[Row],
+    parent: DatasetVersion | None = None,
+) -> DatasetVersion:
     """Close the books and publish: manifest, version, LATEST. The same content gives the same name and bytes.
+
+    Args:
+        root: of the dataset.
+        recipe: all that determines the bytes of a shard besides the images.
+        shards: of the version, in order.
+        rows: for every image found; those of shards first, in their order and each tar's. Taken one at a time.
+        parent: what this version was made from.
 
     Raises:
         DatasetError: the books do not balance: the manifest's rows and the shards' disagree.
     """
-    rows = rows.cast(MANIFEST).sort_by([("source", "ascending"), ("source_sha256", "ascending")])
-    books = close_books(rows, shards)
-    content = {"schema": SCHEMA_NUMBER, "recipe": dict(recipe), "shards": [asdict(s) for s in shards], "books": books}
-    root_hash = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    version = root_hash[:16]
-    buffer = io.BytesIO()
-    pq.write_table(rows, buffer)
-    storage.publish_bytes(manifest_uri(root, version), buffer.getvalue())
-    text = json.dumps({**content, "root_hash": root_hash}, indent=2, sort_keys=True)
-    storage.publish_bytes(version_uri(root, version), text.encode())
-    storage.publish_bytes(storage.join(root, "LATEST"), version.encode())
+    books = Books(shards)
+    with tempfile.TemporaryDirectory(prefix="adaconv-manifest-") as scratch:
+        path = Path(scratch) / "manifest.parquet"
+        with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
+            counted = map(books.count, rows)
+            while some := list(islice(counted, _ROWS_AT_ONCE)):
+                writer.write_table(table_of(some))
+        with path.open("rb") as file:
+            manifest_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        content = {
+            "schema": SCHEMA_NUMBER,
+            "recipe": dict(recipe),
+            "parent": parent.version if parent else None,
+            "books": books.close(),
+            "manifest_sha256": manifest_sha256,
+            "shards": [asdict(shard) for shard in shards],
+        }
+        text = _text_of(content)
+        version = _root_hash_of(content)[:16]
+        storage.publish_file(path, manifest_uri(root, version))
+    storage.publish_bytes(version_uri(root, version), text)
+    storage.publish_bytes(latest_uri(root), version.encode())
     return open_version(f"{root}@{version}")
 
 
-def close_books(rows: pa.Table, shards: list[Shard]) -> dict[str, Any]:
+class Books:
     """Counts by state and by reason; every image found has exactly one state, and every sample lies in a shard."""
-    states = rows["state"].to_pylist()
-    books: dict[str, Any] = {"found": len(states)}
-    for state in ("kept", "repaired", "quarantined", "duplicate"):
-        books[state] = states.count(state)
-    reasons: dict[str, int] = {}
-    for reasons_of_row in rows["reason"].to_pylist():
-        for reason in filter(None, (reasons_of_row or "").split(",")):
-            reasons[reason] = reasons.get(reason, 0) + 1
-    books["reasons"] = dict(sorted(reasons.items()))
-    in_shards = sum(shard.rows for shard in shards)
-    if books["found"] != sum(books[s] for s in ("kept", "repaired", "quarantined", "duplicate")):
-        raise DatasetError(f"the books do not balance: {books}")
-    if in_shards != books["kept"] + books["repaired"]:
-        raise DatasetError(f"{books['kept'] + books['repaired']} samples were kept, {in_shards} lie in shards")
-    return books
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._position = {shard.name: index for index, shard in enumerate(shards)}
+        self._in_shard = dict.fromkeys(self._position, 0)
+        self._last = (-1, -1)
+        self._states: dict[str, int] = dict.fromkeys(STATES, 0)
+        self._reasons: dict[str, int] = {}
+        self._found = 0
+
+    def count(self, row: Row) -> Row:
+        """Enter a row, which is returned as it is.
+
+        Raises:
+            DatasetError: it is out of order, or of a shard that is none of the version's.
+        """
+        self._found += 1
+        if row["state"] in self._states:
+            self._states[row["state"]] += 1
+        for reason in filter(None, (row["reason"] or "").split(",")):
+            self._reasons[reason] = self._reasons.get(reason, 0) + 1
+        if row["state"] in IN_SHARDS:
+            place = (self._position.get(row["shard"], -1), row["offset"] or 0)
+            if place <= self._last:
+                raise DatasetError(f"the books do not balance: {row['source']} is not where the shards' order puts it")
+            self._last = place
+            self._in_shard[row["shard"]] += 1
+        return row
+
+    def close(self) -> dict[str, Any]:
+        """The books.
+
+        Raises:
+            DatasetError: they do not balance.
+        """
+        books = {"found": self._found, **self._states, "reasons": dict(sorted(self._reasons.items()))}
+        if self._found != sum(self._states.values()):
+            raise DatasetError(f"the books do not balance: {books}")
+        for shard in self._shards:
+            if self._in_shard[shard.name] != shard.rows:
+                raise DatasetError(
+                    f"the books do not balance: {shard.name} holds {shard.rows} samples, the manifest lists "
+                    f"{self._in_shard[shard.name]}"
+                )
+        return books
+
+
+def _root_hash_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _text_of(content: Mapping[str, Any]) -> bytes:
+    return json.dumps({**content, "root_hash": _root_hash_of(content)}, indent=2, sort_keys=True).encode()

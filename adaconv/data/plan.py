@@ -1,10 +1,21 @@
-"""Which image goes into which shard: a pure function of what was found."""
+"""Which image goes into which shard: a pure function of what was found, whatever the order it was found in.
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+Catalog        every image that was found, sorted on disk, so that memory does not grow with their number
+plan_shards    candidates in the order of their keys -> shards of about the target size, one at a time
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from adaconv.config.shard import RecipeConfig
 from adaconv.data.ingest import stored_size
+from adaconv.data.manifest import IN_SHARDS, Row
+from adaconv.data.sources import Found, Member
 
 _TAR_OVERHEAD_BYTES = 2560  # two headers, the json and the padding of both members
 _JPEG_BYTES_PER_PIXEL = 0.45  # of quality 95 without chroma subsampling, about
@@ -12,62 +23,180 @@ _JPEG_BYTES_PER_PIXEL = 0.45  # of quality 95 without chroma subsampling, about
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image whose header was read.
-
-    `uri` is where it is read from, `source` its path below the folder that was given, which stays when that moves.
-    `bytes` of the file; width and height as stored there.
-    """
+    """An image whose header was read, and where it is read from again. Width and height as stored there."""
 
     key: str
-    uri: str
-    source: str
-    label: str
     sha256: str
-    bytes: int
+    found: Found
+    label: str
+    artist: str
+    style: str
     width: int
     height: int
+
+    @property
+    def source(self) -> str:
+        return self.found.source
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    index: int
     candidates: tuple[Candidate, ...]
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(candidate) for candidate in self.candidates])
+
+
+def candidate_from(values: dict[str, Any]) -> Candidate:
+    """A candidate from what `asdict` made of it."""
+    return Candidate(**{**values, "found": found_from(values["found"])})
+
+
+def found_from(values: dict[str, Any]) -> Found:
+    member = values["member"]
+    return Found(**{**values, "member": Member(**member) if member else None})
+
+
+def plan_from(text: str | bytes) -> ShardPlan:
+    return ShardPlan(tuple(candidate_from(values) for values in json.loads(text)))
+
+
+def row_of(candidate: Candidate, state: str, reason: str = "") -> Row:
+    """A manifest row of an image that is in no shard (yet)."""
+    return {
+        "key": candidate.key,
+        "state": state,
+        "reason": reason,
+        "detail": "",
+        "source": candidate.source,
+        "source_sha256": candidate.sha256,
+        "source_bytes": candidate.found.bytes,
+        "label": candidate.label,
+        "artist": candidate.artist,
+        "style": candidate.style,
+        "width": candidate.width,
+        "height": candidate.height,
+        "phash": None,
+        "shard": None,
+        "offset": None,
+        "size": None,
+        "span": None,
+        "crc32": None,
+        "thumbnail": None,
+    }
+
+
+class Catalog:
+    """Candidates of a build, and manifest rows of the images that are in no shard.
+
+    Text goes through JSON, which writes whatever a file system may have for names in plain ASCII.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._rows = sqlite3.connect(path, isolation_level=None)
+        self._rows.executescript(
+            "PRAGMA journal_mode = off; PRAGMA synchronous = off; BEGIN;"
+            "CREATE TABLE candidate (key TEXT, source TEXT, json TEXT);"
+            "CREATE TABLE outside (source TEXT, sha256 TEXT, json TEXT);"
+            "CREATE TABLE known (source TEXT, sha256 TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;"
+            "CREATE TABLE taken (key TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID;"
+        )
+        self.has_news = False
+
+    def add_parent(self, rows: Iterable[Row]) -> None:
+        """Take over what a version has found: its images are not found again, and what it removed stays removed."""
+        for row in rows:
+            if row["state"] not in IN_SHARDS:
+                self._insert_outside(row)
+            self._rows.execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (row["source"], row["source_sha256"]))
+            if row["state"] in (*IN_SHARDS, "excluded"):
+                self._rows.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", (row["key"], row["state"]))
+
+    def add(self, candidate: Candidate) -> None:
+        """Enter an image, unless the parent has it: then it is the same file, or a duplicate, or was removed there."""
+        if self._is_known(candidate.source, candidate.sha256):
+            return
+        self.has_news = True
+        taken = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
+        if taken is None:
+            text = json.dumps(asdict(candidate))
+            self._rows.execute("INSERT INTO candidate VALUES (?, ?, ?)", (candidate.key, candidate.source, text))
+        elif taken[0] == "excluded":
+            self._insert_outside(row_of(candidate, "excluded", "removed_before"))
+        else:
+            self._insert_outside(row_of(candidate, "duplicate", "same_bytes"))
+
+    def set_outside(self, row: Row) -> bool:
+        """Enter the manifest row of an image that no shard holds; whether it is news to the parent."""
+        if self._is_known(row["source"], row["source_sha256"]):
+            return False
+        self.has_news = True
+        self._insert_outside(row)
+        return True
+
+    def outside_examples(self, count: int) -> list[Row]:
+        """Some refused images, for messages."""
+        rows = self._rows.execute("SELECT json FROM outside ORDER BY rowid DESC")
+        refused = (row for (text,) in rows if (row := json.loads(text))["state"] == "quarantined")
+        return list(islice(refused, count))
+
+    def candidates(self) -> Iterator[Candidate]:
+        """By key, then by source."""
+        for (text,) in self._rows.execute("SELECT json FROM candidate ORDER BY key, source, json"):
+            yield candidate_from(json.loads(text))
+
+    def outside(self) -> Iterator[Row]:
+        """By source, then by content."""
+        for (text,) in self._rows.execute("SELECT json FROM outside ORDER BY source, sha256, json"):
+            yield json.loads(text)
+
+    def close(self) -> None:
+        self._rows.close()
+
+    def _insert_outside(self, row: Row) -> None:
+        self._rows.execute(
+            "INSERT INTO outside VALUES (?, ?, ?)", (row["source"], row["source_sha256"], json.dumps(row))
+        )
+
+    def _is_known(self, source: str, sha256: str) -> bool:
+        found = self._rows.execute("SELECT 1 FROM known WHERE source = ? AND sha256 = ?", (source, sha256))
+        return found.fetchone() is not None
 
 
 def plan_shards(
-    candidates: Iterable[Candidate], recipe: RecipeConfig
-) -> tuple[list[ShardPlan], list[tuple[Candidate, Candidate]]]:
-    """Cut the images, in the order of their keys, into shards of about the target size.
+    candidates: Iterable[Candidate], recipe: RecipeConfig, *, duplicate: Callable[[Candidate], None]
+) -> Iterator[ShardPlan]:
+    """Cut images, sorted by key and source, into shards of about the target size.
 
     Keys are hashes, so their order is a shuffle that depends on nothing else. Of images with the same bytes the first
     by source stays.
 
-    Returns:
-        the shards, and the duplicates as (left out, stays).
+    Args:
+        candidates: as Catalog.candidates gives them.
+        recipe: the target size, and how large images become.
+        duplicate: told of each image that is left out since another has the same bytes.
     """
-    ordered = sorted(candidates, key=lambda c: (c.key, c.source))
-    unique: list[Candidate] = []
-    duplicates = []
-    for candidate in ordered:
-        if unique and unique[-1].key == candidate.key:
-            duplicates.append((candidate, unique[-1]))
-        else:
-            unique.append(candidate)
-    shards: list[list[Candidate]] = [[]]
+    members: list[Candidate] = []
     filled = 0
-    for candidate in unique:
+    last = ""
+    for candidate in candidates:
+        if candidate.key == last:
+            duplicate(candidate)
+            continue
+        last = candidate.key
         size = expected_bytes(candidate, recipe)
-        if shards[-1] and filled + size > recipe.target_mb * 1e6:
-            shards.append([])
-            filled = 0
-        shards[-1].append(candidate)
+        if members and filled + size > recipe.target_mb * 1e6:
+            yield ShardPlan(tuple(members))
+            members, filled = [], 0
+        members.append(candidate)
         filled += size
-    return [ShardPlan(i, tuple(members)) for i, members in enumerate(shards) if members], duplicates
+    if members:
+        yield ShardPlan(tuple(members))
 
 
 def expected_bytes(candidate: Candidate, recipe: RecipeConfig) -> int:
     """Bytes that an image is expected to take in a tar; exact where it keeps its own."""
     size = stored_size(candidate.width, candidate.height, recipe)
     if size == (candidate.width, candidate.height):
-        return candidate.bytes + _TAR_OVERHEAD_BYTES
+        return candidate.found.bytes + _TAR_OVERHEAD_BYTES
     return int(size[0] * size[1] * _JPEG_BYTES_PER_PIXEL) + _TAR_OVERHEAD_BYTES

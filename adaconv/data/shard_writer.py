@@ -1,91 +1,175 @@
 """One shard: its tar, its manifest rows, the refused images with their reasons. The unit of commit."""
 
+import base64
 import hashlib
+import io
 import json
 import tarfile
 import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import BinaryIO
 
 from adaconv import storage
-from adaconv.config.shard import RecipeConfig
-from adaconv.data.ingest import ingest
-from adaconv.data.manifest import Shard
-from adaconv.data.plan import Candidate, ShardPlan
+from adaconv.data.ingest import Refusal, Sample, refusal_of
+from adaconv.data.manifest import HEADER_BYTES, Row, Shard
+from adaconv.data.plan import Candidate, ShardPlan, row_of
+from adaconv.data.sources import Found, read_found
+from adaconv.data.verify import check_span
 from adaconv.images import ImageError
 
-if TYPE_CHECKING:
-    import webdataset
+_READ_AHEAD = 8  # files on their way from an object store, where each takes its time
+_COPY_BYTES = 2**20
+
+Ingest = Callable[[bytes, str], Sample | Refusal]
+Told = Callable[[int, int, int], None]  # images, bytes read, images refused since it was last called
 
 
-def write_shard(plan: ShardPlan, recipe: RecipeConfig, root: str) -> tuple[Shard | None, list[dict[str, Any]]]:
+def write_shard(
+    plan: ShardPlan, root: str, ingest: Ingest, told: Told = lambda images, bytes_read, refused: None
+) -> tuple[Shard | None, list[Row]]:
     """Ingest a shard's images and publish its tar under the name of its content.
+
+    Args:
+        plan: of the shard.
+        root: of the dataset.
+        ingest: (bytes, name) -> sample or refusal.
+        told: is told of each image.
 
     Returns:
         the shard, or None if every image was refused; and a manifest row for each image.
     """
-    import webdataset  # brings torch: three seconds that a worker which only looks at headers need not wait
-
     rows = []
     with tempfile.TemporaryDirectory(prefix="adaconv-shard-") as scratch:
         path = Path(scratch) / "shard.tar"
-        with webdataset.TarWriter(str(path), encoder=False, mtime=0.0, user="", group="", mode=0o644) as tar:
-            for candidate in plan.candidates:
-                rows.append(_write_sample(tar, candidate, recipe))
-        if not any(row["state"] != "quarantined" for row in rows):
+        with tarfile.open(path, "w") as tar:
+            read = read_ahead([candidate.found for candidate in plan.candidates])
+            for candidate, data in zip(plan.candidates, read, strict=True):
+                row = _write_sample(tar, candidate, data, ingest)
+                rows.append(row)
+                told(1, candidate.found.bytes, row["state"] == "quarantined")
+        samples = [row for row in rows if row["state"] != "quarantined"]
+        if not samples:
             return None, rows
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = Shard(
-            name=f"{sha256[:16]}.tar",
-            rows=sum(row["state"] != "quarantined" for row in rows),
-            bytes=path.stat().st_size,
-            sha256=sha256,
-        )
-        with tarfile.open(path) as written:
-            places = {member.name: (member.offset_data, member.size) for member in written}
-        for row in rows:
-            if row["state"] != "quarantined":
-                row["shard"] = shard.name
-                row["offset"], row["size"] = places[f"{row['key']}.jpg"]
+        shard = _measure(path, samples)
         storage.publish_file(path, storage.join(root, "shards", shard.name))
     return shard, rows
 
 
-def row_of(candidate: Candidate, state: str, reason: str = "") -> dict[str, Any]:
-    """A manifest row of an image that is in no shard (yet)."""
-    return {
-        "key": candidate.key,
-        "state": state,
-        "reason": reason,
-        "source": candidate.source,
-        "source_sha256": candidate.sha256,
-        "label": candidate.label,
-        "width": candidate.width,
-        "height": candidate.height,
-        "shard": None,
-        "offset": None,
-        "size": None,
-    }
+def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
+    """Publish a shard of some samples of another one, whose rows, in the order of the tar, are changed accordingly.
+
+    A sample's bytes in a tar stand for themselves, so they are copied; the result is what writing these samples anew
+    would have given.
+
+    Raises:
+        DatasetError: the old shard is not what its rows say.
+    """
+    old = storage.join(root, "shards", rows[0]["shard"])
+    with tempfile.TemporaryDirectory(prefix="adaconv-shard-") as scratch:
+        path = Path(scratch) / "shard.tar"
+        with path.open("wb") as tar:
+            for row in rows:
+                span = storage.read_range(old, row["offset"] - HEADER_BYTES, row["span"])
+                check_span(old, row, span)
+                row["offset"] = tar.tell() + HEADER_BYTES
+                tar.write(span)
+            tar.write(bytes(2 * tarfile.BLOCKSIZE))
+            tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
+        shard = _measure(path, rows)
+        storage.publish_file(path, storage.join(root, "shards", shard.name))
+    return shard
 
 
-def _write_sample(tar: "webdataset.TarWriter", candidate: Candidate, recipe: RecipeConfig) -> dict[str, Any]:
+def read_ahead(found: Iterable[Found]) -> Iterator[bytes | ImageError]:
+    """The bytes of each, in order, or why they cannot be had; a few are fetched at once from an object store."""
+    files = iter(found)
+    first = next(files, None)
+    if first is None:
+        return
+    if storage.is_local(first.uri):
+        yield _read(first)
+        yield from map(_read, files)
+        return
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        waiting: list[Future[bytes | ImageError]] = [pool.submit(_read, first)]
+        waiting += [pool.submit(_read, one) for one in islice(files, _READ_AHEAD - 1)]
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting += [pool.submit(_read, one) for one in islice(files, 1)]
+
+
+def refused_row(candidate: Candidate, refusal: Refusal) -> Row:
+    thumbnail = base64.b64encode(refusal.thumbnail).decode() if refusal.thumbnail else None
+    return {**row_of(candidate, "quarantined", refusal.reason), "detail": refusal.detail, "thumbnail": thumbnail}
+
+
+def _read(found: Found) -> bytes | ImageError:
     try:
-        sample = ingest(storage.read_bytes(candidate.uri), candidate.source, recipe)
+        return read_found(found)
     except ImageError as error:
-        return row_of(candidate, "quarantined", error.reason)
+        return error
+
+
+def _write_sample(tar: tarfile.TarFile, candidate: Candidate, data: bytes | ImageError, ingest: Ingest) -> Row:
+    if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != candidate.sha256:
+        data = ImageError("changed", "its bytes are not those that were there when the job began")
+    answer = refusal_of(data) if isinstance(data, ImageError) else ingest(data, candidate.source)
+    if isinstance(answer, Refusal):
+        return refused_row(candidate, answer)
     described = {
         "source": candidate.source,
         "source_sha256": candidate.sha256,
         "label": candidate.label,
+        "artist": candidate.artist,
+        "style": candidate.style,
         "source_size": [candidate.width, candidate.height],
     }
-    tar.write(
-        {
-            "__key__": candidate.key,
-            "jpg": sample.jpeg,
-            "json": json.dumps(described, sort_keys=True, ensure_ascii=False).encode(),
-        }
-    )
-    row = row_of(candidate, "repaired" if sample.repairs else "kept", ",".join(sample.repairs))
-    return {**row, "width": sample.width, "height": sample.height}
+    start = tar.offset
+    _add(tar, f"{candidate.key}.jpg", answer.jpeg)
+    _add(tar, f"{candidate.key}.json", json.dumps(described, sort_keys=True, ensure_ascii=False).encode())
+    return {
+        **row_of(candidate, "repaired" if answer.repairs else "kept", ",".join(answer.repairs)),
+        "width": answer.width,
+        "height": answer.height,
+        "phash": answer.phash,
+        "offset": start + HEADER_BYTES,
+        "size": len(answer.jpeg),
+        "span": tar.offset - start,
+    }
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A member as webdataset.TarWriter writes it, byte for byte, with a header that says nothing of time or machine.
+
+    Importing that library takes a worker three seconds and 200 MB, for it brings torch.
+    """
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _measure(path: Path, rows: Sequence[Row]) -> Shard:
+    """Name a written tar by its content, and complete the rows of its samples."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        for row in rows:
+            assert file.tell() == row["offset"] - HEADER_BYTES, "samples lie end to end"
+            span = file.read(row["span"])
+            sha256.update(span)
+            row["crc32"] = zlib.crc32(span)
+        for block in _blocks(file):
+            sha256.update(block)
+        total = file.tell()
+    shard = Shard(f"{sha256.hexdigest()[:16]}.tar", rows=len(rows), bytes=total, sha256=sha256.hexdigest())
+    for row in rows:
+        row["shard"] = shard.name
+    return shard
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(_COPY_BYTES):
+        yield block

@@ -1,55 +1,231 @@
-"""Where raw images lie: folders with any folders below them. Listings are sorted, so that nothing depends on a disk."""
+"""Where raw images lie: folders with any folders below them, or zip archives as downloaded; here or on an object store.
 
-import os
-from collections.abc import Iterator
+Found images come one at a time and in no particular order, so that memory does not grow with their number; nothing
+that is made of them depends on the order.
+"""
+
+import hashlib
+import posixpath
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from typing import Literal
 
+from adaconv import storage
 from adaconv.errors import UsageError
-from adaconv.images import EXTENSIONS
+from adaconv.images import EXTENSIONS, ImageError
+
+Layout = Literal["auto", "wikiart", "plain"]
+
+# The folders of WikiArt as it is downloaded, each with files named artist_title.jpg.
+WIKIART_STYLES = frozenset(
+    (
+        "Abstract_Expressionism",
+        "Action_painting",
+        "Analytical_Cubism",
+        "Art_Nouveau_Modern",
+        "Baroque",
+        "Color_Field_Painting",
+        "Contemporary_Realism",
+        "Cubism",
+        "Early_Renaissance",
+        "Expressionism",
+        "Fauvism",
+        "High_Renaissance",
+        "Impressionism",
+        "Mannerism_Late_Renaissance",
+        "Minimalism",
+        "Naive_Art_Primitivism",
+        "New_Realism",
+        "Northern_Renaissance",
+        "Pointillism",
+        "Pop_Art",
+        "Post_Impressionism",
+        "Realism",
+        "Rococo",
+        "Romanticism",
+        "Symbolism",
+        "Synthetic_Cubism",
+        "Ukiyo_e",
+    )
+)
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_ENCRYPTED = 0x1
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file lies in a zip archive, as the archive's directory says: enough to read it with no other lookup."""
+
+    header_offset: int
+    packed_bytes: int
+    method: int
+    flags: int
+    crc: int
 
 
 @dataclass(frozen=True)
 class Found:
-    """`uri` to read from; `source`: path below the folder that was given, with forward slashes."""
+    """`uri` to read from, the archive's for a member; `source`: path below what was given, with forward slashes.
+
+    `stamp` changes when the file does.
+    """
 
     uri: str
     source: str
+    bytes: int = 0
+    stamp: str = ""
+    member: Member | None = None
 
     @property
     def label(self) -> str:
         """The folders between the source and the file: `Impressionism/monet`, or nothing."""
-        parent = str(PurePosixPath(self.source).parent)
-        return "" if parent == "." else parent
+        return posixpath.dirname(self.source)
 
 
-def list_images(sources: tuple[str, ...], *, flag: str = "--source") -> list[Found]:
-    """Every file with an image's extension below the folders that a flag names.
+def artist_and_style(source: str, layout: Layout) -> tuple[str, str]:
+    """What a path tells in WikiArt's layout, `Style/artist_title.jpg`; nothing elsewhere.
+
+    `auto` takes for WikiArt what lies in a folder with the name of one of its styles.
+    """
+    folder, name = posixpath.split(source)
+    style = posixpath.basename(folder)
+    if layout == "plain" or (layout == "auto" and style not in WIKIART_STYLES):
+        return "", ""
+    artist, mark, _ = posixpath.splitext(name)[0].partition("_")
+    return (artist if mark else ""), style
+
+
+def iter_images(sources: Iterable[str], *, flag: str = "--source") -> Iterator[Found]:
+    """Every file with an image's extension in the folders and archives that a flag names, one at a time.
 
     Raises:
-        UsageError: a source is not there, is no folder, or holds no images.
+        UsageError: a source is not there, is neither a folder nor a zip, or holds no images.
     """
-    found: list[Found] = []
     for source in sources:
-        root = Path(source).expanduser().absolute()
-        if not root.exists():
-            raise UsageError(f"{flag} {source}: expected a folder of images, found nothing there")
-        if not root.is_dir():
-            raise UsageError(f"{flag} {source}: expected a folder of images, found a file")
-        before = len(found)
-        found += [Found(str(path), path.relative_to(root).as_posix()) for path in _walk(root)]
-        if len(found) == before:
-            files = sum(len(names) for _, _, names in os.walk(root))
-            raise UsageError(
-                f"{flag} {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found "
-                + (f"{files} other files" if files else "an empty folder")
-            )
-    return found
+        root = storage.absolute(source)
+        images = others = 0
+        for found in _walk_zip(root, source, flag) if _is_zip(root, source, flag) else _walk_folder(root):
+            if posixpath.splitext(found.source)[1].lower() in EXTENSIONS:
+                images += 1
+                yield found
+            else:
+                others += 1
+        if not images:
+            what = f"{others} other files" if others else "an empty folder or archive"
+            raise UsageError(f"{flag} {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found {what}")
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, names, files in os.walk(root):
-        names.sort()
-        for name in sorted(files):
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
-                yield Path(folder) / name
+def list_images(sources: Iterable[str], *, flag: str = "--source") -> list[Found]:
+    """Every image in folders, sorted; for jobs whose images are few and are read by their `uri`.
+
+    Raises:
+        UsageError: as iter_images, or a source is an archive.
+    """
+    for source in sources:
+        if _is_zip(storage.absolute(source), source, flag):
+            raise UsageError(f"{flag} {source}: expected a folder of images, found a zip; unpack it")
+    return [f for source in sources for f in sorted(iter_images((source,), flag=flag), key=lambda f: f.source)]
+
+
+def check_sources(sources: Iterable[str], *, flag: str = "--source") -> None:
+    """Answer a typo before anything is started: raises what iter_images would before its first image."""
+    for source in sources:
+        next(iter_images((source,), flag=flag))
+
+
+def read_found(found: Found) -> bytes:
+    """The bytes of an image, checked against the archive's checksum where it lies in one.
+
+    Raises:
+        ImageError: this file alone cannot be had: `crc_mismatch`, `deflate_error`, `encrypted_member`,
+            `unknown_compression`, `unreadable`, `vanished`. A storage that fails altogether raises OSError.
+    """
+    if found.member is not None:
+        return _read_member(found, found.member)
+    try:
+        return storage.read_bytes(found.uri)
+    except FileNotFoundError:
+        raise ImageError("vanished", "it was listed, and is not there any more, or is a link to nowhere") from None
+    except PermissionError:
+        raise ImageError("unreadable", "no permission to read it") from None
+
+
+def fingerprint(found: Iterable[Found]) -> str:
+    """64 hex digits for a set of files as they are listed, whatever the order: paths, sizes and stamps."""
+    total = 0
+    for one in found:
+        text = f"{one.source}\0{one.bytes}\0{one.stamp}".encode("utf-8", "surrogatepass")
+        total += int.from_bytes(hashlib.sha256(text).digest())
+    return f"{total % 2**256:064x}"
+
+
+def _is_zip(root: str, source: str, flag: str) -> bool:
+    if storage.is_directory(root):
+        return False
+    if not storage.exists(root):
+        raise UsageError(f"{flag} {source}: expected a folder of images, found nothing there")
+    if posixpath.splitext(root)[1].lower() != ".zip":
+        raise UsageError(f"{flag} {source}: expected a folder of images or a .zip of them, found a file")
+    return True
+
+
+def _walk_folder(root: str) -> Iterator[Found]:
+    for entry in storage.walk(root):
+        yield Found(entry.uri, _printable(entry.path), entry.bytes, entry.stamp)
+
+
+def _walk_zip(root: str, source: str, flag: str) -> Iterator[Found]:
+    """Members of an archive; its directory is held in memory, about half a kilobyte a member.
+
+    A folder that all members lie in and that has the archive's own name is no part of their paths: `train2017.zip`
+    gives what the folder `train2017` gives.
+    """
+    try:
+        with storage.open_binary(root) as file, zipfile.ZipFile(file) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir()]
+    except zipfile.BadZipFile as error:
+        raise UsageError(
+            f"{flag} {source}: expected a zip archive, found a damaged one ({error}); download it again"
+        ) from None
+    own = posixpath.splitext(storage.name_of(root))[0] + "/"
+    top = own if all(m.filename.startswith(own) for m in members) else ""
+    for m in members:
+        path = m.filename.removeprefix(top)
+        if not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
+            member = Member(m.header_offset, m.compress_size, m.compress_type, m.flag_bits, m.CRC)
+            yield Found(root, _printable(path), m.file_size, f"{m.CRC:08x}", member)
+
+
+def _read_member(found: Found, member: Member) -> bytes:
+    if member.flags & _ENCRYPTED:
+        raise ImageError("encrypted_member", "the archive's member is encrypted")
+    # The local header repeats the name and may have other extra fields than the directory: only their lengths count.
+    header = storage.read_range(found.uri, member.header_offset, _LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
+        raise ImageError("deflate_error", "no member starts where the archive's directory says")
+    *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+    start = member.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+    packed = storage.read_range(found.uri, start, member.packed_bytes) if member.packed_bytes else b""
+    if member.method == zipfile.ZIP_STORED:
+        data = packed
+    elif member.method == zipfile.ZIP_DEFLATED:
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = inflate.decompress(packed, found.bytes + 1)  # never more than the directory admits
+        except zlib.error as error:
+            raise ImageError("deflate_error", str(error)) from None
+        if len(data) != found.bytes or not (inflate.eof or found.bytes == 0):
+            raise ImageError("deflate_error", f"expected {found.bytes} bytes, found {len(data)}")
+    else:
+        raise ImageError("unknown_compression", f"compression method {member.method} of the archive's member")
+    if zlib.crc32(data) != member.crc:
+        raise ImageError("crc_mismatch", f"expected CRC {member.crc:08x}, found {zlib.crc32(data):08x}")
+    return data
+
+
+def _printable(path: str) -> str:
+    """A path as valid text: bytes of a file's name that are no UTF-8 are spelled out in hex."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,204 +1,284 @@
-"""Raw images to a dataset version on Ray Data: look at every header, plan, write shards, close the books.
+"""Raw images to a dataset version on Ray Data: list, look at every header, plan, write shards, close the books.
 
-No image passes through the driver: scanning returns a row an image, writing returns where a shard's rows were noted.
-A shard is the unit of commit. Its rows are noted in ROOT/work/<plan>/<index>.json when its tar is published, so a job
-that was broken off goes on with the shards that are missing.
+Nothing large passes through the driver: it lists, and sorts what was found on disk; tasks read the images and leave
+what they found in ROOT/work/<build>/, each under a name that follows from its input:
+
+    listing/<chunk>.jsonl     files to look at                scan/<chunk>.jsonl       what their headers told
+    plan/<plan>.json          images of a shard               shard/<plan>.parquet     the shard, and its rows
+    started/<chunk or plan>   a task that was begun: one that finds this was killed, and decodes in a child process
+
+A shard is the unit of commit. A job that was broken off goes on with what is missing. ROOT/builds/<build>.json says
+which version a listing and recipe gave, so that a finished build is recognised from the listing alone.
 """
 
 import hashlib
 import json
 import logging
-import warnings
-from collections.abc import Iterable, Iterator
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 
 from adaconv import storage
 from adaconv.config.shard import BudgetConfig, RecipeConfig, ShardConfig
-from adaconv.data.ingest import key_of, refuse_by_header
-from adaconv.data.manifest import MANIFEST, DatasetVersion, Shard, publish_version
-from adaconv.data.plan import Candidate, ShardPlan, plan_shards
-from adaconv.data.shard_writer import row_of, write_shard
-from adaconv.data.sources import Found, list_images
+from adaconv.data.builds import Listing, note_build, result_of
+from adaconv.data.ingest import Header, Refusal, check_codecs, ingest, key_of, look, recipe_of, refusal_of, settings_of
+from adaconv.data.isolation import IsolatedDecoder
+from adaconv.data.manifest import (
+    IN_SHARDS,
+    DatasetVersion,
+    Row,
+    Shard,
+    publish_version,
+    rows_of,
+    table_of,
+)
+from adaconv.data.plan import Candidate, Catalog, candidate_from, found_from, plan_from, plan_shards, row_of
+from adaconv.data.shard_writer import Ingest, read_ahead, refused_row, write_shard
+from adaconv.data.sources import Found, Layout, artist_and_style
 from adaconv.errors import QuarantineBudgetError
-from adaconv.images import ImageError
-from adaconv.orchestration.cluster import quiet_ray_data
-from adaconv.progress import Progress
+from adaconv.orchestration.tasks import Teller, run_tasks
 
 log = logging.getLogger(__name__)
 
-_SCAN_AT_ONCE = 64
-_WORKER_DEATHS_ADMITTED = 2  # of one task; Ray's own default is without end
 
+def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersion | None = None) -> dict[str, Any]:
+    """Build the version of these images and this recipe below `config.output`, from where an earlier start stopped.
 
-def run_shard_job(config: ShardConfig) -> dict[str, Any]:
-    """Build the version of these images and this recipe below `config.output`; does nothing that is done already.
+    Args:
+        config: of the job.
+        listing: of the images of `config.source`.
+        parent: a version that the images are to be added to; its shards stay as they are.
 
     Raises:
-        UsageError: no images.
         QuarantineBudgetError: too many images were refused; nothing was published.
+        ConnectionError: the storage went away; the same command goes on.
     """
-    found = list_images(config.source)
-    log.info("%d images in %s", len(found), ", ".join(config.source))
-    candidates, refused = _scan(found, config.shard)
-    plans, duplicates = plan_shards(candidates, config.shard)
-    rows = [*refused, *(row_of(left, "duplicate", f"of_{stays.source}") for left, stays in duplicates)]
-    work = storage.join(config.output, "work", _digest(plans, config.shard))
-    done = dict(_noted(work, plans))
-    for shard, rows_of_shard in _write(plans, done, config, work):
-        done[shard] = rows_of_shard
-    shards = []
-    for index in range(len(plans)):
-        noted = done[index]
-        rows += noted["rows"]
-        if noted["shard"]:
-            shards.append(Shard(**noted["shard"]))
-    _refuse_over_budget(rows, config.budget)
-    version = publish_version(
-        config.output,
-        recipe=recipe_of(config.shard),
-        shards=shards,
-        rows=pa.Table.from_pylist(rows, schema=MANIFEST),
+    recipe = recipe_of(config.shard)
+    build = listing.build(recipe, parent.version if parent else None)
+    work = storage.join(config.output, "work", build)
+    with tempfile.TemporaryDirectory(prefix="adaconv-catalog-") as scratch:
+        catalog = Catalog(Path(scratch) / "catalog.sqlite")
+        if parent:
+            catalog.add_parent(parent.rows())
+        memory = _scan(listing, catalog, work, config, recipe)
+        plans = [_publish_plan(plan, work) for plan in _plans(catalog, config.shard)]
+        memory = max(memory, _write(plans, catalog, work, config, recipe))
+        version = _publish(plans, catalog, work, config, recipe, parent)
+        catalog.close()
+    note_build(config.output, build, version)
+    storage.remove_directory(work)
+    peak = {"driver_mb": _peak_megabytes(), "worker_mb": memory}
+    return {**result_of(version), "made": len(plans), "peak_memory": peak}
+
+
+def _scan(listing: Listing, catalog: Catalog, work: str, config: ShardConfig, recipe: dict[str, Any]) -> float:
+    """Read every file once: its key and size, or why it is refused. Returns the workers' peak memory in MB."""
+    there = _names(storage.join(work, "scan"))
+    todo = [name for name in listing.chunks if name not in there]
+    for name in todo:
+        storage.publish_file(listing.folder / f"{name}.jsonl", storage.join(work, "listing", f"{name}.jsonl"))
+    answers = run_tasks(
+        scan_chunk,
+        [{"name": name} for name in todo],
+        what="scan",
+        images=listing.images,
+        done=sum(listing.chunks[name] for name in listing.chunks if name in there),
+        num_workers=config.scaling.num_workers,
+        work=work,
+        recipe=recipe,
     )
-    storage.remove_directory(work, first="0.json")
-    return _result(version)
+    memory = max((answer["memory"] for answer in answers), default=0.0)
+    refused = 0
+    for name in listing.chunks:
+        for line in storage.read_bytes(storage.join(work, "scan", f"{name}.jsonl")).splitlines():
+            answer = json.loads(line)
+            candidate = candidate_from(answer["candidate"])
+            if answer["refusal"] is None:
+                catalog.add(candidate)
+            elif catalog.set_outside({**row_of(candidate, "quarantined"), **answer["refusal"]}):
+                refused += 1
+    _refuse_over_budget(refused, catalog, listing.images, config.budget)
+    return memory
 
 
-def recipe_of(config: RecipeConfig) -> dict[str, Any]:
-    """All that determines the bytes of a shard besides the images: settings, and the versions of the codecs."""
-    import PIL
-    from PIL import features
-
-    codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "webp", "zlib")}
-    return {**config.model_dump(mode="json"), "pillow": PIL.__version__, "codecs": codecs}
-
-
-def _scan(found: list[Found], recipe: RecipeConfig) -> tuple[list[Candidate], list[dict[str, Any]]]:
-    """Read every file once: its key and size, or why it is refused."""
-    chunks = [found[first : first + _SCAN_AT_ONCE] for first in range(0, len(found), _SCAN_AT_ONCE)]
-    candidates, refused = [], []
-    progress = Progress("scan", total=len(found))
-    for answers in _on_ray(_scan_chunk, [{"found": [asdict(f) for f in chunk]} for chunk in chunks], recipe):
-        for answer in answers["rows"]:
-            if answer["state"] == "":
-                candidates.append(Candidate(**answer["candidate"]))
-            else:
-                refused.append(row_of(Candidate(**answer["candidate"]), answer["state"], answer["reason"]))
-        progress.advance(len(answers["rows"]), refused=len(refused))
-    progress.close()
-    return candidates, refused
+def scan_chunk(
+    job: dict[str, Any], *, board: ray.actor.ActorHandle, work: str, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """A task: files of a chunk of the listing to keys and sizes, or refusals."""
+    name = job["name"]
+    told = Teller(board, name)
+    lines = storage.read_bytes(storage.join(work, "listing", f"{name}.jsonl")).splitlines()
+    files = [found_from(json.loads(line)) for line in lines]
+    answers = []
+    with _decoders(work, name, recipe) as (look_at, _):
+        for found, data in zip(files, read_ahead(files), strict=True):
+            answer = look_at(data) if isinstance(data, bytes) else refusal_of(data)
+            candidate = _candidate(found, data if isinstance(data, bytes) else b"", answer, recipe["layout"])
+            refused = refused_row(candidate, answer) if isinstance(answer, Refusal) else None
+            refusal = {k: refused[k] for k in ("reason", "detail", "thumbnail")} if refused else None
+            answers.append(json.dumps({"candidate": asdict(candidate), "refusal": refusal}) + "\n")
+            told(1, found.bytes, refused is not None)
+    storage.publish_bytes(storage.join(work, "scan", f"{name}.jsonl"), "".join(answers).encode())
+    told.close()
+    return {"name": name, "memory": _peak_megabytes()}
 
 
-def _scan_chunk(job: dict[str, Any], recipe: RecipeConfig) -> dict[str, Any]:
-    rows = []
-    for values in job["found"]:
-        image = Found(**values)
-        data = storage.read_bytes(image.uri)
-        width = height = 0
-        state = reason = ""
-        try:
-            width, height = refuse_by_header(data, recipe).size
-        except ImageError as error:
-            state, reason = "quarantined", error.reason
-        candidate = Candidate(
-            key=key_of(data),
-            uri=image.uri,
-            source=image.source,
-            label=image.label,
-            sha256=hashlib.sha256(data).hexdigest(),
-            bytes=len(data),
-            width=width,
-            height=height,
-        )
-        rows.append({"candidate": asdict(candidate), "state": state, "reason": reason})
-    return {"rows": rows}
+def _candidate(found: Found, data: bytes, answer: Header | Refusal, layout: Layout) -> Candidate:
+    artist, style = artist_and_style(found.source, layout)
+    return Candidate(
+        key=key_of(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        found=found,
+        label=found.label,
+        artist=artist,
+        style=style,
+        width=answer.width if isinstance(answer, Header) else 0,
+        height=answer.height if isinstance(answer, Header) else 0,
+    )
+
+
+def _plans(catalog: Catalog, recipe: RecipeConfig) -> Iterator[str]:
+    def duplicate(candidate: Candidate) -> None:
+        catalog.set_outside(row_of(candidate, "duplicate", "same_bytes"))
+
+    for plan in plan_shards(catalog.candidates(), recipe, duplicate=duplicate):
+        yield plan.to_json()
+
+
+def _publish_plan(text: str, work: str) -> dict[str, Any]:
+    """Store a plan under a name that follows from it: the job of a task."""
+    name = hashlib.sha256(text.encode()).hexdigest()[:24]
+    storage.publish_bytes(storage.join(work, "plan", f"{name}.json"), text.encode())
+    return {"name": name, "images": len(json.loads(text))}
 
 
 def _write(
-    plans: list[ShardPlan], done: dict[int, Any], config: ShardConfig, work: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    todo = [plan for plan in plans if plan.index not in done]
-    if done:
-        log.info("%d of %d shards are there already", len(done), len(plans))
-    progress = Progress(
-        "shard",
-        total=sum(len(plan.candidates) for plan in plans),
-        done=sum(len(plan.candidates) for plan in plans if plan.index in done),
+    plans: list[dict[str, Any]], catalog: Catalog, work: str, config: ShardConfig, recipe: dict[str, Any]
+) -> float:
+    """Write the shards that are missing. Returns the workers' peak memory in MB."""
+    there = _names(storage.join(work, "shard"))
+    if there:
+        log.info("%d of %d shards are there already", len(there), len(plans))
+    answers = run_tasks(
+        write_and_note,
+        [plan for plan in plans if plan["name"] not in there],
+        what="shard",
+        images=sum(plan["images"] for plan in plans),
+        done=sum(plan["images"] for plan in plans if plan["name"] in there),
+        num_workers=config.scaling.num_workers,
+        work=work,
+        root=config.output,
+        recipe=recipe,
     )
-    quarantined = 0
-    jobs = [{"plan": json.dumps(asdict(plan)), "root": config.output, "work": work} for plan in todo]
-    for answer in _on_ray(_write_and_note, jobs, config.shard):
-        noted = _read_note(work, answer["index"])
-        quarantined += sum(row["state"] == "quarantined" for row in noted["rows"])
-        progress.advance(len(noted["rows"]), quarantined=quarantined)
-        yield answer["index"], noted
-    progress.close()
+    memory, refused = 0.0, 0
+    for answer in answers:
+        memory = max(memory, answer["memory"])
+        refused += answer["refused"]
+        _refuse_over_budget(refused, catalog, sum(plan["images"] for plan in plans), config.budget)
+    return memory
 
 
-def _write_and_note(job: dict[str, Any], recipe: RecipeConfig) -> dict[str, Any]:
-    values = json.loads(job["plan"])
-    plan = ShardPlan(values["index"], tuple(Candidate(**candidate) for candidate in values["candidates"]))
-    shard, rows = write_shard(plan, recipe, job["root"])
-    note = {"shard": asdict(shard) if shard else None, "rows": rows}
-    storage.publish_bytes(_note_uri(job["work"], plan.index), json.dumps(note).encode())
-    return {"index": plan.index}
+def write_and_note(
+    job: dict[str, Any], *, board: ray.actor.ActorHandle, work: str, root: str, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """A task: a plan to a published shard, and its rows with the shard in a note."""
+    name = job["name"]
+    told = Teller(board, name)
+    plan = plan_from(storage.read_bytes(storage.join(work, "plan", f"{name}.json")))
+    with _decoders(work, name, recipe) as (_, ingest_one):
+        shard, rows = write_shard(plan, root, ingest_one, told)
+    publish_note(work, name, shard, rows)
+    told.close()
+    refused = sum(row["state"] == "quarantined" for row in rows)
+    return {"name": name, "refused": refused, "memory": _peak_megabytes()}
 
 
-def _on_ray(function: Any, jobs: list[dict[str, Any]], recipe: RecipeConfig) -> Iterable[dict[str, Any]]:
-    """One Ray Data task a job; answers come as they are ready."""
-    if not jobs:
-        return iter(())
-    quiet_ray_data()
-    dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # there is no other way yet to bound the retries
-        mapped = dataset.map(function, fn_args=(recipe,), num_cpus=1, max_retries=_WORKER_DEATHS_ADMITTED)
-    answers: Iterable[dict[str, Any]] = mapped.iter_rows()
-    return answers
+@contextmanager
+def _decoders(
+    work: str, task: str, recipe: dict[str, Any]
+) -> Iterator[tuple[Callable[[bytes], Header | Refusal], Ingest]]:
+    """`look` and `ingest` of a task: in this process or, if an earlier attempt was killed, in one of their own."""
+    check_codecs(recipe)
+    settings = settings_of(recipe)
+    begun = storage.join(work, "started", task)
+    if storage.exists(begun):
+        with IsolatedDecoder(settings) as decoder:
+            yield decoder.look, decoder.ingest
+    else:
+        storage.publish_bytes(begun, b"")
+        yield partial(look, recipe=settings), partial(ingest, recipe=settings)
 
 
-def _noted(work: str, plans: list[ShardPlan]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Shards of this very plan that an earlier start has published."""
-    there = {storage.name_of(uri) for uri in storage.list_files(work)}
+def _publish(
+    plans: list[dict[str, Any]],
+    catalog: Catalog,
+    work: str,
+    config: ShardConfig,
+    recipe: dict[str, Any],
+    parent: DatasetVersion | None,
+) -> DatasetVersion:
+    shards = list(parent.shards) if parent else []
+    notes = []
     for plan in plans:
-        if f"{plan.index}.json" in there:
-            yield plan.index, _read_note(work, plan.index)
+        shard, rows = read_note(work, plan["name"])
+        for row in rows:
+            if row["state"] not in IN_SHARDS:
+                catalog.set_outside(row)
+        if shard:
+            shards.append(shard)
+            notes.append(plan["name"])
+
+    def rows_in_order() -> Iterator[Row]:
+        if parent:
+            yield from (row for row in parent.rows() if row["state"] in IN_SHARDS)
+        for name in notes:
+            yield from (row for row in read_note(work, name)[1] if row["state"] in IN_SHARDS)
+        yield from catalog.outside()
+
+    if parent and not catalog.has_news and len(shards) == len(parent.shards):
+        log.info("everything is in version %s already", parent.version)
+        return parent
+    return publish_version(config.output, recipe=recipe, shards=shards, rows=rows_in_order(), parent=parent)
 
 
-def _note_uri(work: str, index: int) -> str:
-    return storage.join(work, f"{index}.json")
+def publish_note(work: str, name: str, shard: Shard | None, rows: list[Row]) -> None:
+    """Note what a task made, for the driver and for a later start."""
+    described = json.dumps(asdict(shard) if shard else None).encode()
+    with tempfile.TemporaryDirectory(prefix="adaconv-note-") as scratch:
+        note = Path(scratch) / "note.parquet"
+        pq.write_table(table_of(rows).replace_schema_metadata({b"shard": described}), note)
+        storage.publish_file(note, storage.join(work, "shard", f"{name}.parquet"))
 
 
-def _read_note(work: str, index: int) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads(storage.read_bytes(_note_uri(work, index)))
-    return note
+def read_note(work: str, name: str) -> tuple[Shard | None, list[Row]]:
+    with storage.open_binary(storage.join(work, "shard", f"{name}.parquet")) as file:
+        table = pq.read_table(file)
+    described = json.loads(table.schema.metadata[b"shard"])
+    return (Shard(**described) if described else None), list(rows_of(table))
 
 
-def _digest(plans: list[ShardPlan], recipe: RecipeConfig) -> str:
-    planned = [[(c.sha256, c.source) for c in plan.candidates] for plan in plans]
-    return hashlib.sha256(json.dumps([planned, recipe_of(recipe)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _refuse_over_budget(rows: list[dict[str, Any]], budget: BudgetConfig) -> None:
-    bad = [row for row in rows if row["state"] == "quarantined"]
-    allowed = max(budget.at_least, int(budget.share * len(rows)))
-    if len(bad) > allowed:
-        examples = ", ".join(f"{row['source']} ({row['reason']})" for row in bad[:5])
+def _refuse_over_budget(refused: int, catalog: Catalog, images: int, budget: BudgetConfig) -> None:
+    allowed = max(budget.at_least, int(budget.share * images))
+    if refused > allowed:
+        examples = ", ".join(f"{row['source']} ({row['reason']})" for row in catalog.outside_examples(5))
         raise QuarantineBudgetError(
-            f"{len(bad)} of {len(rows)} images were refused, {allowed} are allowed; the first: {examples}. Nothing was "
+            f"{refused} of {images} images were refused, {allowed} are allowed; among them: {examples}. Nothing was "
             "published. Mend the images, or raise --budget.share or --budget.at-least"
         )
 
 
-def _result(version: DatasetVersion) -> dict[str, Any]:
-    return {
-        "root": version.root,
-        "version": version.version,
-        "root_hash": version.root_hash,
-        "shards": len(version.shards),
-        "bytes": sum(shard.bytes for shard in version.shards),
-        "books": dict(version.books),
-    }
+def _names(folder: str) -> set[str]:
+    return {storage.name_of(uri).partition(".")[0] for uri in storage.list_files(folder)}
+
+
+def _peak_megabytes() -> float:
+    """The most memory that this process has had."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

@@ -4,9 +4,11 @@ import io
 import json
 import shutil
 import tarfile
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,25 +16,36 @@ from PIL import Image
 
 from adaconv import storage
 from adaconv.config.shard import RecipeConfig
-from adaconv.data.manifest import MANIFEST, Shard, close_books, open_version
-from adaconv.data.plan import Candidate, expected_bytes, plan_shards
-from adaconv.data.shard_writer import row_of
-from adaconv.data.sources import list_images
+from adaconv.data.manifest import Books, Shard, open_version
+from adaconv.data.plan import Candidate, Catalog, expected_bytes, plan_shards, row_of
+from adaconv.data.sources import Found, fingerprint, list_images
 from adaconv.errors import DatasetError, UsageError
 from tests.helpers import RECIPE, build_version
 
 
 def candidate(number: int, *, size: int = 1000, key: str | None = None) -> Candidate:
-    source = f"{number}.jpg"
-    return Candidate(key or f"{number * 7919 % 1000:032x}", source, source, "", f"{number:064x}", size, 64, 64)
+    found = Found(f"{number}.jpg", f"{number}.jpg", size)
+    return Candidate(key or f"{number * 7919 % 1000:032x}", f"{number:064x}", found, "", "", "", 64, 64)
+
+
+def planned(candidates, recipe=RecipeConfig()):  # noqa: B008
+    """Plans and duplicates of candidates that were found in the order given."""
+    with tempfile.TemporaryDirectory() as folder:
+        catalog = Catalog(Path(folder) / "catalog.sqlite")
+        for one in candidates:
+            catalog.add(one)
+        duplicates: list[Candidate] = []
+        plans = list(plan_shards(catalog.candidates(), recipe, duplicate=duplicates.append))
+        catalog.close()
+    return plans, duplicates
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.permutations(range(30)), st.floats(0.004, 0.1))
 def test_a_plan_does_not_depend_on_the_order_of_the_listing(order, target_mb):
     recipe = RecipeConfig(target_mb=target_mb, short_side=64)
-    plans, _ = plan_shards([candidate(n) for n in order], recipe)
-    assert plans == plan_shards([candidate(n) for n in range(30)], recipe)[0]
+    plans, _ = planned([candidate(n) for n in order], recipe)
+    assert plans == planned([candidate(n) for n in range(30)], recipe)[0]
     members = [c.source for plan in plans for c in plan.candidates]
     assert sorted(members) == sorted(f"{n}.jpg" for n in range(30))
     for plan in plans:
@@ -40,14 +53,22 @@ def test_a_plan_does_not_depend_on_the_order_of_the_listing(order, target_mb):
 
 
 def test_of_equal_bytes_the_first_source_stays():
-    same = [candidate(n, key="ab" * 16) for n in (3, 1, 2)]
-    plans, duplicates = plan_shards(same, RecipeConfig())
+    plans, duplicates = planned([candidate(n, key="ab" * 16) for n in (3, 1, 2)])
     assert [c.source for c in plans[0].candidates] == ["1.jpg"]
-    assert [(left.source, stays.source) for left, stays in duplicates] == [("2.jpg", "1.jpg"), ("3.jpg", "1.jpg")]
+    assert [left.source for left in duplicates] == ["2.jpg", "3.jpg"]
 
 
 def test_nothing_found_makes_no_shards():
-    assert plan_shards([], RecipeConfig()) == ([], [])
+    assert planned([]) == ([], [])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.permutations(range(12)))
+def test_a_listing_has_one_fingerprint_whatever_its_order(order):
+    found = [candidate(n).found for n in range(12)]
+    assert fingerprint([found[n] for n in order]) == fingerprint(found)
+    assert fingerprint(found[1:]) != fingerprint(found)
+    assert fingerprint([replace(found[0], stamp="later"), *found[1:]]) != fingerprint(found)
 
 
 def test_the_same_images_give_the_same_bytes(photos, tmp_path):
@@ -83,7 +104,14 @@ def test_tars_are_plain_webdataset(content_version):
     for shard in content_version.shards:
         for sample in webdataset.WebDataset(content_version.shard_uri(shard.name), shardshuffle=False):
             assert sample["jpg"][:2] == b"\xff\xd8"
-            assert set(json.loads(sample["json"])) == {"source", "source_sha256", "label", "source_size"}
+            assert set(json.loads(sample["json"])) == {
+                "source",
+                "source_sha256",
+                "label",
+                "artist",
+                "style",
+                "source_size",
+            }
             found.append(sample["__key__"])
     assert sorted(found) == sorted(content_version.samples()["key"].to_pylist())
 
@@ -101,19 +129,32 @@ def test_broken_files_end_in_the_books(photos, tmp_path):
     (folder / "zz_cut.jpg").write_bytes(next(photos.iterdir()).read_bytes()[:3000])
     shutil.copy(next(photos.iterdir()), folder / "zz_again.jpg")
     version = build_version(folder, str(tmp_path / "data"))
-    assert version.books["found"] == 26
     assert version.books["quarantined"] == 1
-    assert version.books["duplicate"] == 1
-    assert version.books["reasons"]["truncated"] == 1
+    assert version.books["reasons"] == {"truncated": 1}
+
+
+def close_books(rows, shards):
+    books = Books(shards)
+    for row in rows:
+        books.count(row)
+    return books.close()
 
 
 def test_books_that_do_not_balance_are_refused():
-    rows = pa.Table.from_pylist([row_of(candidate(0), "kept"), row_of(candidate(1), "kept")], schema=MANIFEST)
-    with pytest.raises(DatasetError, match="2 samples were kept, 1 lie in shards"):
-        close_books(rows, [Shard("a.tar", rows=1, bytes=1, sha256="")])
-    lost = pa.Table.from_pylist([row_of(candidate(0), "forgotten")], schema=MANIFEST)
+    def kept(number, shard, offset):
+        return {**row_of(candidate(number), "kept"), "shard": shard, "offset": offset}
+
+    shards = [Shard("a.tar", rows=2, bytes=1, sha256=""), Shard("b.tar", rows=1, bytes=1, sha256="")]
+    good = [kept(0, "a.tar", 512), kept(1, "a.tar", 2048), kept(2, "b.tar", 512)]
+    assert close_books(good, shards)["kept"] == 3
+    with pytest.raises(DatasetError, match=r"a\.tar holds 2 samples, the manifest lists 1"):
+        close_books(good[1:], shards)
+    with pytest.raises(DatasetError, match=r"0\.jpg is not where the shards' order puts it"):
+        close_books([good[1], good[0], good[2]], shards)
+    with pytest.raises(DatasetError, match=r"2\.jpg is not where"):
+        close_books([*good[:2], kept(2, "c.tar", 512)], shards)
     with pytest.raises(DatasetError, match="do not balance"):
-        close_books(lost, [])
+        close_books([row_of(candidate(0), "forgotten")], [])
 
 
 def test_what_is_not_there_is_said(tmp_path, content_version):
@@ -128,8 +169,8 @@ def test_listing_is_sorted_labelled_and_skips_what_is_hidden(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     found = list_images((str(tmp_path),))
-    assert [f.source for f in found] == ["c.tif", "a/é 写.jpeg", "b/a.png", "b/z.JPG"]
-    assert [f.label for f in found] == ["", "a", "b", "b"]
+    assert [f.source for f in found] == ["a/é 写.jpeg", "b/a.png", "b/z.JPG", "c.tif"]
+    assert [f.label for f in found] == ["a", "b", "b", ""]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +178,7 @@ def test_listing_is_sorted_labelled_and_skips_what_is_hidden(tmp_path):
     [
         ("nothing", "found nothing there"),
         ("file", "found a file"),
-        ("empty", "an empty folder"),
+        ("empty", "an empty folder or archive"),
         ("texts", "found 1 other files"),
     ],
 )
@@ -155,7 +196,7 @@ def test_a_source_without_images_is_answered(tmp_path, make, message):
 
 def test_keys_spread_labels_over_shards():
     """Membership follows hashes, so no shard is one folder's: a shard alone is already shuffled."""
-    plans, _ = plan_shards([candidate(n) for n in range(100)], RecipeConfig(target_mb=0.08, short_side=64))
+    plans, _ = planned([candidate(n) for n in range(100)], RecipeConfig(target_mb=0.08, short_side=64))
     first = [int(c.source.removesuffix(".jpg")) for c in plans[0].candidates]
     assert len(plans) > 3
     assert np.std(first) > 15

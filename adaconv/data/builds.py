@@ -1,0 +1,106 @@
+"""Which listing and recipe gave which version: a finished build is recognised without a look into its images."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adaconv import storage
+from adaconv.data.manifest import (
+    DatasetVersion,
+    latest_uri,
+    latest_version,
+    lineage,
+    manifest_uri,
+    open_version,
+    version_uri,
+)
+from adaconv.data.sources import Found, fingerprint
+
+_CHUNK_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files that were found, spilled to `folder` in chunks (name -> files); the fingerprint ignores their order."""
+
+    folder: Path
+    chunks: Mapping[str, int]
+    images: int
+    bytes: int
+    fingerprint: str
+
+    def build(self, recipe: Mapping[str, Any], parent: str | None) -> str:
+        """Name of the build of these files by a recipe, as an addition to a parent or as a version of its own."""
+        text = json.dumps([self.fingerprint, recipe, parent], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
+    """Write a listing to files of some hundred lines of JSON, so that memory does not grow with it."""
+    chunks: dict[str, int] = {}
+    counted = {"images": 0, "bytes": 0}
+    lines: list[str] = []
+
+    def spill() -> None:
+        text = "".join(lines).encode()
+        name = hashlib.sha256(text).hexdigest()[:24]
+        (folder / f"{name}.jsonl").write_bytes(text)
+        chunks[name] = len(lines)
+        lines.clear()
+
+    def passing() -> Iterator[Found]:
+        for one in found:
+            counted["images"] += 1
+            counted["bytes"] += one.bytes
+            lines.append(json.dumps(asdict(one)) + "\n")
+            if len(lines) == _CHUNK_IMAGES:
+                spill()
+            yield one
+        if lines:
+            spill()
+
+    digest = fingerprint(passing())
+    return Listing(folder, chunks, counted["images"], counted["bytes"], digest)
+
+
+def note_build(root: str, build: str, version: DatasetVersion) -> None:
+    storage.publish_bytes(_note_uri(root, build), json.dumps({"version": version.version}).encode())
+
+
+def finished_version(root: str, build: str) -> DatasetVersion | None:
+    """The version that a build gave, if all of it is there. LATEST is moved to it, unless it descends from it."""
+    try:
+        name = json.loads(storage.read_bytes(_note_uri(root, build)))["version"]
+    except FileNotFoundError:
+        return None
+    if not storage.exists(version_uri(root, name)) or not storage.exists(manifest_uri(root, name)):
+        return None
+    version = open_version(f"{root}@{name}")
+    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))} if version.shards else {}
+    if any(sizes.get(shard.name) != shard.bytes for shard in version.shards):
+        return None
+    latest = latest_version(root)
+    newest = open_version(f"{root}@{latest}") if latest and storage.exists(version_uri(root, latest)) else None
+    if newest is None or name not in (ancestor.version for ancestor in lineage(newest)):
+        storage.publish_bytes(latest_uri(root), name.encode())
+    return version
+
+
+def result_of(version: DatasetVersion) -> dict[str, Any]:
+    """What result.json says of a version."""
+    return {
+        "root": version.root,
+        "version": version.version,
+        "root_hash": version.root_hash,
+        "parent": version.parent,
+        "shards": len(version.shards),
+        "bytes": sum(shard.bytes for shard in version.shards),
+        "books": dict(version.books),
+    }
+
+
+def _note_uri(root: str, build: str) -> str:
+    return storage.join(root, "builds", f"{build}.json")

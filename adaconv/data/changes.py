@@ -1,0 +1,188 @@
+"""From one version to another: what a removal takes away, how two versions differ, what no version needs."""
+
+import difflib
+import fnmatch
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaconv import storage
+from adaconv.config.dataset import RemoveConfig
+from adaconv.data.manifest import (
+    IN_SHARDS,
+    DatasetVersion,
+    Row,
+    latest_version,
+    lineage,
+    list_versions,
+    open_version,
+    split_spec,
+)
+from adaconv.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One thing that rows are chosen by: `field` of removal (key, label, artist, source_pattern) and its value."""
+
+    field: str
+    value: str
+
+    def admits(self, row: Row) -> bool:
+        if self.field == "key":
+            return self.value in (row["key"], row["source_sha256"])
+        if self.field == "label":
+            return f"{row['label']}/".startswith(f"{self.value}/")
+        if self.field == "artist":
+            return bool(row["artist"] == self.value)
+        return fnmatch.fnmatchcase(row["source"], self.value)
+
+
+def criteria_of(config: RemoveConfig) -> list[Criterion]:
+    fields = ("key", "label", "artist", "source_pattern")
+    return [Criterion(field, value) for field in fields for value in getattr(config, field)]
+
+
+def keys_to_remove(rows: Iterable[Row], criteria: Sequence[Criterion]) -> dict[str, str]:
+    """Key -> reason of each image that a criterion names, whichever of its copies it admits; none if all are gone.
+
+    Raises:
+        UsageError: a criterion admits nothing, with the nearest value there is.
+    """
+    keys: dict[str, str] = {}
+    used: set[Criterion] = set()
+    known: dict[str, set[str]] = {criterion.field: set() for criterion in criteria}
+    for row in rows:
+        if row["state"] == "quarantined":
+            continue
+        for field in known:
+            known[field].add(row["source" if field == "source_pattern" else field])
+        for criterion in criteria:
+            if criterion.admits(row):
+                used.add(criterion)
+                if row["state"] != "excluded":  # else it was removed before
+                    keys.setdefault(row["key"], f"removed_by_{criterion.field}")
+    unused = [criterion for criterion in criteria if criterion not in used]
+    if unused:
+        raise UsageError("; ".join(_nothing_has(criterion, known[criterion.field]) for criterion in unused))
+    return keys
+
+
+def _nothing_has(criterion: Criterion, known: Iterable[str]) -> str:
+    flag = criterion.field.replace("_", "-")
+    near = difflib.get_close_matches(criterion.value, known, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"--{flag} {criterion.value}: no image of the version is of this {flag}{hint}"
+
+
+def excluded(row: Row, reason: str, why: str) -> Row:
+    """The row of an image that was taken out: what it was stays, where it lay goes."""
+    nowhere = dict.fromkeys(("shard", "offset", "size", "span", "crc32"))
+    return {**row, **nowhere, "state": "excluded", "reason": reason, "detail": why}
+
+
+def by_shard(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Rows of samples, shard by shard in the manifest's order."""
+    name, mine = "", list[Row]()
+    for row in rows:
+        if row["state"] not in IN_SHARDS:
+            continue
+        if row["shard"] != name:
+            if mine:
+                yield name, mine
+            name, mine = row["shard"], []
+        mine.append(row)
+    if mine:
+        yield name, mine
+
+
+def diff(new: DatasetVersion, old: DatasetVersion, *, examples: int = 20) -> dict[str, Any]:
+    """How a version differs from another: samples, states and bytes, with the sources of a few."""
+    there = {name: set(version.samples()["key"].to_pylist()) for name, version in (("new", new), ("old", old))}
+    shards = {name: {s.name: s.bytes for s in v.shards} for name, v in (("new", new), ("old", old))}
+    shared = shards["new"].keys() & shards["old"].keys()
+
+    def sources(version: DatasetVersion, keys: set[str]) -> list[str]:
+        table = version.samples().select(["key", "source"]).to_pylist()
+        return sorted(row["source"] for row in table if row["key"] in keys)[:examples]
+
+    added, removed = there["new"] - there["old"], there["old"] - there["new"]
+    return {
+        "added": len(added),
+        "removed": len(removed),
+        "kept": len(there["new"] & there["old"]),
+        "added_sources": sources(new, added),
+        "removed_sources": sources(old, removed),
+        "shards_shared": len(shared),
+        "shards_new": len(shards["new"]) - len(shared),
+        "bytes_shared": sum(shards["new"][name] for name in shared),
+        "bytes_new": sum(size for name, size in shards["new"].items() if name not in shared),
+        "books": {"new": dict(new.books), "old": dict(old.books)},
+        "recipe_differs": {
+            name: [old.recipe.get(name), new.recipe.get(name)]
+            for name in sorted({*old.recipe, *new.recipe})
+            if old.recipe.get(name) != new.recipe.get(name)
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What goes: versions, and files by URI with their bytes. Versions go first, so that none is left half there."""
+
+    versions: tuple[str, ...]
+    files: tuple[storage.Entry, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files)
+
+
+def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -> Garbage:
+    """Files below a root that no version needs, old enough to be of no job that runs.
+
+    Raises:
+        UsageError: there is no dataset.
+        DatasetError: a version's file is damaged: what it needs is not known, so nothing is garbage.
+    """
+    root, _ = split_spec(root)
+    latest = latest_version(root)
+    if latest is None:
+        raise UsageError(f"expected a dataset at {root}, found no LATEST in it")
+    everything = list_versions(root)
+    kept = everything
+    if keep_last is not None:
+        line = lineage(open_version(f"{root}@{latest}"))
+        kept = [version.version for version, _ in zip(line, range(keep_last), strict=False)]
+    needed = {"LATEST", "result.json"}
+    for name in kept:
+        version = open_version(f"{root}@{name}")
+        needed |= {f"versions/{name}.json", f"manifests/{name}.parquet"}
+        needed |= {f"shards/{shard.name}" for shard in version.shards}
+    dropped = tuple(name for name in everything if name not in kept)
+    of_dropped: set[str] = set()
+    for name in dropped:
+        of_dropped |= {f"versions/{name}.json", f"manifests/{name}.parquet"}
+        of_dropped |= {f"shards/{shard.name}" for shard in open_version(f"{root}@{name}").shards}
+    ours = ("shards/", "manifests/", "versions/", "work/", "builds/")
+    files = [e for e in storage.walk(root, hidden=True) if e.path.startswith(ours) and e.path not in needed]
+    limit = time.time() - older_than_hours * 3600
+    garbage = [
+        entry
+        for entry in files
+        if entry.path in of_dropped or (entry.changed <= limit and not _builds_a_kept_one(entry, kept))
+    ]
+    return Garbage(dropped, tuple(sorted(garbage, key=lambda e: (not e.path.startswith("versions/"), e.path))))
+
+
+def _builds_a_kept_one(entry: storage.Entry, kept: Sequence[str]) -> bool:
+    return entry.path.startswith("builds/") and any(
+        name in storage.read_bytes(entry.uri).decode(errors="replace") for name in kept
+    )
+
+
+def collect(garbage: Garbage, told: Callable[[storage.Entry], None] = lambda entry: None) -> None:
+    for entry in garbage.files:
+        storage.remove(entry.uri)
+        told(entry)

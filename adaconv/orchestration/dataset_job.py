@@ -1,0 +1,202 @@
+"""What is done to a dataset version that is there: add to it, take away from it, read every byte of it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+
+from adaconv import storage
+from adaconv.config.dataset import AppendConfig, RemoveConfig, VerifyConfig
+from adaconv.config.shard import ShardConfig
+from adaconv.data.builds import Listing, result_of
+from adaconv.data.changes import by_shard, criteria_of, excluded, keys_to_remove
+from adaconv.data.ingest import check_codecs, settings_of
+from adaconv.data.manifest import (
+    IN_SHARDS,
+    Row,
+    Shard,
+    manifest_uri,
+    open_version,
+    publish_version,
+    rows_of,
+    split_spec,
+)
+from adaconv.data.shard_writer import rewrite_shard
+from adaconv.data.verify import Damage, verify_manifest, verify_shard
+from adaconv.orchestration.shard_job import publish_note, read_note, run_shard_job
+from adaconv.orchestration.tasks import Teller, run_tasks
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 100  # damages that result.json lists
+
+
+def run_append(config: AppendConfig, listing: Listing) -> dict[str, Any]:
+    """Add images: new shards, and a version whose parent is the one that was given. Nothing new makes no version.
+
+    Raises:
+        DatasetError: the codecs here are not those that the dataset was made with.
+        QuarantineBudgetError: too many of the new images were refused.
+    """
+    parent = open_version(config.dataset)
+    check_codecs(parent.recipe)
+    settings = ShardConfig(
+        source=config.source,
+        output=parent.root,
+        shard=settings_of(parent.recipe),
+        budget=config.budget,
+        scaling=config.scaling,
+    )
+    before = sum(shard.bytes for shard in parent.shards)
+    result = run_shard_job(settings, listing, parent=parent)
+    return {**result, "bytes_written": result["bytes"] - before}
+
+
+def run_remove(config: RemoveConfig) -> dict[str, Any]:
+    """Take images out: shards that hold none of them stay, the others are written again without them.
+
+    Raises:
+        UsageError: a criterion names no image.
+        DatasetError: a shard is damaged.
+    """
+    parent = open_version(config.dataset)
+    reasons = keys_to_remove(parent.rows(), criteria_of(config))
+    if not reasons:
+        log.info("nothing to do: they are not in version %s", parent.version)
+        return {**result_of(parent), "removed": 0, "shards_rewritten": 0, "bytes_written": 0}
+    digest = hashlib.sha256(json.dumps([parent.version, sorted(reasons), config.why]).encode()).hexdigest()[:16]
+    work = storage.join(parent.root, "work", digest)
+    sizes = {shard.name: shard for shard in parent.shards}
+    touched, jobs = dict[str, int](), []
+    for name, rows in by_shard(parent.rows()):
+        left = [row for row in rows if row["key"] not in reasons]
+        if len(left) == len(rows):
+            continue
+        touched[name] = len(left)
+        if left:
+            storage.publish_bytes(storage.join(work, "plan", f"{name}.json"), json.dumps(left).encode())
+            jobs.append({"name": name})
+    answers = run_tasks(
+        rewrite_and_note,
+        jobs,
+        what="rewrite",
+        images=sum(touched.values()),
+        num_workers=config.scaling.num_workers,
+        root=parent.root,
+        work=work,
+    )
+    for _ in answers:
+        pass
+    shards = []
+    for name, shard in sizes.items():
+        if name not in touched:
+            shards.append(shard)
+        elif touched[name]:
+            written, _ = read_note(work, name)
+            assert written is not None
+            shards.append(written)
+
+    def rows_in_order() -> Iterator[Row]:
+        for name, rows in by_shard(parent.rows()):
+            if name not in touched:
+                yield from rows
+            elif touched[name]:
+                yield from read_note(work, name)[1]
+        # In no shard: what was taken out, and what never was in one.
+        gone = [
+            excluded(row, reasons[row["key"]], config.why)
+            for row in parent.rows()
+            if row["key"] in reasons and row["state"] in (*IN_SHARDS, "duplicate")
+        ]
+        gone += [row for row in parent.rows() if row["state"] not in IN_SHARDS and not _went(row, reasons)]
+        yield from sorted(gone, key=lambda row: (row["source"], row["source_sha256"]))
+
+    version = publish_version(parent.root, recipe=parent.recipe, shards=shards, rows=rows_in_order(), parent=parent)
+    storage.remove_directory(work)
+    kept = {shard.name for shard in parent.shards}
+    return {
+        **result_of(version),
+        "removed": version.books["excluded"] - parent.books["excluded"],
+        "shards_rewritten": len(touched),
+        "bytes_written": sum(shard.bytes for shard in version.shards if shard.name not in kept),
+        "note": "the old version still holds them; pipelines/dataset.py gc --keep-last 1 deletes it",
+    }
+
+
+def _went(row: Row, reasons: dict[str, str]) -> bool:
+    return row["key"] in reasons and row["state"] == "duplicate"
+
+
+def rewrite_and_note(job: dict[str, Any], *, board: ray.actor.ActorHandle, root: str, work: str) -> dict[str, Any]:
+    """A task: the samples of a shard that stay, to a shard of their own."""
+    name = job["name"]
+    rows: list[Row] = json.loads(storage.read_bytes(storage.join(work, "plan", f"{name}.json")))
+    shard = rewrite_shard(root, rows)
+    publish_note(work, name, shard, rows)
+    told = Teller(board, name)
+    told(len(rows), shard.bytes, 0)
+    told.close()
+    return {"name": name}
+
+
+def run_verify(config: VerifyConfig) -> dict[str, Any]:
+    """Read every byte of a version; `status` is `failed` where one is not what it was, with where it is.
+
+    Raises:
+        DatasetError: the version's own file is damaged, so that nothing else can be judged.
+    """
+    root, _ = split_spec(config.dataset)
+    version = open_version(config.dataset)
+    damages = verify_manifest(version)
+    answers = run_tasks(
+        verify_task,
+        [{"name": shard.name, "shard": json.dumps(asdict(shard))} for shard in version.shards],
+        what="verify",
+        images=sum(shard.rows for shard in version.shards),
+        num_workers=config.scaling.num_workers,
+        root=root,
+        manifest="" if damages else manifest_uri(root, version.version),
+    )
+    for answer in answers:
+        damages += [Damage(**values) for values in json.loads(answer["damages"])]
+    damages.sort(key=lambda damage: (damage.file, damage.start))
+    for damage in damages[:_SHOWN]:
+        log.error("%s", damage)
+    result = {
+        "root": root,
+        "version": version.version,
+        "shards": len(version.shards),
+        "bytes": sum(shard.bytes for shard in version.shards),
+        "damaged": len(damages),
+        "damages": [asdict(damage) for damage in damages[:_SHOWN]],
+    }
+    if damages:
+        files = sorted({damage.file for damage in damages})
+        error = (
+            f"{len(damages)} places of {len(files)} files are damaged, the first: {damages[0]}. Delete the damaged "
+            "shards and run pipelines/shard.py with the same sources: it makes them again, byte for byte"
+        )
+        return {**result, "status": "failed", "error": error}
+    return result
+
+
+def verify_task(job: dict[str, Any], *, board: ray.actor.ActorHandle, root: str, manifest: str) -> dict[str, Any]:
+    """A task: a shard against its hash; where that differs, its samples against the manifest."""
+    shard = Shard(**json.loads(job["shard"]))
+
+    def rows() -> list[Row] | None:
+        if not manifest:
+            return None
+        with storage.open_binary(manifest) as file:
+            return list(rows_of(pq.read_table(file, filters=[("shard", "==", shard.name)])))
+
+    damages = verify_shard(root, shard, rows)
+    told = Teller(board, shard.name)
+    told(shard.rows, shard.bytes, len(damages))
+    told.close()
+    return {"name": shard.name, "damages": json.dumps([asdict(damage) for damage in damages])}

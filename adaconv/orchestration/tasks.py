@@ -1,0 +1,152 @@
+"""Independent pieces of work as Ray Data tasks: bounded retries, one status line for all, answers as they are ready."""
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.data import TaskPoolStrategy
+
+from adaconv.errors import AdaConvError, JobError
+from adaconv.orchestration.cluster import quiet_ray_data
+from adaconv.progress import Progress
+
+# Of one task; Ray's own default is without end. Whoever may be killed by its input looks out for itself after the first
+# death, so what is left are machines and operators.
+_WORKER_DEATHS_ADMITTED = 10
+_TELL_SECONDS, _ASK_SECONDS = 1.0, 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Board:
+    """What tasks have done so far, by task: one that is started again begins at nothing."""
+
+    def __init__(self) -> None:
+        self._of_task: dict[str, tuple[int, int, int]] = {}
+
+    def clear(self) -> None:
+        self._of_task.clear()
+
+    def set(self, task: str, images: int, read_bytes: int, refused: int) -> None:
+        self._of_task[task] = (images, read_bytes, refused)
+
+    def totals(self) -> tuple[int, int, int]:
+        images, read_bytes, refused = zip((0, 0, 0), *self._of_task.values(), strict=True)
+        return sum(images), sum(read_bytes), sum(refused)
+
+
+class Teller:
+    """A task's side of the board; tells it at most once a second."""
+
+    def __init__(self, board: ray.actor.ActorHandle, task: str) -> None:
+        self._board, self._task = board, task
+        self._done = (0, 0, 0)
+        self._last = 0.0
+
+    def __call__(self, images: int, read_bytes: int, refused: int) -> None:
+        self._done = (self._done[0] + images, self._done[1] + read_bytes, self._done[2] + int(refused))
+        if time.monotonic() - self._last >= _TELL_SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        self._last = time.monotonic()
+        self._board.set.remote(self._task, *self._done)
+
+
+def run_tasks(
+    function: Callable[..., dict[str, Any]],
+    jobs: Sequence[dict[str, Any]],
+    *,
+    what: str,
+    images: int,
+    done: int = 0,
+    num_workers: int | None = None,
+    **shared: Any,
+) -> Iterator[dict[str, Any]]:
+    """One Ray Data task a job; answers come as they are ready, and a status line every few seconds.
+
+    Args:
+        function: (job, board, **shared) -> a small answer. Of a module, so that workers import it.
+        jobs: small; data travels through storage.
+        what: the status line's first word.
+        images: that all the work is about.
+        done: images that were done before.
+        num_workers: tasks at once; None is as many as the cluster has CPUs.
+        shared: what every job is handed besides.
+
+    Raises:
+        AdaConvError, OSError: what a task raised.
+        JobError: a task lost its worker time and again.
+    """
+    progress = Progress(what, total=images, done=done)
+    if not jobs:
+        progress.close()
+        return
+    quiet_ray_data()
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a task raises is raised here, without its trace
+    ray.data.DataContext.get_current().raise_original_map_exception = True
+    # One a driver, for it takes a process: what runs next clears it.
+    board = ray.remote(Board).options(name="board", get_if_exists=True, num_cpus=0, max_restarts=-1).remote()
+    board.clear.remote()
+    dataset = ray.data.from_items(list(jobs), override_num_blocks=len(jobs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there is no other way yet to bound the retries
+        mapped = dataset.map(
+            function,
+            fn_kwargs={"board": board, **shared},
+            num_cpus=1,
+            compute=TaskPoolStrategy(size=num_workers),
+            max_retries=_WORKER_DEATHS_ADMITTED,
+        )
+    with _watched(progress, board):
+        try:
+            yield from mapped.iter_rows()
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (AdaConvError, OSError)):
+                # Ray adds advice on its own settings to the message.
+                message, _, _ = str(error.cause).partition("\nFailed to apply UDF transform")
+                raise type(error.cause)(message) from None
+            raise
+        except ray.exceptions.WorkerCrashedError as error:
+            raise JobError(
+                f"a task lost its worker {_WORKER_DEATHS_ADMITTED + 1} times; look for memory that ran out or nodes "
+                "that went away. The same command goes on where this stopped"
+            ) from error
+
+
+class _watched:
+    """A thread that carries the board's totals to the status line."""
+
+    def __init__(self, progress: Progress, board: ray.actor.ActorHandle) -> None:
+        self._progress, self._board = progress, board
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._began = time.monotonic()
+        self._images = 0
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+        self._progress.close()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_ASK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            images, read_bytes, refused = ray.get(self._board.totals.remote(), timeout=10)
+        except ray.exceptions.RayError:  # the board was lost and comes back empty: a line less, no more
+            return
+        megabytes = read_bytes / 1e6 / (time.monotonic() - self._began)
+        forward = max(0, images - self._images)
+        self._images += forward
+        self._progress.advance(forward, **{"MB/s": f"{megabytes:.1f}", "quarantined": refused})

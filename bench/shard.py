@@ -1,0 +1,143 @@
+"""Raw images to shards on all cores: against img2dataset on the same files, and decode + resize + encode alone.
+
+img2dataset needs older releases than this project: give the Python of an environment that has it by
+ADACONV_IMG2DATASET=/path/to/python. Without it the baseline is what its workers do, by Pillow, in as many processes:
+decode, resize, encode every image into a tar; no checks, no hashes, no manifest.
+"""
+
+import io
+import os
+import shutil
+import statistics
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from adaconv.config.shard import RecipeConfig, ShardConfig
+from adaconv.data.builds import spill_listing
+from adaconv.data.ingest import stored_size
+from adaconv.data.sources import iter_images
+from adaconv.data.synthetic import generate_paintings
+from adaconv.images import encode_jpeg
+from adaconv.orchestration.cluster import connect
+from bench.measure import Row, alternate
+
+_SIZES = ((1280, 960), (960, 720), (640, 480))  # two of three are scaled down, one keeps its bytes
+_RECIPE = RecipeConfig(target_mb=16)
+_IMG2DATASET = """
+import sys, time
+from img2dataset import download
+urls, out, processes = sys.argv[1:]
+began = time.perf_counter()
+download(url_list=urls, output_folder=out, output_format="webdataset", input_format="txt", image_size=512,
+         resize_mode="keep_ratio", resize_only_if_bigger=True, encode_quality=95, encode_format="jpg",
+         processes_count=int(processes), thread_count=8, number_sample_per_shard=100, enable_wandb=False)
+print("seconds", time.perf_counter() - began)
+"""
+
+
+def rows(quick: bool) -> list[Row]:
+    folder = Path(tempfile.mkdtemp(prefix="adaconv-bench-"))
+    count = 30 if quick else 600
+    # Ray lowers the priority of its workers; whatever else this machine does is to fall on all that is compared.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    try:
+        _draw(folder / "raw", count)
+        with connect():
+            return [_row(folder, count, rounds=1 if quick else 3)]
+    finally:
+        shutil.rmtree(folder)
+
+
+def _row(folder: Path, count: int, rounds: int) -> Row:
+    from adaconv.orchestration.shard_job import run_shard_job
+
+    cores = os.cpu_count() or 1
+    files = sorted((folder / "raw").iterdir())
+    made = iter(range(1000))
+
+    def ours() -> None:
+        root = folder / f"ours-{next(made)}"
+        config = ShardConfig(source=(str(folder / "raw"),), output=str(root), shard=_RECIPE)
+        with tempfile.TemporaryDirectory() as scratch:
+            run_shard_job(config, spill_listing(iter_images(config.source), Path(scratch)))
+        shutil.rmtree(root)
+
+    def in_processes(work: Callable[[Sequence[Path]], None]) -> None:
+        with ProcessPoolExecutor(cores, mp_context=get_context("fork")) as pool:
+            list(pool.map(work, [files[first::cores] for first in range(cores)]))
+
+    python = os.environ.get("ADACONV_IMG2DATASET")
+    peer_seconds: list[float] = []  # by its own clock: our cluster has been started before, so is its Python
+    if python:
+        urls = folder / "urls.txt"
+        urls.write_text("".join(f"file://{file}\n" for file in files))
+
+        def baseline() -> None:
+            peer_seconds.append(_img2dataset(python, urls, folder / "img2dataset", cores))
+    else:
+
+        def baseline() -> None:
+            in_processes(_as_peers_do)
+
+    seconds = alternate(ours, baseline, rounds=rounds)
+    if peer_seconds:
+        seconds = (seconds[0], statistics.median(peer_seconds[1:]))
+    floor, _ = alternate(lambda: in_processes(_decode_resize_encode), lambda: None, rounds=rounds)
+    peer = "img2dataset" if python else "Pillow as img2dataset's workers"
+    return Row("shard", *seconds, floor=floor, unit=f"{count} images on {cores} cores; the baseline is {peer}")
+
+
+def _decode_resize_encode(files: Sequence[Path]) -> None:
+    """The pixels' part of ours: what the header lets keep its bytes is decoded, to see that it is whole."""
+    for file in files:
+        data = file.read_bytes()
+        size = Image.open(io.BytesIO(data)).size
+        if stored_size(*size, _RECIPE) == size:
+            simplejpeg.decode_jpeg(data, "GRAY")
+        else:
+            picture = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+            small = picture.resize(stored_size(*size, _RECIPE), Image.Resampling.LANCZOS)
+            encode_jpeg(small, quality=_RECIPE.jpeg_quality)
+
+
+def _as_peers_do(files: Sequence[Path]) -> None:
+    with tempfile.TemporaryFile() as target, tarfile.open(fileobj=target, mode="w") as tar:
+        for file in files:
+            with Image.open(file) as image:
+                picture = image.convert("RGB").resize(stored_size(*image.size, _RECIPE), Image.Resampling.LANCZOS)
+            jpeg = encode_jpeg(picture, quality=_RECIPE.jpeg_quality)
+            member = tarfile.TarInfo(file.name)
+            member.size = len(jpeg)
+            tar.addfile(member, io.BytesIO(jpeg))
+
+
+def _img2dataset(python: str, urls: Path, output: Path, processes: int) -> float:
+    shutil.rmtree(output, ignore_errors=True)
+    command = [python, "-c", _IMG2DATASET, str(urls), str(output), str(processes)]
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(done.stdout.rpartition("seconds ")[2])
+
+
+def _draw(folder: Path, count: int) -> None:
+    """Paintings of three sizes; a few are drawn, the others are theirs, shifted and with other grain."""
+    drawn = folder.parent / "drawn"
+    generate_paintings(drawn, 6, seed=0, size=960)
+    pictures = [Image.open(path).convert("RGB").resize(_SIZES[0]) for path in sorted(drawn.iterdir())]
+    folder.mkdir()
+    for number in range(count):
+        width, height = _SIZES[number % len(_SIZES)]
+        picture = pictures[number % len(pictures)].resize((width, height))
+        shifted = np.roll(np.asarray(picture), number, axis=1)
+        grain = np.random.default_rng(number).integers(-6, 7, (height // 4, width // 4, 1)).repeat(4, 0).repeat(4, 1)
+        noisy = (shifted.astype(np.int16) + grain).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{number:05d}.jpg", quality=90)

@@ -1,0 +1,211 @@
+"""What is done with a dataset version that is there.
+
+    python pipelines/dataset.py append --dataset data/photos --source more/       new shards, a new version
+    python pipelines/dataset.py remove --dataset data/paintings --artist NAME     by key, label, artist or source
+    python pipelines/dataset.py diff --dataset data/photos --against data/photos@VERSION
+    python pipelines/dataset.py verify --dataset data/photos                      every byte; locates what is damaged
+    python pipelines/dataset.py similar --dataset data/photos --against data/evaluation   what both hold
+    python pipelines/dataset.py report --dataset data/photos --output report/     one HTML page
+    python pipelines/dataset.py gc --dataset data/photos --keep-last 2            deletes what no version needs
+
+Each takes --help, --config and --dry-run as every pipeline does.
+"""
+
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adaconv import cli
+from adaconv.config.base import Config
+from adaconv.config.dataset import (
+    AppendConfig,
+    DiffConfig,
+    GcConfig,
+    RemoveConfig,
+    ReportConfig,
+    SimilarConfig,
+    VerifyConfig,
+)
+
+log = logging.getLogger(__name__)
+
+
+def append(config: AppendConfig) -> dict[str, Any]:
+    from adaconv import storage
+    from adaconv.data.builds import finished_version, result_of, spill_listing
+    from adaconv.data.manifest import open_version
+    from adaconv.data.sources import iter_images
+    from adaconv.orchestration.cluster import connect
+
+    parent = open_version(config.dataset)
+    config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
+    with tempfile.TemporaryDirectory(prefix="adaconv-listing-") as scratch:
+        listing = spill_listing(iter_images(config.source), Path(scratch))
+        finished = finished_version(parent.root, listing.build(parent.recipe, parent.version))
+        if finished:
+            log.info("nothing to do: these images are in version %s", finished.version)
+            return {**result_of(finished), "made": 0}
+        with connect():
+            from adaconv.orchestration.dataset_job import run_append
+
+            return run_append(config, listing)
+
+
+def remove(config: RemoveConfig) -> dict[str, Any]:
+    from adaconv.data.manifest import open_version
+    from adaconv.orchestration.cluster import connect
+
+    open_version(config.dataset)
+    with connect():
+        from adaconv.orchestration.dataset_job import run_remove
+
+        return run_remove(config)
+
+
+def diff(config: DiffConfig) -> dict[str, Any]:
+    from adaconv.data.changes import diff
+    from adaconv.data.manifest import open_version
+
+    return diff(open_version(config.dataset), open_version(config.against))
+
+
+def verify(config: VerifyConfig) -> dict[str, Any]:
+    from adaconv.data.manifest import open_version
+    from adaconv.orchestration.cluster import connect
+
+    open_version(config.dataset)
+    with connect():
+        from adaconv.orchestration.dataset_job import run_verify
+
+        return run_verify(config)
+
+
+def similar(config: SimilarConfig) -> dict[str, Any]:
+    from adaconv.data.manifest import open_version
+    from adaconv.data.similar import similar_pairs
+
+    shown = 100
+    first = open_version(config.dataset).samples()
+    second = open_version(config.against).samples() if config.against else first
+    others = second["phash"].to_numpy() if config.against else None
+    pairs = similar_pairs(first["phash"].to_numpy(), distance=config.distance, others=others)
+    listed = [
+        {
+            "distance": pair.distance,
+            "same_bytes": first["key"][pair.first].as_py() == second["key"][pair.second].as_py(),
+            "first": first["source"][pair.first].as_py(),
+            "second": second["source"][pair.second].as_py(),
+        }
+        for pair in pairs[:shown]
+    ]
+    result = {"images": len(first), "pairs": len(pairs), "listed": listed}
+    if config.against and pairs:
+        said = f"{len(pairs)} pairs of images lie in both, the first: {listed[0]['first']} and {listed[0]['second']}"
+        return {**result, "status": "failed", "error": f"{said}; take them out of one with pipelines/dataset.py remove"}
+    return result
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    from adaconv import storage
+    from adaconv.data.builds import result_of
+    from adaconv.data.manifest import open_version
+    from adaconv.data.report import render
+
+    version = open_version(config.dataset)
+    page = storage.join(storage.absolute(config.output), "report.html")
+    storage.publish_bytes(page, render(version, distance=config.distance, sheet=config.sheet).encode())
+    return {**result_of(version), "report": page}
+
+
+def gc(config: GcConfig) -> dict[str, Any]:
+    from adaconv.data.changes import collect, find_garbage
+
+    garbage = find_garbage(config.dataset, keep_last=config.keep_last, older_than_hours=config.older_than_hours)
+    collect(garbage)
+    return {"versions_deleted": list(garbage.versions), "files_deleted": len(garbage.files), "bytes": garbage.bytes}
+
+
+def plan_gc(config: GcConfig) -> str:
+    from adaconv.data.changes import find_garbage
+
+    garbage = find_garbage(config.dataset, keep_last=config.keep_last, older_than_hours=config.older_than_hours)
+    what = f"versions {', '.join(garbage.versions) or 'none'}; {len(garbage.files)} files, {garbage.bytes / 1e6:.1f} MB"
+    return "\n".join([f"to delete: {what}", *(entry.path for entry in garbage.files)])
+
+
+def plan_remove(config: RemoveConfig) -> str:
+    from adaconv.data.changes import by_shard, criteria_of, keys_to_remove
+    from adaconv.data.manifest import open_version
+
+    version = open_version(config.dataset)
+    keys = keys_to_remove(version.rows(), criteria_of(config))
+    touched = {name for name, rows in by_shard(version.rows()) if any(row["key"] in keys for row in rows)}
+    size = sum(shard.bytes for shard in version.shards if shard.name in touched)
+    shards = f"{len(touched)} of {len(version.shards)} shards, {size / 1e6:.1f} MB"
+    return f"{len(keys)} images to remove; {shards}, to write again without them"
+
+
+def plan_version(config: Any) -> str:
+    from adaconv.data.manifest import open_version
+
+    version = open_version(config.dataset)
+    return f"version {version.version} of {version.root}: {version.books['found']} images, {len(version.shards)} shards"
+
+
+class Command(NamedTuple):
+    config: type[Config]
+    execute: Callable[[Any], dict[str, Any]]
+    plan: Callable[[Any], str]
+    changes: bool  # the dataset: result.json then lies in its root
+
+
+COMMANDS = {
+    "append": Command(AppendConfig, append, plan_version, True),
+    "remove": Command(RemoveConfig, remove, plan_remove, True),
+    "diff": Command(DiffConfig, diff, plan_version, False),
+    "verify": Command(VerifyConfig, verify, plan_version, False),
+    "similar": Command(SimilarConfig, similar, plan_version, False),
+    "report": Command(ReportConfig, report, plan_version, False),
+    "gc": Command(GcConfig, gc, plan_gc, False),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in ("-h", "--help"):
+        print(f"usage: pipelines/dataset.py {{{','.join(COMMANDS)}}} [--config FILE] [flags]\n\n{__doc__}")
+        return 0
+    if name not in COMMANDS:
+        found = f"found {name!r}" if name else "found none"
+        print(
+            f"pipelines/dataset.py: error: expected a command, one of {', '.join(COMMANDS)}; {found}", file=sys.stderr
+        )
+        return 2
+    command = COMMANDS[name]
+    return cli.run(
+        command.config,
+        rest,
+        prog=f"pipelines/dataset.py {name}",
+        doc=__doc__,
+        plan=command.plan,
+        execute=command.execute,
+        output=partial(_output, changes=command.changes),
+    )
+
+
+def _output(config: Any, *, changes: bool) -> str | None:
+    from adaconv.data.manifest import split_spec
+
+    if changes:
+        return split_spec(config.dataset)[0]
+    output: str | None = config.output
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

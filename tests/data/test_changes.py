@@ -1,0 +1,247 @@
+"""Versions that follow from versions: what verify finds, what a removal leaves, what may be deleted."""
+
+import dataclasses
+import io
+import json
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from adaconv import storage
+from adaconv.data.changes import Criterion, by_shard, collect, diff, find_garbage, keys_to_remove
+from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, open_version, publish_version
+from adaconv.data.shard_writer import rewrite_shard
+from adaconv.data.verify import verify_manifest, verify_shard
+from adaconv.errors import AdaConvError, DatasetError, UsageError
+from tests.helpers import RECIPE, build_version
+
+
+@pytest.fixture
+def version(content_version, tmp_path):
+    """A copy that may be damaged."""
+    shutil.copytree(content_version.root, tmp_path / "data")
+    return open_version(str(tmp_path / "data"))
+
+
+def verify(version):
+    rows = dict(by_shard(version.rows())) if not verify_manifest(version) else {}
+    damages = verify_manifest(version)
+    for shard in version.shards:
+        damages += verify_shard(version.root, shard, lambda name=shard.name: rows.get(name))
+    return damages
+
+
+def test_a_whole_version_has_no_damage(version):
+    assert verify(version) == []
+
+
+def test_any_changed_byte_is_located(version):
+    """100 random bytes of all the version's files; in a shard, down to the sample whose bytes hold it."""
+    draw = random.Random(0)
+    root = Path(version.root)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    weights = [path.stat().st_size for path in files]
+    rows = dict(by_shard(version.rows()))
+    hit = {"shards": 0, "other": 0}
+    for number in range(100):
+        path = draw.choices(files, weights)[0] if number % 4 else draw.choice(files)
+        whole = path.read_bytes()
+        place = draw.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ draw.randrange(1, 256)]) + whole[place + 1 :])
+        if path.parent.name == "shards":
+            (damage,) = verify(version)
+            assert damage.file == f"shards/{path.name}"
+            assert damage.start <= place < damage.end
+            inside = [r for r in rows[path.name] if r["offset"] - 512 <= place < r["offset"] - 512 + r["span"]]
+            assert damage.key == (inside[0]["key"] if inside else "")
+            hit["shards"] += 1
+        elif path.parent.name == "manifests":
+            assert [damage.file for damage in verify(version)] == [f"manifests/{path.name}"]
+        else:
+            with pytest.raises(AdaConvError, match=r"versions/|has no version"):
+                open_version(version.root)
+            hit["other"] += 1
+        path.write_bytes(whole)
+    assert min(hit.values()) >= 5
+    assert verify(version) == []
+
+
+def test_any_missing_byte_is_located(version):
+    draw = random.Random(1)
+    for _ in range(30):
+        shard = draw.choice(version.shards)
+        path = Path(version.shard_uri(shard.name))
+        whole = path.read_bytes()
+        place = draw.randrange(len(whole))
+        path.write_bytes(whole[:place] + whole[place + 1 :])
+        damages = verify(version)
+        assert {damage.file for damage in damages} == {f"shards/{shard.name}"}
+        assert f"expected {shard.bytes} bytes, found {shard.bytes - 1}" in damages[0].what
+        rows = dict(by_shard(version.rows()))[shard.name]
+        first = next((r for r in rows if r["offset"] - 512 + r["span"] > place), None)
+        if first and whole[place : first["offset"] - 512 + first["span"]].strip(whole[place : place + 1]):
+            assert first["key"] in {damage.key for damage in damages}
+        path.write_bytes(whole)
+
+
+def test_a_shard_cut_at_a_member_is_found_though_readers_take_it_for_whole(tmp_path, photos):
+    import webdataset
+
+    version = build_version(photos, str(tmp_path), RECIPE.model_copy(update={"target_mb": 100}))
+    (shard,) = version.shards
+    path = Path(version.shard_uri(shard.name))
+    rows = dict(by_shard(version.rows()))[shard.name]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: rows[10]["offset"] - 512])
+    assert len(list(webdataset.WebDataset(str(path), shardshuffle=False))) == 10  # and no error
+    damages = verify(version)
+    assert {damage.key for damage in damages if damage.key} == {row["key"] for row in rows[10:]}
+    assert {damage.what for damage in damages if damage.key} == {"it is gone"}
+
+
+def test_a_missing_shard_is_found(version):
+    Path(version.shard_uri(version.shards[1].name)).unlink()
+    (damage,) = verify(version)
+    assert damage.file == f"shards/{version.shards[1].name}"
+    assert "it is not there" in str(damage)
+
+
+def test_shards_are_byte_for_byte_what_webdataset_writes(content_version):
+    import webdataset
+
+    for shard in content_version.shards:
+        written = Path(content_version.shard_uri(shard.name)).read_bytes()
+        again = io.BytesIO()
+        options = {"encoder": False, "mtime": 0, "user": "", "group": "", "mode": 0o644}
+        with tarfile.open(fileobj=io.BytesIO(written)) as tar, webdataset.TarWriter(again, **options) as writer:
+            members = [(member.name, tar.extractfile(member).read()) for member in tar]
+            for (name, jpeg), (_, told) in zip(members[::2], members[1::2], strict=True):
+                writer.write({"__key__": name.removesuffix(".jpg"), "jpg": jpeg, "json": told})
+        assert again.getvalue() == written
+
+
+def test_a_shard_written_without_some_samples_is_what_writing_the_others_gives(photos, tmp_path):
+    """Copying the bytes of the samples that stay, against building a version of their images alone."""
+    recipe = RECIPE.model_copy(update={"target_mb": 100})
+    whole = build_version(photos, str(tmp_path / "whole"), recipe)
+    rows = [row for row in whole.rows() if row["state"] in IN_SHARDS]
+    folder = tmp_path / "fewer"
+    shutil.copytree(photos, folder)
+    for row in rows[::3]:
+        (folder / row["source"]).unlink()
+    fewer = build_version(folder, str(tmp_path / "data"), recipe)
+    left = [row for number, row in enumerate(rows) if number % 3]
+    assert rewrite_shard(whole.root, left) == fewer.shards[0]
+    assert left == [row for row in fewer.rows() if row["state"] in IN_SHARDS]
+
+
+def test_a_damaged_shard_is_not_rewritten(version):
+    name, rows = next(by_shard(version.rows()))
+    path = Path(version.shard_uri(name))
+    data = bytearray(path.read_bytes())
+    data[rows[0]["offset"] + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=f"sample {rows[0]['key']}.*verify"):
+        rewrite_shard(version.root, rows)
+
+
+def row(key, state="kept", **values):
+    told = {"key": key, "state": state, "source": f"{key}.jpg", "source_sha256": key * 2, "label": "", "artist": ""}
+    return told | values
+
+
+ROWS = [
+    row("a", label="Impressionism", artist="monet"),
+    row("b", label="Impressionism/late", artist="monet"),
+    row("c", label="Impressionism2", artist="manet"),
+    row("c", state="duplicate", label="Cubism", artist="picasso", source="copy.jpg"),
+    row("d", state="quarantined", artist="monet"),
+    row("e", state="excluded", artist="gone"),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "keys"),
+    [
+        ("key", "a", {"a"}),
+        ("key", "bb", {"b"}),
+        ("label", "Impressionism", {"a", "b"}),
+        ("artist", "monet", {"a", "b"}),
+        ("artist", "picasso", {"c"}),  # a copy of what another path keeps: the content goes
+        ("source_pattern", "[ab].jpg", {"a", "b"}),
+        ("artist", "gone", set()),
+    ],
+)
+def test_what_a_criterion_takes(field, value, keys):
+    assert keys_to_remove(ROWS, [Criterion(field, value)]) == dict.fromkeys(keys, f"removed_by_{field}")
+
+
+def test_a_criterion_that_takes_nothing_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match=r"--artist mone: no image.*did you mean 'monet'"):
+        keys_to_remove(ROWS, [Criterion("artist", "mone"), Criterion("key", "a")])
+
+
+def child_of(version, keep):
+    """A version of some of the shards of another, with it as parent."""
+    shards = version.shards[:keep]
+    rows = [r for r in version.rows() if r["shard"] in {shard.name for shard in shards}]
+    return publish_version(version.root, recipe=version.recipe, shards=shards, rows=rows, parent=version)
+
+
+def test_versions_know_where_they_come_from(version):
+    child = child_of(version, 3)
+    assert child.parent == version.version
+    assert [one.version for one in lineage(child)] == [child.version, version.version]
+    assert open_version(version.root).version == child.version
+
+
+def test_a_difference_counts_samples_and_bytes(version):
+    child = child_of(version, 3)
+    told = diff(child, version)
+    assert (told["added"], told["shards_new"], told["bytes_new"], told["shards_shared"]) == (0, 0, 0, 3)
+    assert told["removed"] == sum(shard.rows for shard in version.shards[3:])
+    assert len(told["removed_sources"]) == min(20, told["removed"])
+    assert told["recipe_differs"] == {}
+    json.dumps(told)
+
+
+def test_garbage_is_what_no_kept_version_needs(version):
+    child = child_of(version, 3)
+    root = Path(version.root)
+    (root / "shards" / "0123456789abcdef.tar").write_bytes(b"orphan")
+    (root / "shards" / ".x.tar.tmp-1").write_bytes(b"cut off")
+    (root / "notes.txt").write_text("not ours")
+    orphans = {"shards/0123456789abcdef.tar", "shards/.x.tar.tmp-1"}
+    young = find_garbage(version.root, keep_last=None, older_than_hours=1)
+    assert (young.versions, young.files) == ((), ())
+    old = find_garbage(version.root, keep_last=None, older_than_hours=0)
+    assert {entry.path for entry in old.files} == orphans
+    one = find_garbage(version.root, keep_last=1, older_than_hours=0)
+    assert one.versions == (version.version,)
+    assert one.files[0].path == f"versions/{version.version}.json"  # first: nobody opens what is half gone
+    collect(one)
+    assert verify(child) == []
+    left = {entry.path for entry in storage.walk(version.root, hidden=True)}
+    assert left == {
+        *("LATEST", "notes.txt", f"versions/{child.version}.json", f"manifests/{child.version}.parquet"),
+        *(f"shards/{shard.name}" for shard in child.shards),
+    }
+
+
+def test_nothing_is_garbage_where_a_version_cannot_be_read(version):
+    path = Path(version.root) / "versions" / f"{version.version}.json"
+    path.write_text(path.read_text().replace('"kept"', '"kepd"'))
+    with pytest.raises(DatasetError, match="damaged"):
+        find_garbage(version.root, keep_last=None, older_than_hours=0)
+    Path(latest_uri(version.root)).unlink()
+    with pytest.raises(UsageError, match="no LATEST"):
+        find_garbage(version.root, keep_last=None, older_than_hours=0)
+
+
+def test_a_version_stays_as_it_is_when_another_is_published(version):
+    before = dataclasses.asdict(version)
+    child_of(version, 2)
+    assert dataclasses.asdict(open_version(f"{version.root}@{version.version}")) == before

@@ -1,0 +1,186 @@
+"""Raw images as people have them: folders and archives, odd names, damaged members; found one at a time."""
+
+import os
+import random
+import tracemalloc
+import zipfile
+
+import pytest
+
+from adaconv import storage
+from adaconv.data.builds import spill_listing
+from adaconv.data.sources import artist_and_style, iter_images, list_images, read_found
+from adaconv.errors import UsageError
+from adaconv.images import ImageError
+
+# The two members of the archive of WikiArt that are damaged as it is downloaded, by their names.
+BAD_CRC = "Baroque/rembrandt_woman-standing-with-raised-hands.jpg"
+BAD_DEFLATE = "Post_Impressionism/vincent-van-gogh_l-arlesienne-portrait-of-madame-ginoux-1890.jpg"
+
+
+def patch(path, name: str, change) -> None:
+    """Change a member's packed bytes where they lie in the archive."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(name)
+    data = bytearray(path.read_bytes())
+    start = info.header_offset + 30 + len(name.encode()) + int.from_bytes(data[info.header_offset + 28 :][:2], "little")
+    data[start : start + info.compress_size] = change(data[start : start + info.compress_size])
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def wikiart(tmp_path):
+    path = tmp_path / "wikiart.zip"
+    content = random.Random(0).randbytes(500) + bytes(3000)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, packing in (
+            ("Impressionism/a.y.-jackson_spring-1914.jpg", zipfile.ZIP_DEFLATED),
+            ("Impressionism/édouard-manet_œuvre-nº-1.jpg", zipfile.ZIP_STORED),
+            (BAD_CRC, zipfile.ZIP_STORED),
+            (BAD_DEFLATE, zipfile.ZIP_DEFLATED),
+        ):
+            archive.writestr(f"wikiart/{name}", name.encode() + content, packing)
+        archive.writestr("wikiart/classes.csv", "a,b")
+        archive.writestr("wikiart/__MACOSX/._x.jpg", "x")
+    patch(path, f"wikiart/{BAD_CRC}", lambda packed: packed[:-1] + b"!")
+    patch(path, f"wikiart/{BAD_DEFLATE}", lambda packed: b"\xff" * len(packed))
+    return path
+
+
+def test_an_archive_is_read_without_unpacking_and_its_bad_members_are_named(wikiart):
+    answers = {}
+    for found in iter_images((str(wikiart),)):
+        try:
+            answers[found.source] = read_found(found)[: len(found.source.encode())].decode()
+        except ImageError as error:
+            answers[found.source] = error.reason
+    good = ["Impressionism/a.y.-jackson_spring-1914.jpg", "Impressionism/édouard-manet_œuvre-nº-1.jpg"]
+    assert answers == {**{name: name for name in good}, BAD_CRC: "crc_mismatch", BAD_DEFLATE: "deflate_error"}
+
+
+def test_an_archive_and_its_folder_give_the_same_paths(wikiart, tmp_path):
+    with zipfile.ZipFile(wikiart) as archive:
+        for member in archive.infolist():
+            target = tmp_path / member.filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(b"x")
+    packed = sorted(found.source for found in iter_images((str(wikiart),)))
+    assert packed == [found.source for found in list_images((str(tmp_path / "wikiart"),)) if "MACOSX" not in found.uri]
+
+
+def test_members_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "odd.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("lzma.jpg", b"x" * 100, zipfile.ZIP_LZMA)
+        archive.writestr("locked.jpg", b"x" * 100)
+        archive.writestr("empty.jpg", b"")
+        archive.writestr("gone.jpg", b"x" * 100)
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        locked, gone = archive.getinfo("locked.jpg"), archive.getinfo("gone.jpg")
+    entry = data.index(b"PK\1\2", data.index(b"locked.jpg", locked.header_offset + 40) - 46)
+    data = data[: entry + 8] + b"\1\0" + data[entry + 10 :]  # the directory's flag says encrypted
+    data = data[: gone.header_offset] + b"XX" + data[gone.header_offset + 2 :]
+    path.write_bytes(data)
+    answers = {}
+    for found in iter_images((str(path),)):
+        try:
+            answers[found.source] = len(read_found(found))
+        except ImageError as error:
+            answers[found.source] = error.reason
+    assert answers == {
+        "lzma.jpg": "unknown_compression",
+        "locked.jpg": "encrypted_member",
+        "empty.jpg": 0,
+        "gone.jpg": "deflate_error",
+    }
+
+
+def test_a_member_never_inflates_beyond_what_the_directory_admits(tmp_path):
+    """A zip bomb that lies about its size is refused after so many bytes, not after all."""
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.jpg", bytes(50_000_000))
+    (found,) = iter_images((str(path),))
+    lying = type(found)(found.uri, found.source, 1000, found.stamp, found.member)
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="deflate_error"):
+        read_found(lying)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("make", "words"), [(b"not a zip", "found a damaged one"), (None, "found nothing")])
+def test_a_damaged_or_missing_archive_is_answered(tmp_path, make, words):
+    path = tmp_path / "a.zip"
+    if make:
+        path.write_bytes(make)
+    with pytest.raises(UsageError, match=words):
+        next(iter_images((str(path),)))
+
+
+@pytest.mark.parametrize(
+    ("source", "layout", "wanted"),
+    [
+        ("Impressionism/claude-monet_water-lilies.jpg", "auto", ("claude-monet", "Impressionism")),
+        ("wikiart/Ukiyo_e/hokusai_the_great_wave.jpg", "auto", ("hokusai", "Ukiyo_e")),
+        ("Pop_Art/untitled.jpg", "auto", ("", "Pop_Art")),
+        ("train2017/000000000009.jpg", "auto", ("", "")),
+        ("my_own/claude-monet_water-lilies.jpg", "auto", ("", "")),
+        ("my_own/claude-monet_water-lilies.jpg", "wikiart", ("claude-monet", "my_own")),
+        ("Impressionism/claude-monet_water-lilies.jpg", "plain", ("", "")),
+    ],
+)
+def test_artist_and_style_are_read_off_the_path(source, layout, wanted):
+    assert artist_and_style(source, layout) == wanted
+
+
+def test_names_survive_whatever_they_are(tmp_path):
+    names = ["dots.in.a name.jpg", "é 写真 (1).jpg", "CASE.JPG", "case.jpg", "n\u0303 and ñ.jpg"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    broken = os.fsencode(str(tmp_path)) + b"/caf\xe9.jpg"
+    with open(broken, "wb") as file:
+        file.write(b"latin")
+    found = {found.source: read_found(found).decode() for found in iter_images((str(tmp_path),))}
+    assert found == {**{name: name for name in names}, "caf\\xe9.jpg": "latin"}
+
+
+def test_links_are_followed_though_not_in_a_circle(tmp_path):
+    (tmp_path / "set" / "inner").mkdir(parents=True)
+    (tmp_path / "set" / "inner" / "a.jpg").write_bytes(b"a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jpg").write_bytes(b"b")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "inner" / "circle").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "nowhere.jpg").symlink_to(tmp_path / "nothing")
+    found = {found.source: found for found in iter_images((str(tmp_path / "set"),))}
+    assert set(found) == {"inner/a.jpg", "link/b.jpg", "nowhere.jpg"}
+    with pytest.raises(ImageError, match="vanished"):
+        read_found(found["nowhere.jpg"])
+
+
+def listed_peak(monkeypatch, tmp_path, count: int) -> int:
+    """Peak of the memory that listing so many files takes; they are made up by the lowest layer."""
+
+    def walk(uri, *, hidden=False):
+        for number in range(count):
+            path = f"train2017/{number:012d}.jpg"
+            yield storage.Entry(f"{uri}/{path}", path, 1000 + number % 977, str(number), 0.0)
+
+    monkeypatch.setattr(storage, "walk", walk)
+    monkeypatch.setattr(storage, "is_directory", lambda uri: True)
+    folder = tmp_path / str(count)
+    folder.mkdir()
+    tracemalloc.start()
+    listing = spill_listing(iter_images(("/data",)), folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert listing.images == count == sum(listing.chunks.values())
+    return peak
+
+
+def test_the_memory_of_a_listing_does_not_grow_with_it(monkeypatch, tmp_path):
+    """What is left is 24 characters for every 512 files: 2 MB at ten million."""
+    small, large = (listed_peak(monkeypatch, tmp_path, count) for count in (5_000, 50_000))
+    assert large < small + 50_000 / 512 * 300

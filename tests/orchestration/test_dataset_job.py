@@ -1,0 +1,104 @@
+"""Adding to a dataset, taking away from it, reading all of it: on a real Ray cluster, as commands."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from adaconv.data.manifest import open_version
+from adaconv.data.synthetic import generate_photos
+from tests.orchestration.runs import dataset, hashes_of, run, shard
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def root(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "data")
+    return tmp_path / "data"
+
+
+def result_of(root):
+    return json.loads((Path(root) / "result.json").read_text())
+
+
+def test_appending_writes_new_shards_alone(cluster, images, root, tmp_path):
+    parent = open_version(str(root))
+    more = tmp_path / "more"
+    generate_photos(more, 1, seed=9, size=144)
+    shutil.copy(images / "photo_00030.jpg", more / "known.jpg")
+    dataset(cluster, "append", "--dataset", root, "--source", more)
+    child = open_version(str(root))
+    assert child.parent == parent.version
+    assert child.shards[: len(parent.shards)] == parent.shards
+    written = result_of(root)["bytes_written"]
+    assert 0 < written == sum(shard.bytes for shard in child.shards[len(parent.shards) :])
+    assert written < 0.03 * sum(shard.bytes for shard in child.shards)
+    assert child.books["found"] == parent.books["found"] + 2
+    assert child.books["duplicate"] == parent.books["duplicate"] + 1
+    before = hashes_of(root)
+    dataset(cluster, "append", "--dataset", root, "--source", more)  # all of it is there: nothing changes
+    after = hashes_of(root)
+    assert {p: h for p, h in after.items() if not p.startswith("builds/")} == {
+        p: h for p, h in before.items() if not p.startswith("builds/")
+    }
+    assert "nothing to do" in shard(cluster, images, root).stdout  # the first build again leaves the newer version
+    assert open_version(str(root)).version == child.version
+
+
+def test_removing_rewrites_the_shards_concerned_alone(cluster, images, root):
+    parent = open_version(str(root))
+    kept = [row for row in parent.rows() if row["state"] in ("kept", "repaired")]
+    gone = [row for row in kept if row["label"] == "more/of.them"]
+    gone.append(next(row for row in kept if row["source"] in ("again.jpg", "photo_00020.jpg")))
+    key, why = gone[-1]["key"], "asked for by its author"
+    dry = dataset(cluster, "remove", "--dataset", root, "--key", key, "--label", "more", "--dry-run")
+    assert "11 images to remove" in dry.stdout
+    dataset(cluster, "remove", "--dataset", root, "--key", key, "--label", "more", "--why", why)
+    child = open_version(str(root))
+    concerned = {row["shard"] for row in gone}
+    assert {s.name for s in parent.shards} - {s.name for s in child.shards} == concerned
+    assert result_of(root)["removed"] == 12  # one of them was found twice
+    assert child.books["excluded"] == 12
+    assert child.books["found"] == parent.books["found"]
+    rows = [row for row in child.rows() if row["state"] == "excluded"]
+    assert {row["reason"] for row in rows} == {"removed_by_key", "removed_by_label"}
+    assert {row["detail"] for row in rows} == {why}
+    assert not set(child.samples()["key"].to_pylist()) & {row["key"] for row in gone}
+    assert dataset(cluster, "verify", "--dataset", root).returncode == 0
+    again = dataset(cluster, "remove", "--dataset", root, "--label", "more", "--key", key)
+    assert "nothing to do" in again.stdout
+    # What was removed stays removed, though its files are still in the source.
+    dataset(cluster, "append", "--dataset", root, "--source", images)
+    assert open_version(str(root)).version == child.version
+
+
+def test_verify_names_what_is_damaged(cluster, root, tmp_path):
+    version = open_version(str(root))
+    row = next(version.rows())
+    path = Path(version.shard_uri(row["shard"]))
+    data = bytearray(path.read_bytes())
+    data[row["offset"] + 100] ^= 4
+    path.write_bytes(data)
+    done = dataset(cluster, "verify", "--dataset", root, "--output", tmp_path / "out", code=1)
+    assert f"shards/{row['shard']}" in done.stderr
+    assert row["source"] in done.stderr
+    (damage,) = result_of(tmp_path / "out")["damages"]
+    assert (damage["key"], damage["what"]) == (row["key"], "its bytes have changed")
+
+
+def test_the_tars_are_read_by_ray_data_as_they_are(cluster, undisturbed):
+    root = undisturbed[0]
+    script = f"""
+import ray
+ray.init(log_to_driver=False, logging_level="ERROR")
+rows = ray.data.read_webdataset({str(root / "shards")!r}).take_all()
+print(sorted(row["__key__"] for row in rows), {{row["jpg"].shape[2] for row in rows}}, rows[0]["json"]["source_size"])
+"""
+    import sys
+
+    done = run(cluster, [sys.executable, "-c", script], 0)
+    keys = sorted(open_version(str(root)).samples()["key"].to_pylist())
+    assert str(keys) in done.stdout
+    assert "{3} [" in done.stdout

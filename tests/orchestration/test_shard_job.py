@@ -1,0 +1,253 @@
+"""Shards on a real Ray cluster: the same bytes whatever happens, on a disk and on an S3 server."""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from adaconv import storage
+from adaconv.data.manifest import open_version
+from adaconv.data.synthetic import generate_photos
+from tests.orchestration.runs import command, hashes_of, shard
+from tests.servers import REPO
+
+pytestmark = pytest.mark.ray
+DATA = REPO.parent / "shared" / "data"
+
+
+def test_the_books_balance(undisturbed):
+    version = open_version(str(undisturbed[0]))
+    books = version.books
+    assert (books["found"], books["duplicate"], books["quarantined"]) == (62, 1, 1)
+    assert books["found"] == sum(books[s] for s in ("kept", "repaired", "quarantined", "duplicate", "excluded"))
+    assert books["reasons"] == {"same_bytes": 1, "truncated": 1}
+    assert len(version.shards) > 8
+    dotted = [row for row in version.rows() if row["label"] == "more/of.them"]
+    assert {row["source"] for row in dotted} == {f"more/of.them/{n}. é 写.jpg" for n in range(10)}
+
+
+def test_nothing_but_the_version_is_left(undisturbed):
+    kinds = {path.partition("/")[0] for path in undisturbed[1]}
+    assert kinds == {"shards", "manifests", "versions", "builds", "LATEST"}
+
+
+def test_a_rerun_changes_nothing_and_starts_no_cluster(cluster, images, undisturbed):
+    root, hashes = undisturbed[:2]
+    before = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*.*") if path.name != "result.json"}
+    done = shard(cluster, images, root)
+    assert "nothing to do" in done.stdout
+    assert "CPUs" not in done.stdout
+    assert hashes_of(root) == hashes
+    after = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*.*") if path.name != "result.json"}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_a_missing_shard_is_made_again(cluster, images, undisturbed, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(undisturbed[0], root)
+    next((root / "shards").iterdir()).unlink()
+    shard(cluster, images, root)
+    assert hashes_of(root) == undisturbed[1]
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_any_number_of_workers_gives_the_same_bytes(cluster, images, undisturbed, tmp_path, workers):
+    """From another folder, whose files were made in another order."""
+    shuffled = tmp_path / "elsewhere"
+    files = [path for path in images.rglob("*") if path.is_file()]
+    random.Random(workers).shuffle(files)
+    for path in files:
+        target = shuffled / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    shard(cluster, shuffled, tmp_path / "data", "--scaling.num-workers", workers)
+    assert hashes_of(tmp_path / "data") == undisturbed[1]
+
+
+def kill_drivers(cluster, images, undisturbed, root, times, seed):
+    """Kill the job at random moments, and start it again; where it finishes first, start over."""
+    draw = random.Random(seed)
+    _, hashes, seconds, _ = undisturbed
+    killed = 0
+    while killed < times:
+        began = time.monotonic()
+        driver = subprocess.Popen(command(images, root), env=cluster.environment, stdout=subprocess.DEVNULL)
+        try:
+            driver.wait(draw.uniform(0.2, 0.9) * seconds)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            killed += 1
+        if driver.wait() == 0:
+            seconds = time.monotonic() - began
+            assert hashes_of(root) == hashes
+            storage.remove_directory(str(root))
+    shard(cluster, images, root)
+    assert hashes_of(root) == hashes
+
+
+def kill_workers(cluster, images, undisturbed, root, times, seed):
+    """Kill workers that are at it, at random moments, until enough have died; start over where the job is done."""
+    draw = random.Random(seed)
+    killed = 0
+    while killed < times:
+        driver = subprocess.Popen(command(images, root), env=cluster.environment, stdout=subprocess.DEVNULL)
+        while driver.poll() is None:
+            time.sleep(draw.uniform(0.02, 0.3))
+            at_work = cluster.workers("Map(")
+            if at_work and killed < times:
+                draw.choice(at_work).kill()
+                killed += 1
+        assert driver.returncode == 0
+        assert hashes_of(root) == undisturbed[1]
+        storage.remove_directory(str(root))
+
+
+def test_killed_drivers_change_nothing(cluster, images, undisturbed, tmp_path):
+    kill_drivers(cluster, images, undisturbed, tmp_path / "data", times=1, seed=0)
+
+
+def test_killed_workers_change_nothing(cluster, images, undisturbed, tmp_path):
+    kill_workers(cluster, images, undisturbed, tmp_path / "data", times=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_ten_killed_drivers_and_ten_killed_workers_change_nothing(
+    cluster, images, undisturbed, tmp_path, bucket, where
+):
+    base = str(tmp_path) if where == "disk" else bucket
+    kill_drivers(cluster, images, undisturbed, f"{base}/data", times=10, seed=1)
+    kill_workers(cluster, images, undisturbed, f"{base}/again", times=10, seed=1)
+
+
+def test_poison_is_found_and_the_rest_is_kept(cluster, images, undisturbed, tmp_path):
+    """Two images kill whoever looks at them: the job ends, without them, and says so."""
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    for what in ("header", "pixels"):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("poison", what)
+        Image.effect_noise((120, 100), 60).convert("RGB").save(folder / f"{what}.png", pnginfo=info)
+    shard(cluster, folder, tmp_path / "data")
+    version = open_version(str(tmp_path / "data"))
+    crashed = {row["source"]: row for row in version.rows() if row["reason"] == "decoder_crashed"}
+    assert set(crashed) == {"header.png", "pixels.png"}
+    assert crashed["pixels.png"]["detail"] == "the decoder ended with SIGSEGV"
+    good = open_version(str(undisturbed[0]))
+    assert version.books["kept"] + version.books["repaired"] == good.books["kept"] + good.books["repaired"]
+    assert set(version.samples()["key"].to_pylist()) == set(good.samples()["key"].to_pylist())
+
+
+def test_too_many_refusals_stop_the_job(cluster, tmp_path):
+    folder = tmp_path / "images"
+    generate_photos(folder, 4, seed=0, size=144)
+    for number in range(3):
+        (folder / f"text{number}.jpg").write_text(f"text {number}")
+    done = shard(cluster, folder, tmp_path / "data", "--budget.at-least", 2, code=1)
+    assert "3 of 7 images were refused, 2 are allowed; among them: text" in done.stderr
+    assert "(not_an_image)" in done.stderr
+    assert not (tmp_path / "data" / "LATEST").exists()
+
+
+def test_a_status_line_says_rates_and_books(undisturbed):
+    log = undisturbed[3]
+    line = r"shard \d+/\d+ \| 100 % \| [\d.]+ images/s \| [\d.]+ MB/s \| 1 quarantined \| took"
+    assert re.search(line, log), log
+    assert len(log.splitlines()) < 80  # Ray's own bars and logs are quiet
+
+
+def test_an_s3_server_gives_the_same_bytes(cluster, s3, images, undisturbed, bucket):
+    """Raw images from a bucket, shards to a bucket, while every request is refused the first time."""
+    for path in images.rglob("*"):
+        if path.is_file():
+            storage.publish_file(path, storage.join(bucket, "raw", path.relative_to(images).as_posix()))
+    s3.mode = "busy"
+    try:
+        shard(cluster, f"{bucket}/raw", f"{bucket}/data")
+    finally:
+        s3.mode = "up"
+    ours = hashes_of(f"{bucket}/data")
+    same = {path: value for path, value in undisturbed[1].items() if not path.startswith("builds/")}
+    assert {path: value for path, value in ours.items() if not path.startswith("builds/")} == same
+
+
+def test_a_server_that_dies_leaves_nothing_half_published(cluster, s3, images, undisturbed, bucket):
+    """It dies when some shards are there, and comes back; the same command then makes the same bytes."""
+    root = f"{bucket}/data"
+    for shards in (1, 4):
+        driver = subprocess.Popen(
+            command(images, root), env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while len(list(storage.walk(f"{root}/shards"))) < shards:
+            time.sleep(0.05)
+        s3.stop()
+        out, err = driver.communicate(timeout=200)
+        s3.start()
+        assert driver.returncode == 1, out + err
+        assert "Traceback" not in out + err
+        assert "no answer in 4 s" in err
+        assert "the same command goes on" in err
+        assert not storage.exists(f"{root}/LATEST")
+        assert not storage.list_files(f"{root}/versions")
+        for entry in storage.walk(f"{root}/shards"):
+            digest = hashlib.sha256(storage.read_bytes(entry.uri)).hexdigest()
+            assert entry.path == f"{digest[:16]}.tar"  # whole, or not there
+    shard(cluster, images, root)
+    assert hashes_of(root) == undisturbed[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real images is not here")
+def test_no_real_image_is_lost(cluster, tmp_path):
+    """All real photographs, paintings and broken files: every one in the books, only broken ones refused."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(REPO / "pipelines" / "shard.py"), "--output", str(tmp_path / "data")),
+            *("--source", str(DATA / "photos"), str(DATA / "paintings"), str(DATA / "broken")),
+            *("--shard.min-side", "200", "--shard.target-mb", "16"),
+        ],
+        env=cluster.environment,
+        check=False,
+    )
+    assert done.returncode == 0
+    version = open_version(str(tmp_path / "data"))
+    assert version.books["found"] == sum(len(list((DATA / d).iterdir())) for d in ("photos", "paintings", "broken"))
+    refused = {row["source"] for row in version.rows() if row["state"] == "quarantined"}
+    assert refused < {path.name for path in (DATA / "broken").iterdir()}
+    assert (
+        version.books["kept"] + version.books["repaired"] + version.books["quarantined"] + version.books["duplicate"]
+        == version.books["found"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_peak_memory_does_not_grow_with_the_images(cluster, tmp_path):
+    """Ten thousand images against one thousand, in the driver and in the hungriest worker."""
+    peaks = {}
+    for count in (1_000, 10_000):
+        folder = tmp_path / f"raw-{count}"
+        folder.mkdir()
+        draw = np.random.default_rng(count)
+        for number in range(count):
+            pixels = draw.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((100, 80)).save(folder / f"{number:05d}.jpg")
+        root = tmp_path / f"data-{count}"
+        shard(cluster, folder, root, "--shard.target-mb", 1)
+        result = json.loads((root / "result.json").read_text())
+        assert result["books"]["found"] == count
+        peaks[count] = result["peak_memory"]
+    print(peaks)
+    assert peaks[10_000]["driver_mb"] < peaks[1_000]["driver_mb"] + 40
+    assert peaks[10_000]["worker_mb"] < peaks[1_000]["worker_mb"] + 40

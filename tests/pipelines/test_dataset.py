@@ -1,0 +1,117 @@
+"""pipelines/dataset.py: what needs no cluster, and what a user can get wrong."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from adaconv.data.manifest import open_version
+from pipelines import dataset
+from tests.helpers import build_version
+
+
+def answer(capsys, *argv):
+    try:
+        code = dataset.main([str(argument) for argument in argv])
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    written = capsys.readouterr()
+    assert "Traceback" not in written.out + written.err
+    return code, written.out, written.err
+
+
+@pytest.fixture
+def root(content_version, tmp_path):
+    shutil.copytree(content_version.root, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ((), 2, "expected a command, one of append, remove, diff, verify, similar, report, gc; found none"),
+        (("verfy",), 2, "found 'verfy'"),
+        (("verify",), 2, "--dataset"),
+        (("verify", "--dataset", "{}/nothing"), 2, "found no LATEST in it; pipelines/shard.py makes one"),
+        (("verify", "--dataset", "{}/data@abc"), 2, "has no version abc; it has"),
+        (("remove", "--dataset", "{}/data"), 2, "name what to remove: --key, --label, --artist or --source-pattern"),
+        (("remove", "--dataset", "{}/data", "--artist", "monet", "--dry-run"), 2, "--artist monet: no image"),
+        (("append", "--dataset", "{}/data", "--source", "{}/nothing"), 2, "found nothing there"),
+        (("similar", "--dataset", "{}/data", "--distance", "9"), 2, "distance"),
+        (("gc", "--dataset", "{}/nothing"), 2, "found no LATEST in it"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else None,
+)
+def test_wrong_input_is_answered_in_a_line(capsys, root, argv, code, words):
+    found, _, err = answer(capsys, *(part.replace("{}", str(root.parent)) for part in argv))
+    assert found == code, err
+    assert words in err
+
+
+@pytest.mark.parametrize("command", list(dataset.COMMANDS))
+def test_every_command_explains_itself(capsys, command):
+    code, out, _ = answer(capsys, command, "--help")
+    assert code == 0
+    assert f"pipelines/dataset.py {command}" in out
+    assert "--dataset" in out
+
+
+def test_commands_are_listed(capsys):
+    code, out, _ = answer(capsys, "--help")
+    assert code == 0
+    assert set(dataset.COMMANDS) <= set(re.findall(r"\w+", out))
+
+
+def test_a_report_is_written(capsys, root, tmp_path):
+    assert answer(capsys, "report", "--dataset", root, "--output", tmp_path / "out")[0] == 0
+    page = Path(json.loads((tmp_path / "out" / "result.json").read_text())["report"])
+    assert open_version(str(root)).root_hash in page.read_text()
+
+
+def test_a_damaged_version_is_named(capsys, root):
+    path = next((root / "versions").iterdir())
+    path.write_bytes(path.read_bytes().replace(b'"rows": ', b'"rows":  ', 1))
+    code, _, err = answer(capsys, "verify", "--dataset", root)
+    assert code == 1
+    assert path.name in err
+    assert "the file is damaged" in err
+
+
+def test_a_leak_from_training_to_evaluation_is_found(capsys, root, photos, tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    names = sorted(path.name for path in photos.iterdir())[:2]
+    for name in names:
+        shutil.copy(photos / name, folder / f"other_{name}")
+    build_version(folder, str(tmp_path / "evaluated"))
+    out = tmp_path / "out"
+    flags = ("--dataset", root, "--against", tmp_path / "evaluated", "--output", out)
+    code, _, err = answer(capsys, "similar", *flags)
+    assert code == 1
+    assert "2 pairs of images lie in both" in err
+    listed = json.loads((out / "result.json").read_text())["listed"]
+    assert sorted((pair["first"], pair["second"]) for pair in listed) == [(n, f"other_{n}") for n in names]
+    assert all(pair["same_bytes"] for pair in listed)
+    assert answer(capsys, "similar", "--dataset", root)[0] == 0
+
+
+def test_a_difference_is_told(capsys, root, tmp_path):
+    version = open_version(str(root)).version
+    flags = ("--dataset", root, "--against", f"{root}@{version}", "--output", tmp_path / "out")
+    assert answer(capsys, "diff", *flags)[0] == 0
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (told["added"], told["removed"], told["kept"]) == (0, 0, 24)
+
+
+def test_garbage_is_planned_then_deleted(capsys, root):
+    orphan = root / "shards" / "0123456789abcdef.tar"
+    orphan.write_bytes(b"orphan")
+    flags = ("gc", "--dataset", root, "--older-than-hours", "0")
+    code, out, _ = answer(capsys, *flags, "--dry-run")
+    assert code == 0
+    assert "1 files" in out
+    assert orphan.exists()
+    assert answer(capsys, *flags)[0] == 0
+    assert not orphan.exists()
