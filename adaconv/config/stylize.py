@@ -1,5 +1,7 @@
 """Configuration of pipelines/stylize.py: a model and contents x styles to stylized images."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from adaconv.config.base import Config
@@ -12,6 +14,8 @@ class OptionsConfig(Config):
     """Contents are scaled down until their shorter side has this many pixels; None keeps their size."""
     style_side: int = Field(default=256, ge=16)
     """Styles are scaled until their shorter side has this many pixels: the scale at which brush strokes are read."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` is faster where the hardware has it, with three digits for feature maps; style packs stay float32."""
 
 
 class ActorConfig(Config):

@@ -125,7 +125,9 @@ class _ModelActor:
         with tempfile.TemporaryDirectory(prefix="adaconv-model-") as scratch:
             for name, data in ray.get(files).items():
                 (Path(scratch) / name).write_bytes(data)
-            self.stylizer = Stylizer.from_folder(scratch, device="cuda" if on_gpu else "cpu")
+            self.stylizer = Stylizer.from_folder(
+                scratch, device="cuda" if on_gpu else "cpu", precision=self.config.options.precision
+            )
 
 
 class _PackMaker(_ModelActor):

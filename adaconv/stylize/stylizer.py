@@ -8,6 +8,7 @@ stylizer.stylize(Image.open("content.jpg"), pack).save("stylized.png")
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -18,24 +19,33 @@ from adaconv.images import to_tensor, to_uint8
 from adaconv.model.network import StyleTransferNet
 from adaconv.stylize.style_pack import StylePack
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class Stylizer:
     """Deterministic for a kind of device: every picture goes through the network by itself, whatever runs beside it."""
 
-    def __init__(self, network: StyleTransferNet, info: ModelInfo, *, device: str = "cpu") -> None:
-        self.info = info
+    def __init__(
+        self, network: StyleTransferNet, info: ModelInfo, *, device: str = "cpu", precision: Precision = "float32"
+    ) -> None:
+        self.info, self._precision = info, precision
         self._device = torch.device(device)
         # Channels innermost: on a CPU a picture of 256 px takes 0.94 of the time.
         self._network = network.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     @classmethod
-    def from_folder(cls, folder: Path | str, *, device: str = "cpu") -> "Stylizer":
+    def from_folder(cls, folder: Path | str, *, device: str = "cpu", precision: Precision = "float32") -> "Stylizer":
         """From a checkpoint's or registered model's local folder.
+
+        Args:
+            folder: with `model.safetensors` and `model.json`.
+            device: `cpu` or `cuda`.
+            precision: of convolutions when stylizing; `bfloat16` runs them under autocast. Style packs are float32.
 
         Raises:
             CheckpointError: it holds no whole model.
         """
-        return cls(*load_network(folder), device=device)
+        return cls(*load_network(folder), device=device, precision=precision)
 
     @torch.inference_mode()
     def style_pack(
@@ -74,11 +84,12 @@ class Stylizer:
                     f"the style pack {pack.source} was made by model {pack.model_digest[:12]}, "
                     f"this one is {self.info.digest[:12]}"
                 )
-            if features is None:
-                features = self._network.encode_content(to_tensor(content)[None].to(self._device))
             code = {name: tensor.to(self._device) for name, tensor in pack.code.items()}
-            stylized = self._network.decode(features, code, height=content.height, width=content.width)
-            yield Image.fromarray(to_uint8(stylized[0].cpu()))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
+                if features is None:
+                    features = self._network.encode_content(to_tensor(content)[None].to(self._device))
+                stylized = self._network.decode(features, code, height=content.height, width=content.width)
+            yield Image.fromarray(to_uint8(stylized[0].float().cpu()))
 
 
 def shrink(image: Image.Image, side: int | None) -> Image.Image:

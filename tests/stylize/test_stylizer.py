@@ -38,6 +38,14 @@ def test_the_result_is_the_networks(stylizer, tmp_path):
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
+def test_bfloat16_changes_a_picture_by_few_levels(stylizer, tmp_path):
+    coarse = Stylizer.from_folder(save_checkpoint(tmp_path)[1], precision="bfloat16")
+    content, style = picture(12, 10).resize((96, 80)), picture(8, 8, seed=1).resize((64, 64))
+    wanted, found = (np.asarray(s.stylize(content, s.style_pack(style))).astype(int) for s in (stylizer, coarse))
+    assert wanted.std() > 10
+    assert 0 < np.abs(found - wanted).mean() < 4
+
+
 def test_a_content_is_encoded_once_for_all_packs(stylizer, monkeypatch):
     calls = []
     encode = stylizer._network.encode_content
