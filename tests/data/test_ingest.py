@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms, ImageFilter
 
 from adaconv.config.shard import RecipeConfig
@@ -241,3 +242,29 @@ def test_no_good_image_is_refused(kind):
     for path in sorted((DATA / kind).iterdir())[::6]:
         answer = ingest(path.read_bytes(), path.name, RecipeConfig(min_side=200))
         assert isinstance(answer, Sample), (path.name, answer)
+
+
+def pixels_of_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 20}]
+)
+@pytest.mark.parametrize("size", [(64, 48), (61, 33)])
+def test_pixels_of_a_jpeg_are_pillows_to_the_bit(options, size):
+    colours = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC), "JPEG", **options)
+    assert np.array_equal(simplejpeg.decode_jpeg(data, "RGB"), pixels_of_pillow(data))
+
+
+@needs_real_images
+def test_pixels_of_real_jpegs_are_pillows_to_the_bit():
+    compared = 0
+    for path in [*sorted((DATA / "photos").glob("*.jpg"))[::16], *sorted((DATA / "paintings").glob("*.jpg"))[::16]]:
+        data = path.read_bytes()
+        if Image.open(io.BytesIO(data)).mode == "RGB":
+            assert np.array_equal(simplejpeg.decode_jpeg(data, "RGB"), pixels_of_pillow(data)), path.name
+            compared += 1
+    assert compared > 150
