@@ -107,8 +107,9 @@ def test_micro_batches_and_workers_do_not_change_the_result(content_version, sty
     tracker = RecordingTracker()
     run(content_version, style_version, tmp_path, tracker=tracker, train__micro_batch_size=3, data__loader_workers=1)
     for name in ("train/loss", "train/gradient_norm"):
-        found, wanted = ([value for step, value in t.series(name) if step <= 2] for t in (tracker, unbroken[0]))
-        assert found == pytest.approx(wanted, rel=1e-4), name
+        found, wanted = (dict(t.series(name)) for t in (tracker, unbroken[0]))
+        assert found[1] == pytest.approx(wanted[1], rel=1e-5), name
+        assert found[2] == pytest.approx(wanted[2], rel=5e-3), name
 
 
 def _rank(rank, world, port_file, folder, content, style):
