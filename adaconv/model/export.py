@@ -62,11 +62,11 @@ def export_onnx(network: StyleTransferNet, folder: Path | str, *, style_side: in
     options: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "external_data": False, "verbose": False}
     of_style, of_content = folder / "style.onnx", folder / "apply.onnx"
     torch.onnx.export(
-        _StyleGraph(network, names), (style,), of_style, input_names=["style"], output_names=names, **options
+        _StyleGraph(network, names).eval(), (style,), of_style, input_names=["style"], output_names=names, **options
     )
     eighth_high, eighth_wide = torch.export.Dim("eighth_high", min=4), torch.export.Dim("eighth_wide", min=4)
     torch.onnx.export(
-        _ApplyGraph(network, names),
+        _ApplyGraph(network, names).eval(),
         (torch.zeros(1, 3, 96, 64), [code[name] for name in names]),
         of_content,
         input_names=["content", *names],
