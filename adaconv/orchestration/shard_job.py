@@ -68,9 +68,9 @@ def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersi
         catalog = Catalog(Path(scratch) / "catalog.sqlite")
         if parent:
             catalog.add_parent(parent.rows())
-        memory = _scan(listing, catalog, work, config, recipe)
+        memory, refused = _scan(listing, catalog, work, config, recipe)
         plans = [_publish_plan(plan, work) for plan in _plans(catalog, config.shard)]
-        memory = max(memory, _write(plans, catalog, work, config, recipe))
+        memory = max(memory, _write(plans, catalog, work, config, recipe, refused=refused, images=listing.images))
         version = _publish(plans, catalog, work, config, recipe, parent)
         catalog.close()
     note_build(config.output, build, version)
@@ -79,8 +79,14 @@ def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersi
     return {**result_of(version), "made": len(plans), "peak_memory": peak}
 
 
-def _scan(listing: Listing, catalog: Catalog, work: str, config: ShardConfig, recipe: dict[str, Any]) -> float:
-    """Read every file once: its key and size, or why it is refused. Returns the workers' peak memory in MB."""
+def _scan(
+    listing: Listing, catalog: Catalog, work: str, config: ShardConfig, recipe: dict[str, Any]
+) -> tuple[float, int]:
+    """Read every file once: its key and size, or why it is refused.
+
+    Returns:
+        the workers' peak memory in MB, and how many images were refused.
+    """
     there = _names(storage.join(work, "scan"))
     todo = [name for name in listing.chunks if name not in there]
     for name in todo:
@@ -106,7 +112,7 @@ def _scan(listing: Listing, catalog: Catalog, work: str, config: ShardConfig, re
             elif catalog.set_outside({**row_of(candidate, "quarantined"), **answer["refusal"]}):
                 refused += 1
     _refuse_over_budget(refused, catalog, listing.images, config.budget)
-    return memory
+    return memory, refused
 
 
 def scan_chunk(
@@ -161,10 +167,42 @@ def _publish_plan(text: str, work: str) -> dict[str, Any]:
 
 
 def _write(
-    plans: list[dict[str, Any]], catalog: Catalog, work: str, config: ShardConfig, recipe: dict[str, Any]
+    plans: list[dict[str, Any]],
+    catalog: Catalog,
+    work: str,
+    config: ShardConfig,
+    recipe: dict[str, Any],
+    *,
+    refused: int,
+    images: int,
 ) -> float:
-    """Write the shards that are missing. Returns the workers' peak memory in MB."""
-    there = _names(storage.join(work, "shard"))
+    """Write the shards that are missing; enter what they refuse. Returns the workers' peak memory in MB.
+
+    Args:
+        plans: of all shards.
+        catalog: of the build.
+        work: its folder.
+        config: of the job.
+        recipe: of the build.
+        refused: images that were refused before: one budget is for all.
+        images: of the build.
+    """
+
+    def enter(rows: list[Row]) -> None:
+        nonlocal refused
+        for row in rows:
+            if row["state"] not in IN_SHARDS and catalog.set_outside(row):
+                refused += row["state"] == "quarantined"
+        _refuse_over_budget(refused, catalog, images, config.budget)
+
+    noted = _names(storage.join(work, "shard"))
+    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(config.output, "shards"))} if noted else {}
+    there = set()
+    for name in (plan["name"] for plan in plans if plan["name"] in noted):
+        shard, rows = read_note(work, name)
+        if shard is None or sizes.get(shard.name) == shard.bytes:  # else it was collected since, and is made again
+            there.add(name)
+            enter(rows)
     if there:
         log.info("%d of %d shards are there already", len(there), len(plans))
     answers = run_tasks(
@@ -178,11 +216,11 @@ def _write(
         root=config.output,
         recipe=recipe,
     )
-    memory, refused = 0.0, 0
+    memory = 0.0
     for answer in answers:
         memory = max(memory, answer["memory"])
-        refused += answer["refused"]
-        _refuse_over_budget(refused, catalog, sum(plan["images"] for plan in plans), config.budget)
+        if answer["refused"]:
+            enter(read_note(work, answer["name"])[1])
     return memory
 
 
@@ -197,7 +235,7 @@ def write_and_note(
         shard, rows = write_shard(plan, root, ingest_one, told)
     publish_note(work, name, shard, rows)
     told.close()
-    refused = sum(row["state"] == "quarantined" for row in rows)
+    refused = sum(row["state"] not in IN_SHARDS for row in rows)
     return {"name": name, "refused": refused, "memory": _peak_megabytes()}
 
 
@@ -228,10 +266,7 @@ def _publish(
     shards = list(parent.shards) if parent else []
     notes = []
     for plan in plans:
-        shard, rows = read_note(work, plan["name"])
-        for row in rows:
-            if row["state"] not in IN_SHARDS:
-                catalog.set_outside(row)
+        shard, _ = read_note(work, plan["name"])
         if shard:
             shards.append(shard)
             notes.append(plan["name"])
