@@ -127,6 +127,10 @@ def diff(new: DatasetVersion, old: DatasetVersion, *, examples: int = 20) -> dic
     }
 
 
+# Versions first, so that none is left half there; notes of shards before the shards, so that no job trusts them.
+_ORDER = ("versions", "manifests", "builds", "work", "shards")
+
+
 @dataclass(frozen=True)
 class Garbage:
     """What goes: versions, and files by URI with their bytes. Versions go first, so that none is left half there."""
@@ -146,7 +150,9 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
         UsageError: there is no dataset.
         DatasetError: a version's file is damaged: what it needs is not known, so nothing is garbage.
     """
-    root, _ = split_spec(root)
+    root, named = split_spec(root)
+    if named:
+        raise UsageError(f"gc works on a whole dataset: give --dataset {root}, without @{named}")
     latest = latest_version(root)
     if latest is None:
         raise UsageError(f"expected a dataset at {root}, found no LATEST in it")
@@ -165,7 +171,7 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
     for name in dropped:
         of_dropped |= {f"versions/{name}.json", f"manifests/{name}.parquet"}
         of_dropped |= {f"shards/{shard.name}" for shard in open_version(f"{root}@{name}").shards}
-    ours = ("shards/", "manifests/", "versions/", "work/", "builds/")
+    ours = tuple(f"{name}/" for name in _ORDER)
     files = [e for e in storage.walk(root, hidden=True) if e.path.startswith(ours) and e.path not in needed]
     limit = time.time() - older_than_hours * 3600
     garbage = [
@@ -173,7 +179,7 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
         for entry in files
         if entry.path in of_dropped or (entry.changed <= limit and not _builds_a_kept_one(entry, kept))
     ]
-    return Garbage(dropped, tuple(sorted(garbage, key=lambda e: (not e.path.startswith("versions/"), e.path))))
+    return Garbage(dropped, tuple(sorted(garbage, key=lambda e: (_ORDER.index(e.path.partition("/")[0]), e.path))))
 
 
 def _builds_a_kept_one(entry: storage.Entry, kept: Sequence[str]) -> bool:

@@ -218,9 +218,10 @@ def publish_version(
         parent: what this version was made from.
 
     Raises:
-        DatasetError: the books do not balance: the manifest's rows and the shards' disagree.
+        DatasetError: the books do not balance: the manifest's rows and the shards' disagree; or a shard is not there.
     """
     books = Books(shards)
+    _refuse_absent(root, shards)
     with tempfile.TemporaryDirectory(prefix="adaconv-manifest-") as scratch:
         path = Path(scratch) / "manifest.parquet"
         with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
@@ -243,6 +244,17 @@ def publish_version(
     storage.publish_bytes(version_uri(root, version), text)
     storage.publish_bytes(latest_uri(root), version.encode())
     return open_version(f"{root}@{version}")
+
+
+def _refuse_absent(root: str, shards: Sequence[Shard]) -> None:
+    """Whatever was deleted while a job ran, such as a parent's shards, is in no version that is published."""
+    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))}
+    absent = [shard.name for shard in shards if sizes.get(shard.name) != shard.bytes]
+    if absent:
+        raise DatasetError(
+            f"{len(absent)} of {len(shards)} shards are not below {root} any more, the first {absent[0]}: they were "
+            "deleted while this job ran. Nothing was published; the same command makes its own again"
+        )
 
 
 class Books:

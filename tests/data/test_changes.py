@@ -237,8 +237,16 @@ def test_nothing_is_garbage_where_a_version_cannot_be_read(version):
     with pytest.raises(DatasetError, match="damaged"):
         find_garbage(version.root, keep_last=None, older_than_hours=0)
     Path(latest_uri(version.root)).unlink()
+    with pytest.raises(UsageError, match="a whole dataset"):
+        find_garbage(f"{version.root}@{version.version}", keep_last=1, older_than_hours=0)
     with pytest.raises(UsageError, match="no LATEST"):
         find_garbage(version.root, keep_last=None, older_than_hours=0)
+
+
+def test_a_version_whose_shards_were_deleted_is_not_published(version):
+    Path(version.shard_uri(version.shards[0].name)).unlink()
+    with pytest.raises(DatasetError, match=r"1 of 3 shards are not below .* any more"):
+        child_of(version, 3)
 
 
 def test_a_version_stays_as_it_is_when_another_is_published(version):
