@@ -75,7 +75,7 @@ def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
         kernels = AdaConvKernels(*(k.to(exact).expand(len(x), *k.shape[1:]) for k in kernels))
         if torch.compiler.is_compiling():  # or exporting
-            return _of_plain_operators(x, kernels, groups=groups)
+            return _of_plain_operators(x.to(exact), kernels, groups=groups, dtype=dtype)
         out: Tensor = _AdaptiveConv.apply(x, compose(kernels, groups=groups), kernels.bias, dtype)  # type: ignore[no-untyped-call]
     return out
 
@@ -88,13 +88,13 @@ def compose(kernels: AdaConvKernels, *, groups: int) -> Tensor:
     return (pointwise @ depthwise).reshape(batch, channels, per_group, size, size)
 
 
-def _of_plain_operators(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
+def _of_plain_operators(x: Tensor, kernels: AdaConvKernels, *, groups: int, dtype: torch.dtype) -> Tensor:
     """The same of operators that graphs have: a compiler joins normalisation and padding by itself."""
     half = kernels.depthwise.shape[-1] // 2
-    normal = F.instance_norm(x, eps=EPS)
+    normal = F.instance_norm(x, eps=EPS).to(dtype)
     padded = F.pad(normal, (half,) * 4, mode="reflect").flatten(0, 1)[None]
-    weight = compose(kernels, groups=groups).flatten(0, 1)
-    return F.conv2d(padded, weight, kernels.bias.flatten(), groups=len(x) * groups).view(x.shape)
+    weight = compose(kernels, groups=groups).flatten(0, 1).to(dtype)
+    return F.conv2d(padded, weight, kernels.bias.flatten().to(dtype), groups=len(x) * groups).view(x.shape)
 
 
 class _AdaptiveConv(torch.autograd.Function):

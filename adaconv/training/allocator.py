@@ -5,6 +5,7 @@ touch, in every step. On CPUs this is a good part of a step (row train_step of b
 """
 
 import logging
+import os
 import platform
 
 log = logging.getLogger(__name__)
@@ -30,4 +31,6 @@ def environment() -> dict[str, str]:
         log.info("freed memory goes back to the system: the C library is no glibc")
         return {}
     log.info("freed memory is kept for reuse (glibc %s)", version)
-    return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _TUNABLES.items())}
+    given = os.environ.get("GLIBC_TUNABLES")  # the last one counts where a setting is there twice
+    ours = [f"glibc.malloc.{name}={value}" for name, value in _TUNABLES.items()]
+    return {"GLIBC_TUNABLES": ":".join([*ours, given] if given else ours)}

@@ -101,5 +101,6 @@ class _ChannelStatistics(torch.autograd.Function):
         # d mean / d x = 1 / n, and d std / d x = (x - mean) / (n * std): a slope and a constant for each channel.
         slope = of_std / (values * std)
         constant = of_mean / values - slope * mean
-        slope, constant = (each[..., None, None].to(features.dtype) for each in (slope, constant))
-        return torch.addcmul(constant, features, slope)
+        # In the statistics' dtype: rounded before they are added up, they would leave an offset all over the map.
+        gradient = torch.addcmul(constant[..., None, None], features.to(slope.dtype), slope[..., None, None])
+        return gradient.to(features.dtype)

@@ -58,6 +58,20 @@ def test_a_normalised_content_target_does_not_see_means_and_deviations():
     assert other > 0.5
 
 
+def test_the_gradient_of_bfloat16_statistics_keeps_its_balance():
+    """A deviation does not change when all pixels move together, so its gradient sums to nothing over the map."""
+    from adaconv.training.losses import _statistics
+
+    generator = torch.Generator().manual_seed(0)
+    coarse = (torch.randn(1, 4, 64, 64, generator=generator) + 10).bfloat16().requires_grad_()
+    exact = coarse.detach().double().requires_grad_()
+    _statistics(coarse)[1].sum().backward()
+    (exact.var(dim=(2, 3), correction=0) + EPS).sqrt().sum().backward()
+    difference = coarse.grad.double() - exact.grad
+    assert difference.norm() / exact.grad.norm() < 4e-3
+    assert (difference.sum(dim=(2, 3)).abs() / exact.grad.abs().sum(dim=(2, 3))).max() < 1e-3
+
+
 def test_nothing_is_lost_where_everything_agrees():
     same = features(0)
     assert losses(same, same[-1], same)["loss"] == 0
