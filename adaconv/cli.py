@@ -26,16 +26,6 @@ C = TypeVar("C", bound=Config)
 
 _PATHS = ("source", "content", "style", "dataset", "against", "output", "model")  # flags that name data
 
-# Storage failures reach the user as they are: the system's own words name the path.
-_STORAGE_ERRORS = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    FileExistsError,
-    ConnectionError,
-)
-
 
 def run(
     model: type[C],
@@ -72,7 +62,7 @@ def run(
     except AdaConvError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except _STORAGE_ERRORS as error:
+    except OSError as error:  # of storage: the system's own words name the path
         print(f"{prog}: error: {_of_storage(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -24,6 +24,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
+from adaconv.errors import UsageError
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -90,7 +92,13 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    data: bytes = _patiently(uri, lambda: _filesystem(uri).cat_file(uri, start=offset, end=offset + size))
+    """Fewer bytes, or none, where the file ends before."""
+    try:
+        data: bytes = _patiently(uri, lambda: _filesystem(uri).cat_file(uri, start=offset, end=offset + size))
+    except OSError as error:
+        if error.errno == errno.EINVAL and not is_local(uri):  # an object store refuses a range that lies past the end
+            return b""
+        raise
     return data
 
 
@@ -228,7 +236,7 @@ def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hid
         for entry in entries:
             if entry.name.startswith(".") and not hidden:
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 inside = (*above, (this.st_dev, this.st_ino))
                 yield from _walk_local(entry.path, f"{below}{entry.name}/", inside, hidden)
                 continue
@@ -238,6 +246,13 @@ def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hid
                 yield Entry(entry.path, path, status.st_size, str(status.st_mtime_ns), status.st_mtime)
             except OSError:  # a link to nowhere: found, and for whoever reads it to refuse
                 yield Entry(entry.path, path, 0, "", 0.0)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _walk_objects(uri: str, hidden: bool) -> Iterator[Entry]:
@@ -286,6 +301,10 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as error:
+            if type(error).__name__ == "NoCredentialsError":  # botocore's, which only s3:// imports
+                raise PermissionError(
+                    f"{uri}: found no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+                ) from None
             if not _passes(error):
                 raise
             attempt += 1
@@ -319,6 +338,8 @@ def _filesystem(uri: str) -> Any:
     clients = _local.__dict__.setdefault("clients", {})
     key = (protocol, os.getpid())
     if key not in clients:
+        if protocol not in ("file", "s3") or uri.startswith("file:"):
+            raise UsageError(f"{uri}: expected a local path or s3://bucket/prefix, found {protocol}://")
         options: dict[str, Any] = {}
         if protocol == "s3":
             logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # tells where credentials come from, each time

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaconv import storage
+from adaconv.errors import UsageError
 from tests.servers import S3Server
 
 
@@ -42,6 +43,8 @@ def test_bytes_come_back_whole_and_in_ranges(root):
     assert storage.size_of(uri) == 10
     assert storage.read_bytes(uri) == b"0123456789"
     assert storage.read_range(uri, 3, 4) == b"3456"
+    assert storage.read_range(uri, 8, 4) == b"89"
+    assert storage.read_range(uri, 50, 4) == b""
     storage.publish_bytes(uri, b"new")
     assert storage.read_bytes(uri) == b"new"
     storage.remove(uri)
@@ -52,6 +55,17 @@ def test_bytes_come_back_whole_and_in_ranges(root):
 def test_a_missing_file_is_a_missing_file(root):
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(root, "nothing"))
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/a", "file:///etc/hostname", "foo://a"])
+def test_other_storage_is_refused(uri):
+    with pytest.raises(UsageError, match="expected a local path or s3://"):
+        storage.read_bytes(uri)
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+    assert [entry.path for entry in storage.walk(str(tmp_path))] == ["circle.jpg"]
 
 
 def test_listings_are_sorted_and_by_kind(root):

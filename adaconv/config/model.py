@@ -1,10 +1,12 @@
 """What the network is: its encoder, its layers and its losses. See docs/design for what the paper leaves open."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from adaconv.config.base import Config
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class EncoderConfig(Config):
@@ -14,7 +16,7 @@ class EncoderConfig(Config):
     normalise: Literal["data", "none"] = "data"
     """`data` rescales channels to a mean activation of 1 over a calibration sample of the datasets
     (function-preserving); `none` keeps the weights as they are."""
-    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
+    widths: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)
     """Channels at relu1_1, relu2_1, relu3_1 and relu4_1."""
 
 
@@ -29,7 +31,7 @@ class ModelConfig(Config):
     """Divide W by its root mean square; stylized images grow with the square of its scale."""
     style_block: Literal["conv_pool_act", "conv_act_pool"] = "conv_pool_act"
     """Order of convolution, pooling and leaky ReLU in the style encoder."""
-    groups: tuple[int, int, int, int] = (512, 128, 32, 8)
+    groups: tuple[Count, Count, Count, Count] = (512, 128, 32, 8)
     """Groups of the adaptive convolutions from the coarsest scale to the finest; each divides its scale's channels."""
     kernel_size: Literal[3, 5, 7] = 3
     """Height and width of the predicted depthwise kernels."""
@@ -40,7 +42,7 @@ class ModelConfig(Config):
     """Padding of `same`."""
     identity_base: bool = True
     """Add the predicted kernels to a learned identity, so that training starts from instance norm."""
-    decoder_convs: tuple[int, int, int, int] = (1, 4, 2, 2)
+    decoder_convs: tuple[Count, Count, Count, Count] = (1, 4, 2, 2)
     """Fixed convolutions of the decoder's scales, coarsest first; AdaIN's decoder has (1, 4, 2, 2)."""
     output_activation: Literal["none", "sigmoid"] = "none"
     """After the last convolution. `none` is linear and clamped when written."""

@@ -58,21 +58,21 @@ def network_from_relbers(state: Mapping[str, Tensor]) -> StyleTransferNet:
     one, two, three, four = (len(renamed[f"encoder.convs.{index}.bias"]) for index in (0, 2, 4, 8))
     predicted = [renamed[f"transfer.predictors.{scale}.depthwise.weight"] for scale in range(len(_DECODER_CONVS))]
     size = predicted[0].shape[-1]
-    network = build_network(
-        encoder=VGGEncoder(widths=(one, two, three, four)),
-        descriptor_channels=predicted[0].shape[1],
-        descriptor_size=size,
-        kernel_size=size,
-        groups=[width**2 // len(weight) for width, weight in zip((four, three, two, one), predicted, strict=True)],
-        decoder_convs=_DECODER_CONVS,
-        style_block="conv_act_pool",
-        descriptor_norm=False,
-        identity_base=False,
-    )
-    buffers = {f"encoder.{name}": value for name, value in network.encoder.named_buffers()}
     try:
+        network = build_network(
+            encoder=VGGEncoder(widths=(one, two, three, four)),
+            descriptor_channels=predicted[0].shape[1],
+            descriptor_size=size,
+            kernel_size=size,
+            groups=[max(1, width**2 // len(w)) for width, w in zip((four, three, two, one), predicted, strict=True)],
+            decoder_convs=_DECODER_CONVS,
+            style_block="conv_act_pool",
+            descriptor_norm=False,
+            identity_base=False,
+        )
+        buffers = {f"encoder.{name}": value for name, value in network.encoder.named_buffers()}
         network.load_state_dict({**renamed, **buffers})
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         worst = str(error).splitlines()[-1].strip()
         raise WeightsError(f"weights of RElbers/ada-conv-pytorch that do not fit one another: {worst}") from error
     return network.eval()
