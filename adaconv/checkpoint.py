@@ -33,7 +33,7 @@ from adaconv.model.network import StyleTransferNet, build_network
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _PREFIX = "step-"
 
 

@@ -59,7 +59,7 @@ def test_other_formats_and_networks_are_refused(tmp_path):
     path = tmp_path / "step-00000007" / "model.json"
     described = json.loads(path.read_text())
     path.write_text(json.dumps({**described, "format": 99}))
-    with pytest.raises(CheckpointError, match="expected model format 1, found 99"):
+    with pytest.raises(CheckpointError, match="expected model format 2, found 99"):
         checkpoint.load_network(uri)
     path.write_text(json.dumps({**described, "model": {**TINY_MODEL, "descriptor_channels": 9}}))
     with pytest.raises(CheckpointError, match="does not hold the network"):
