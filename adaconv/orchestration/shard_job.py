@@ -17,7 +17,7 @@ import logging
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -217,10 +217,11 @@ def _write(
         recipe=recipe,
     )
     memory = 0.0
-    for answer in answers:
-        memory = max(memory, answer["memory"])
-        if answer["refused"]:
-            enter(read_note(work, answer["name"])[1])
+    with closing(answers):  # while the cluster is there, also when the budget ends the job
+        for answer in answers:
+            memory = max(memory, answer["memory"])
+            if answer["refused"]:
+                enter(read_note(work, answer["name"])[1])
     return memory
 
 

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import ray
@@ -66,7 +66,7 @@ def run_tasks(
     done: int = 0,
     num_workers: int | None = None,
     **shared: Any,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """One Ray Data task a job; answers come as they are ready, and a status line every few seconds.
 
     Args:
