@@ -63,7 +63,8 @@ class OptimConfig(Config):
     channels_last: bool = True
     """Keep feature maps in memory with channels innermost."""
     compile: bool = False
-    """Compile the network with torch.compile: minutes at the start, with a C++ compiler on CPUs or Triton on GPUs."""
+    """Compile the network with torch.compile: minutes at the start, with a C++ compiler on CPUs or Triton on GPUs. The
+    encoder's pass over contents, which stops at relu4_1, stays as it is."""
     seed: int = Field(default=0, ge=0)
     """Of the weights, the sample order and the crops."""
     log_every_steps: int = Field(default=10, ge=1)
