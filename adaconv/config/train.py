@@ -25,8 +25,19 @@ class DataConfig(Config):
     """Decoding processes of each rank; 0 decodes in the training process."""
     prefetch_batches: int = Field(default=4, ge=1)
     """Batches that each loader worker keeps ready."""
+    prefetch_shards: int = Field(default=32, ge=0)
+    """Shards of s3:// that each rank fetches before they are read: the blocks that both streams are at, and the next."""
     cache_dir: str | None = None
-    """Folder for shards fetched from s3://; default: `adaconv-shards` in the system's temporary folder."""
+    """Folder for shards fetched from s3://, shared by the ranks of a node; default: `adaconv-shards` in the system's
+    temporary folder."""
+    cache_gb: float = Field(default=100, gt=0)
+    """Bytes, in 10^9, that fetched shards may take there; the least recently read ones make room. A shard is compared
+    with its sha256 when it is fetched."""
+    verify_samples: bool = False
+    """Compare the bytes of every sample with its checksum when it is read: finds damage on a local disk, for a few
+    percent of the decoding time."""
+    timeout_seconds: float = Field(default=300, ge=0)
+    """A loader worker that gives no batch for so long ends the rank, which is started again; 0 waits for ever."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "DataConfig":
@@ -58,6 +69,9 @@ class OptimConfig(Config):
     """Steps over which the learning rate rises linearly from 0."""
     clip_norm: float | None = Field(default=10.0, gt=0)
     """Largest norm of the gradient; None does not clip."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights with this decay per step, such as 0.999; it is what sample grids
+    show and checkpoints give to stylize. None: the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` runs convolutions under autocast; weights, statistics and losses stay float32."""
     channels_last: bool = True
@@ -69,20 +83,39 @@ class OptimConfig(Config):
     """Of the weights, the sample order and the crops."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between two points of the metrics."""
+    ledger: str | None = None
+    """Folder on a disk where each rank notes the keys of every step, to prove the order; None: no notes."""
 
 
 class ScalingConfig(Config):
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Ray Train workers: one DDP rank each."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Ray Train workers, one DDP rank each; two numbers let their count follow the cluster's resources between them. The
+    global batch stays as it is."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each rank; 0 trains on CPUs with gloo."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs that Ray reserves for each rank."""
     threads_per_worker: int | None = Field(default=None, ge=1)
     """Threads that torch uses in each rank; None divides the machine's cores among the ranks when on CPUs."""
+    gradient_compression: Literal["none", "bfloat16"] = "none"
+    """`bfloat16` halves the bytes that ranks exchange each step; sums of gradients are rounded."""
     max_restarts: int = Field(default=3, ge=0)
-    """Times that the ranks are started again after one was lost to the infrastructure. Errors in code or data are not
-    retried."""
+    """Times in a row that the ranks are started again after one was lost to the infrastructure and no new checkpoint
+    came of it. Errors in code or data are not retried."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ScalingConfig":
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"scaling.num_workers ({self.num_workers}): the first number must not exceed the second")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class CheckpointConfig(Config):
@@ -90,6 +123,33 @@ class CheckpointConfig(Config):
     """Steps between two checkpoints; the last step always has one."""
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints of the lowest `probe/loss` that are kept besides."""
+
+
+class HardwareConfig(Config):
+    """What the plan of `--dry-run` reckons with; nothing here changes a run."""
+
+    tflops: float | None = Field(default=None, gt=0)
+    """10^12 operations a second that a rank attains in training; None: an H200's 40 % of 790 in bfloat16 where ranks
+    have GPUs, else what this machine's matrix products give."""
+    decode_per_core: float = Field(default=500, gt=0)
+    """Images a second that one core decodes and crops (`python bench/run.py load`)."""
+    cores_per_rank: float | None = Field(default=None, gt=0)
+    """Cores that a rank's loader workers have; None: data.loader_workers."""
+    network_gbit: float = Field(default=25, gt=0)
+    """Gigabits a second between two nodes."""
+    nvlink_gbyte: float = Field(default=300, gt=0)
+    """Gigabytes a second between two GPUs of a node."""
+    ranks_per_node: int = Field(default=8, ge=1)
+    """Ranks that share a node, its network and its cache."""
+    storage_mbyte: float = Field(default=500, gt=0)
+    """Megabytes a second that a node fetches from the object store."""
+    disk_gb: float | None = Field(default=None, gt=0)
+    """Free bytes of a node's cache folder, in 10^9; None: this machine's."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Memory of a rank, in 2^30 bytes (of its GPU where it has one); None: 80 with a GPU, else this machine's divided
+    among the ranks of a node."""
 
 
 class TrackingConfig(Config):
@@ -126,10 +186,11 @@ class TrainConfig(Config):
     scaling: ScalingConfig = ScalingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    hardware: HardwareConfig = HardwareConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> "TrainConfig":
-        batch, ranks = self.train.global_batch_size, self.scaling.num_workers
+        batch, ranks = self.train.global_batch_size, self.scaling.most_workers
         if batch < ranks:
             raise ValueError(f"train.global_batch_size ({batch}) must be at least scaling.num_workers ({ranks})")
         if batch % self.data.partitions:
@@ -142,9 +203,11 @@ class TrainConfig(Config):
     def identity(self) -> dict[str, Any]:
         """What determines the weights at a step, apart from the datasets: the rest may change when a run is resumed."""
         values = self.model_dump(mode="json", include={"encoder", "model", "loss", "data", "train"})
-        for name in ("loader_workers", "prefetch_batches", "cache_dir"):
+        for name in ("loader_workers", "prefetch_batches", "prefetch_shards", "verify_samples", "timeout_seconds"):
             values["data"].pop(name)
-        for name in ("log_every_steps", "micro_batch_size", "channels_last", "compile"):
+        for name in ("cache_dir", "cache_gb"):
+            values["data"].pop(name)
+        for name in ("log_every_steps", "micro_batch_size", "channels_last", "compile", "ledger"):
             values["train"].pop(name)
         if self.train.schedule in ("inverse_time", "constant"):
             values["train"].pop("steps")  # these schedules do not look at the end, so a run may be made longer

@@ -9,12 +9,16 @@ Letters: n pairs of a rank's share, S side of the crop.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import os
 import random
+import sys
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,10 +29,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from adaconv import storage
 from adaconv.data.order import StreamOrder, rank_slice, stable_seed
+from adaconv.data.shard_cache import ShardCache, ShardPrefetcher, default_cache_dir
 from adaconv.errors import DatasetError
 
+try:
+    import simplejpeg
+except ImportError:  # Pillow gives the same pixels, more slowly; a bare GPU machine may have nothing else
+    simplejpeg = None
+
 if TYPE_CHECKING:
-    from adaconv.data.manifest import DatasetVersion
+    from adaconv.data.manifest import DatasetVersion, Shard
 
 
 @dataclass(frozen=True)
@@ -66,22 +76,16 @@ def decode_crop(data: bytes, geometry: Geometry, draw: random.Random) -> NDArray
     """
     # Drawn before anything is decoded: the same numbers whatever the image.
     across, down, mirrored, turns = draw.random(), draw.random(), draw.random() < 0.5, draw.randrange(4)
-    with Image.open(io.BytesIO(data)) as image:
-        stored = image.size
-        if image.format == "JPEG":
-            wide, high = (-(-geometry.resize * side // min(stored)) for side in stored)
-            image.draft("RGB", (wide, high))
-        scale = min(image.size) / geometry.resize
-        side = geometry.crop * scale
-        left, top = across * (image.width - side), down * (image.height - side)
-        if scale == 1:  # nothing to resample: whole pixels, as shards made for this size have them
-            left, top = round(left), round(top)
-            square = image.convert("RGB").crop((left, top, left + geometry.crop, top + geometry.crop))
-        else:
-            square = image.convert("RGB").resize(
-                (geometry.crop, geometry.crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-            )
-    pixels = np.asarray(square)
+    whole = _decode(data, geometry.resize)
+    height, width = whole.shape[:2]
+    scale = min(width, height) / geometry.resize
+    side = geometry.crop * scale
+    left, top = across * (width - side), down * (height - side)
+    if scale == 1:  # nothing to resample: whole pixels, as shards made for this size have them
+        x, y = round(left), round(top)
+        pixels = whole[y : y + geometry.crop, x : x + geometry.crop]
+    else:
+        pixels = _resample(whole, left, top, side, geometry.crop)
     if geometry.flip and mirrored:
         pixels = pixels[:, ::-1]
     if geometry.rotate:
@@ -89,40 +93,92 @@ def decode_crop(data: bytes, geometry: Geometry, draw: random.Random) -> NDArray
     return pixels
 
 
+def _decode(data: bytes, resize: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8, of the stored size or, of a JPEG much larger than `resize`, a half, a quarter or an eighth."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "JPEG":
+            stored = image.size
+            wide, high = (-(-resize * side // min(stored)) for side in stored)
+            image.draft("RGB", (wide, high))
+            if simplejpeg is not None and image.size == stored and image.mode == "RGB":
+                # The same library and the same pixels (tests/data/test_loader.py) without Pillow's copies.
+                with contextlib.suppress(ValueError):  # what it is strict about, Pillow decides
+                    return simplejpeg.decode_jpeg(data, "RGB")  # type: ignore[no-any-return]
+        return np.asarray(image.convert("RGB"))
+
+
+def _resample(whole: NDArray[np.uint8], left: float, top: float, side: float, crop: int) -> NDArray[np.uint8]:
+    """The square of `side` pixels at (left, top) as crop x crop, bicubic."""
+    reach = math.ceil(2 * max(1.0, side / crop)) + 1  # of the filter, beyond the square
+    x, y = max(0, math.floor(left) - reach), max(0, math.floor(top) - reach)
+    part = whole[y : math.ceil(top + side) + reach, x : math.ceil(left + side) + reach]
+    box = (left - x, top - y, left - x + side, top - y + side)
+    square = Image.fromarray(np.ascontiguousarray(part)).resize((crop, crop), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(square)
+
+
 class SampleReader:
-    """Reads the bytes of any sample of a dataset version from its tars. Open files stay open; safe to pickle."""
+    """Reads the bytes of any sample of a dataset version from its tars. Holds no files; safe to pickle.
 
-    def __init__(self, version: DatasetVersion, *, cache_dir: str | None = None) -> None:
-        samples = version.samples()
-        self._version, self._cache_dir = version, cache_dir
+    Args:
+        version: whose samples are read.
+        cache: of shards that do not lie on a disk; None: one in the system's temporary folder, without a limit.
+        verify: compare each sample with its checksum. A shard that is fetched is compared with its sha256 anyway.
+    """
+
+    def __init__(self, version: DatasetVersion, *, cache: ShardCache | None = None, verify: bool = False) -> None:
+        samples = version.samples(["key", "shard", "offset", "size", "crc32"])
+        self._version, self._verify = version, verify
+        self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
         self.keys: list[str] = samples["key"].to_pylist()
-        self._shards: list[str] = samples["shard"].to_pylist()
-        self._offsets: NDArray[np.int64] = samples["offset"].to_numpy().astype(np.int64)
-        self._sizes: NDArray[np.int64] = samples["size"].to_numpy().astype(np.int64)
-        self._files: dict[str, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # a file descriptor means nothing in another process
+        self._offsets, self._sizes, self._checksums = (
+            samples[name].to_numpy().astype(np.int64) for name in ("offset", "size", "crc32")
+        )
+        self._first_rows = np.cumsum([0, *(shard.rows for shard in version.shards)])
 
     def read(self, row: int) -> bytes:
         """The image's bytes as they lie in the shard.
 
         Raises:
-            DatasetError: the shard ends before the sample does.
+            DatasetError: the shard is not there, ends before the sample does, or holds other bytes.
         """
-        shard = self._shards[row]
-        if shard not in self._files:
-            uri = self._version.shard_uri(shard)
-            path = storage.local_copy(uri, cache_dir=self._cache_dir)
-            self._files[shard] = os.open(path, os.O_RDONLY)
-        size = int(self._sizes[row])
-        data = os.pread(self._files[shard], size, int(self._offsets[row]))
+        uri, shard = self.shard_of(row)
+        size, offset = int(self._sizes[row]), int(self._offsets[row])
+        data = self._read_at(uri, shard, offset, size)
         if len(data) != size:
             raise DatasetError(
-                f"{self._version.shard_uri(shard)}: expected {size} bytes of sample {self.keys[row]} at offset "
-                f"{self._offsets[row]}, found {len(data)}; `pipelines/dataset.py verify` locates the damage"
+                f"{uri}: expected {size} bytes of sample {self.keys[row]} at offset {offset}, found {len(data)}; "
+                "`pipelines/dataset.py verify` locates the damage"
+            )
+        if self._verify and zlib.crc32(data) != self._checksums[row]:
+            raise DatasetError(
+                f"{uri}: the bytes of sample {self.keys[row]} at offset {offset} are not those that were written "
+                "(their checksum differs); `pipelines/dataset.py verify` says what is damaged"
             )
         return data
+
+    def shard_of(self, row: int) -> tuple[str, Shard]:
+        """Where a sample lies."""
+        shard = self._version.shards[int(np.searchsorted(self._first_rows, row, side="right")) - 1]
+        return self._version.shard_uri(shard.name), shard
+
+    def _read_at(self, uri: str, shard: Shard, offset: int, size: int) -> bytes:
+        # Opened for each sample, which costs little beside its decoding: a copy that made room for others while it was
+        # open would go on taking its place on the disk.
+        for attempt in (1, 2, 3):
+            try:
+                file = os.open(self.cache.path(uri, shard), os.O_RDONLY)
+            except FileNotFoundError:
+                if attempt < 3 and not storage.is_local(uri):
+                    continue  # made room for another one between the two calls
+                raise DatasetError(
+                    f"expected shard {uri}, found none there; `pipelines/dataset.py verify` says what is missing"
+                ) from None
+            try:
+                return os.pread(file, size, offset)
+            finally:
+                os.close(file)
+        raise AssertionError
 
 
 class PairDataset(Dataset[Batch]):
@@ -141,13 +197,15 @@ class PairDataset(Dataset[Batch]):
         num_ranks: int = 1,
         partitions: int = 1,
         block_shards: int = 8,
-        cache_dir: str | None = None,
+        cache: ShardCache | None = None,
+        verify: bool = False,
     ) -> None:
         self._seed, self._global_batch_size = seed, global_batch_size
         self._slice = rank_slice(global_batch_size, rank, num_ranks)
+        self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
         self._streams = {
             name: (
-                SampleReader(version, cache_dir=cache_dir),
+                SampleReader(version, cache=self.cache, verify=verify),
                 StreamOrder(
                     [shard.rows for shard in version.shards], seed, name, global_batch_size, partitions, block_shards
                 ),
@@ -155,11 +213,24 @@ class PairDataset(Dataset[Batch]):
             )
             for name, version, geometry in (("content", content, content_geometry), ("style", style, style_geometry))
         }
+        # An order keeps the epoch it was last asked about; who looks ahead has some of his own.
+        self._orders_ahead = {name: replace(order) for name, (_, order, _) in self._streams.items()}
+        self.is_local = storage.is_local(content.root) and storage.is_local(style.root)
 
     def __getitem__(self, step: int) -> Batch:
         content, content_keys = self._share("content", step)
         style, style_keys = self._share("style", step)
         return Batch(step, content, style, content_keys, style_keys)
+
+    def shards_of(self, step: int) -> list[tuple[str, Shard]]:
+        """The shards that this rank reads in a step. Not for two threads at once."""
+        found = {}
+        for name, order in self._orders_ahead.items():
+            reader = self._streams[name][0]
+            for row in order.batch(step)[self._slice].tolist():
+                uri, shard = reader.shard_of(row)
+                found[uri] = shard
+        return list(found.items())
 
     def _share(self, stream: str, step: int) -> tuple[Tensor, list[str]]:
         reader, order, geometry = self._streams[stream]
@@ -178,9 +249,20 @@ class PairDataset(Dataset[Batch]):
 
 
 def make_loader(
-    dataset: PairDataset, *, first_step: int, steps: int, workers: int, prefetch_batches: int, pin_memory: bool
+    dataset: PairDataset,
+    *,
+    first_step: int,
+    steps: int,
+    workers: int,
+    prefetch_batches: int,
+    pin_memory: bool,
+    timeout_seconds: float = 0,
 ) -> Iterator[Batch]:
-    """Batches of the steps first_step ... steps - 1 in order, decoded ahead in `workers` processes."""
+    """Batches of the steps first_step ... steps - 1 in order, decoded ahead in `workers` processes.
+
+    Raises:
+        RuntimeError: a worker process ended, or gave nothing for `timeout_seconds` (0 waits for ever).
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,  # an item is a batch already
@@ -188,7 +270,21 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=prefetch_batches if workers else None,
         pin_memory=pin_memory,
+        timeout=timeout_seconds if workers else 0,
         # A Ray worker runs threads that a forked child would find stopped half-way.
         multiprocessing_context="spawn" if workers else None,
     )
     return iter(loader)
+
+
+@contextlib.contextmanager
+def prefetching(dataset: PairDataset, *, ahead: int) -> Iterator[ShardPrefetcher]:
+    """Fetch the shards of coming steps while the block runs and says, by `follow(step)`, where it is.
+
+    On a disk there is nothing to fetch, and nothing is done.
+    """
+    prefetcher = ShardPrefetcher(dataset.shards_of, dataset.cache, ahead=0 if dataset.is_local else ahead)
+    try:
+        yield prefetcher
+    finally:
+        prefetcher.close()

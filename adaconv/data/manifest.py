@@ -86,10 +86,10 @@ class DatasetVersion:
     manifest_sha256: str
     shards: tuple[Shard, ...]
 
-    def samples(self) -> pa.Table:
+    def samples(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of the images that are in shards, shard by shard as `shards` lists them, in the order of each tar."""
         data = io.BytesIO(storage.read_bytes(manifest_uri(self.root, self.version)))
-        return pq.read_table(data, filters=[("state", "in", IN_SHARDS)])
+        return pq.read_table(data, columns=columns, filters=[("state", "in", IN_SHARDS)])
 
     def manifest(self) -> pa.Table:
         """A row for every image found."""

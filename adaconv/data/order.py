@@ -57,6 +57,7 @@ class StreamOrder:
     partitions: int = 1
     block_shards: int = 8
     _epochs: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
+    _epoch_length: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not sum(self.shard_rows):
@@ -70,6 +71,10 @@ class StreamOrder:
                 f"data.partitions ({self.partitions}) exceeds the {len(self.shard_rows)} shards of the {self.name} "
                 "dataset; lower it, or shard with a smaller --shard.target-mb"
             )
+        # Without partitions an epoch is the dataset; with them its length may differ by epoch, so it is fixed to what
+        # every epoch can give: the fewest rows that any P-th part of the shards can have.
+        fewest = len(self.shard_rows) // self.partitions
+        self._epoch_length = max(1, sum(sorted(self.shard_rows)[:fewest]))
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Rows of the global batch of a step: (batch_size,) int64. Steps count from 0."""
@@ -82,15 +87,6 @@ class StreamOrder:
         each = self.batch_size // self.partitions
         position = step * each
         return position // self._epoch_length
-
-    @property
-    def _epoch_length(self) -> int:
-        # Without partitions an epoch is the dataset; with them its length may differ by epoch, so it is fixed to what
-        # every epoch can give: the fewest rows that any P-th part of the shards can have.
-        if self.partitions == 1:
-            return sum(self.shard_rows)
-        fewest = len(self.shard_rows) // self.partitions
-        return max(1, sum(sorted(self.shard_rows)[:fewest]))
 
     def _at(self, position: int) -> NDArray[np.int64]:
         """Row of each partition at a position of its stream: (partitions,)."""

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from adaconv.data import loader
 from adaconv.data.loader import Geometry, PairDataset, SampleReader, decode_crop, make_loader
 from adaconv.data.manifest import open_version
 from adaconv.errors import DatasetError
@@ -32,6 +33,12 @@ def jpeg(size=(200, 120), **options):
     pixels = np.stack([x % 256, y % 256, (x + y) % 256], axis=-1).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0, **options)
+    return buffer.getvalue()
+
+
+def grey_jpeg():
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(200 * 130, dtype=np.uint32).reshape(130, 200).astype(np.uint8)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -109,12 +116,59 @@ def test_rotation_turns_by_quarters():
     assert len(turned) > 4
 
 
-def test_open_files_do_not_travel(content_version):
+def test_a_reader_travels(content_version):
     reader = SampleReader(content_version)
-    data = reader.read(0)
     again = pickle.loads(pickle.dumps(reader))
-    assert again._files == {}
-    assert again.read(0) == data
+    assert again.read(5) == reader.read(5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jpeg(),
+        lambda: jpeg(size=(800, 480)),
+        lambda: jpeg(size=(97, 211), progressive=True),
+        lambda: jpeg() + b"trailing",
+        grey_jpeg,
+    ],
+)
+@pytest.mark.parametrize("geometry", [Geometry(120, 96, flip=True), Geometry(60, 40, flip=False), GEOMETRY])
+def test_both_decoders_give_the_same_pixels(make, geometry, monkeypatch):
+    data = make()
+    fast = decode_crop(data, geometry, random.Random(5))
+    monkeypatch.setattr(loader, "simplejpeg", None)
+    assert np.array_equal(fast, decode_crop(data, geometry, random.Random(5)))
+
+
+def test_a_crop_from_its_own_pixels_is_that_from_the_whole_image():
+    """The margin around it holds all that the filter reaches; Pillow rounds the places of a box to float32."""
+    with Image.open(io.BytesIO(jpeg(size=(611, 433)))) as image:
+        whole = np.asarray(image.convert("RGB"))
+    draw = random.Random(0)
+    for resize, crop in ((100, 64), (433, 200), (500, 256)):
+        side = crop * 433 / resize
+        for _ in range(20):
+            left, top = draw.random() * (611 - side), draw.random() * (433 - side)
+            wanted = Image.fromarray(whole).resize(
+                (crop, crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+            )
+            ours = loader._resample(whole, left, top, side, crop)
+            assert np.abs(ours.astype(int) - np.asarray(wanted)).max() <= 1
+
+
+def test_a_flipped_byte_is_found_where_samples_are_verified(content_version, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(content_version.root, root)
+    version = open_version(str(root))
+    row = version.samples().slice(0, 1).to_pylist()[0]
+    with open(version.shard_uri(row["shard"]), "rb+") as tar:
+        tar.seek(row["offset"] + row["size"] // 2)
+        byte = tar.read(1)[0]
+        tar.seek(-1, 1)
+        tar.write(bytes([byte ^ 1]))
+    SampleReader(version).read(0)
+    with pytest.raises(DatasetError, match=rf"{row['shard']}: the bytes of sample {row['key']}"):
+        SampleReader(version, verify=True).read(0)
 
 
 def test_a_shard_that_is_cut_is_named(content_version, tmp_path):
