@@ -11,13 +11,15 @@ Nothing here is unpickled from a shared place. Locally a folder is written aside
 last, and a folder without it does not exist for anybody.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from adaconv import storage
 from adaconv.errors import CheckpointError
@@ -55,7 +58,7 @@ def save(
     folder: str,
     *,
     step: int,
-    network: StyleTransferNet,
+    weights: Mapping[str, Tensor],
     settings: Mapping[str, Any],
     encoder_fingerprint: str,
     trainer: Mapping[str, Any],
@@ -67,18 +70,17 @@ def save(
     Args:
         folder: of the run's checkpoints.
         step: updates done.
-        network: whose weights are kept, in float32 as they are.
+        weights: of the whole network, on the CPU.
         settings: `model` (arguments of build_network) and `encoder_widths`.
         encoder_fingerprint: of the encoder's weights.
         trainer: tensors and plain containers.
         data: kept as `data.json`.
-        meta: further keys of `meta.json`, such as the tracking run.
+        meta: further keys of `meta.json`, such as the tracking run and `metrics`, which `keep` compares.
     """
     with tempfile.TemporaryDirectory(prefix="adaconv-checkpoint-") as scratch:
         aside = Path(scratch) / name_of(step)
         aside.mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(dict(weights), aside / "model.safetensors", metadata={"format": "pt"})
         described = {"format": FORMAT, "step": step, "encoder_fingerprint": encoder_fingerprint, **settings}
         _write_json(aside / "model.json", described)
         torch.save(dict(trainer), aside / "trainer.pt")
@@ -105,17 +107,37 @@ def newest(folder: str) -> str | None:
     """The newest checkpoint below a folder whose files are as its `meta.json` says; damaged ones are passed over."""
     for uri in reversed(steps_in(folder).values()):
         try:
-            fetch(uri)
-            return uri
+            with fetched(uri):
+                return uri
         except CheckpointError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
     return None
 
 
-def keep_newest(folder: str, count: int) -> None:
-    """Remove all but the newest `count` checkpoints."""
-    for uri in list(steps_in(folder).values())[:-count]:
-        storage.remove_directory(uri, first="meta.json")
+def keep(folder: str, *, last: int, best: int, metric: str) -> None:
+    """Remove all checkpoints but the newest `last` and the `best` with the lowest metric; of equals the older is better."""
+    steps = steps_in(folder)
+    newest_steps = list(steps)[-last:]
+    scores = {}
+    if best and len(steps) > last:
+        for step, uri in steps.items():
+            score = _read_meta(uri).get("metrics", {}).get(metric, math.inf)
+            scores[step] = score if math.isfinite(score) else math.inf
+    best_steps = sorted((step for step, score in scores.items() if score < math.inf), key=lambda s: (scores[s], s))[:best]
+    for step, uri in steps.items():
+        if step not in newest_steps and step not in best_steps:
+            storage.remove_directory(uri, first="meta.json")
+
+
+def best_step(folder: str, *, metric: str) -> int | None:
+    """The step of the checkpoint with the lowest metric; None where no checkpoint has it."""
+    scores = {step: _read_meta(uri).get("metrics", {}).get(metric, math.inf) for step, uri in steps_in(folder).items()}
+    return min((s for s in scores if math.isfinite(scores[s])), key=lambda s: (scores[s], s), default=None)
+
+
+def _read_meta(uri: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, "meta.json")))
+    return values
 
 
 def fetch(uri: str) -> Path:
@@ -142,6 +164,17 @@ def fetch(uri: str) -> Path:
         if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{uri}: {name} is not the file that was saved (its sha256 differs)")
     return local
+
+
+@contextlib.contextmanager
+def fetched(uri: str) -> Iterator[Path]:
+    """The same for as long as a block lasts: what was copied from an object store is removed after it."""
+    folder = fetch(uri)
+    try:
+        yield folder
+    finally:
+        if not storage.is_local(uri):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:

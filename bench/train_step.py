@@ -34,6 +34,7 @@ OPTIM = {
     "decay": 5e-5,
     "warmup_steps": 0,
     "clip_norm": 10.0,
+    "ema_decay": None,
     "micro_batch_size": None,
     "channels_last": True,
     "compile": False,

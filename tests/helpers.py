@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ TINY_MODEL = {"architecture": "adaconv", "descriptor_channels": 8, "groups": [16
 TINY_WIDTHS = (4, 8, 8, 16)
 
 
-def save_checkpoint(folder: Path, step: int = 7) -> tuple[StyleTransferNet, str]:
+def save_checkpoint(folder: Path, step: int = 7, **meta: Any) -> tuple[StyleTransferNet, str]:
     """A fresh network, seeded by the step, and its checkpoint."""
     torch.manual_seed(step)
     encoder = load_encoder("seeded:0", widths=TINY_WIDTHS)
@@ -32,12 +33,12 @@ def save_checkpoint(folder: Path, step: int = 7) -> tuple[StyleTransferNet, str]
     uri = checkpoint.save(
         str(folder),
         step=step,
-        network=network,
+        weights=network.state_dict(),
         settings={"model": TINY_MODEL, "encoder_widths": list(TINY_WIDTHS)},
         encoder_fingerprint=fingerprint(encoder),
         trainer={"step": step, "moments": torch.ones(3)},
         data={"seed": 1},
-        meta={"run_id": "r"},
+        meta={"run_id": "r", **meta},
     )
     return network, uri
 

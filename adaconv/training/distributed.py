@@ -1,10 +1,13 @@
 """The few collectives that training needs; without a process group they are what one rank alone would see."""
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -23,12 +26,25 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; a barrier."""
-    count = torch.tensor(float(flag), device=device)
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values; a barrier."""
+    tensor = torch.tensor(value, device=device)
     if dist.is_initialized():
-        dist.all_reduce(count)
-    return bool(count.item())
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def barrier(device: torch.device) -> None:
+    largest(0, device)
+
+
+def gather(value: T) -> list[T]:
+    """What each rank says, in order of ranks; small objects, now and then."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def copy_from_first_rank(module: nn.Module) -> None:

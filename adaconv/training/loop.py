@@ -6,22 +6,29 @@ backend and no cluster; it is handed a tracker and a control.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from adaconv import checkpoint
-from adaconv.data.loader import Geometry, PairDataset, make_loader
+from adaconv.data.loader import Batch, Geometry, PairDataset, make_loader, prefetching
+from adaconv.data.shard_cache import ShardCache, default_cache_dir
 from adaconv.errors import CheckpointError
 from adaconv.model.encoder_weights import fingerprint, load_encoder, normalise_encoder
 from adaconv.model.network import build_network
 from adaconv.progress import duration
 from adaconv.training import distributed
-from adaconv.training.probe import Probe
+from adaconv.training.probe import Look, Probe, collapse
+from adaconv.training.saving import CheckpointWriter
 from adaconv.training.state import TrainState, make_state
 from adaconv.training.step import train_step
 
@@ -36,19 +43,26 @@ _LINE_EVERY_SECONDS = 10.0
 _CALIBRATION_BATCHES = 8
 
 
+Word = Literal["go", "checkpoint", "stop"]
+_WORDS: tuple[Word, ...] = ("go", "checkpoint", "stop")  # of several ranks' words the last one here counts
+
+
 class Control(Protocol):
     """What the outside says to a run, and hears of it."""
 
-    def stop_requested(self) -> bool:
-        """Whether to checkpoint and end soon. Called often; must not wait."""
+    def word(self) -> Word:
+        """`stop`: checkpoint and end; `checkpoint`: a node is about to go, checkpoint and go on.
+
+        Asked at every step; must not wait. `checkpoint` is said once for each occasion.
+        """
 
     def say(self, line: str) -> None:
         """One line for whoever watches."""
 
 
 class NoControl:
-    def stop_requested(self) -> bool:
-        return False
+    def word(self) -> Word:
+        return "go"
 
     def say(self, line: str) -> None:
         log.info(line)
@@ -94,6 +108,8 @@ def train(
         CheckpointError: the checkpoint belongs to another configuration or other datasets.
     """
     control = control or NoControl()
+    first_rank = distributed.rank() == 0
+    began = time.perf_counter()
     data = {
         "content": content.root_hash,
         "style": style.root_hash,
@@ -101,48 +117,138 @@ def train(
     }
     state, encoder_fingerprint = _resume_or_start(config, content, style, checkpoints, device, start_from, data)
     first_step = state.step
+    writer = CheckpointWriter(
+        checkpoints,
+        settings={"model": config.model.model_dump(mode="json"), "encoder_widths": list(config.encoder.widths)},
+        encoder_fingerprint=encoder_fingerprint,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+    )
+    dataset = _dataset(config, content, style)
     batches = make_loader(
-        _dataset(config, content, style),
+        dataset,
         first_step=first_step,
         steps=config.train.steps,
         workers=config.data.loader_workers,
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=device.type == "cuda",
+        timeout_seconds=config.data.timeout_seconds,
     )
-    first_rank = distributed.rank() == 0
-    probe = None
-    if first_rank:
-        side = config.data.crop
-        counts = config.tracking
-        probe = Probe(content, style, contents=counts.sample_contents, styles=counts.sample_styles, side=side)
-        if first_step == 0:
-            tracker.image("samples/grid", probe.grid(state.network), step=0)
+    watch = _Watch(config, content, style, dataset, state, tracker, control) if first_rank else None
+    if watch and first_step == 0:
+        watch.look()
     report = _Report(config, first_step)
-    stop, saved = False, None
-    while state.step < config.train.steps and not stop:
-        waited_from = time.perf_counter()
-        batch = next(batches)
-        wait_seconds = time.perf_counter() - waited_from
-        result = train_step(state, batch, optim=config.train, loss=config.loss)
-        report.add(result.losses, result.learning_rate, result.gradient_norm, wait_seconds)
+    word: Word = "go"
+    with prefetching(dataset, ahead=config.data.prefetch_shards) as shards, _ledger(config) as note, _ended(writer):
+        while state.step < config.train.steps and word != "stop":
+            shards.follow(state.step)
+            waited_from = time.perf_counter()
+            batch = next(batches)
+            wait_seconds = time.perf_counter() - waited_from
+            if state.step == first_step and first_rank:
+                control.say(f"first batch of step {first_step} after {time.perf_counter() - began:.1f} s")
+            note(batch)
+            result = train_step(state, batch, optim=config.train, loss=config.loss)
+            report.add(result.losses, result.learning_rate, result.gradient_norm, wait_seconds)
 
-        last = state.step == config.train.steps
-        if state.step % config.train.log_every_steps == 0 or last:
-            stop = distributed.any_rank(control.stop_requested(), device)
-            metrics = report.metrics()  # a collective: every rank takes part
-            if first_rank:
-                tracker.metrics(metrics, step=state.step)
-                if report.line_is_due() or last or stop:
-                    control.say(report.line(state.step, metrics))
-        if probe and (state.step % config.tracking.samples_every_steps == 0 or last):
-            tracker.image("samples/grid", probe.grid(state.network), step=state.step)
-        if state.step % config.checkpoint.every_steps == 0 or last or stop:
-            if first_rank:
-                saved = _save(state, config, checkpoints, encoder_fingerprint, data, meta or {})
-                tracker.checkpoint(saved, step=state.step)
-            distributed.any_rank(False, device)  # nobody goes on, or ends, before it is published
-    where = saved or checkpoint.steps_in(checkpoints).get(state.step, "")
+            last = state.step == config.train.steps
+            word = _WORDS[distributed.largest(_WORDS.index(control.word()), device)]
+            if state.step % config.train.log_every_steps == 0 or last:
+                metrics = report.metrics()  # a collective: every rank takes part
+                if first_rank:
+                    tracker.metrics(metrics, step=state.step)
+                    if report.line_is_due() or last or word == "stop":
+                        control.say(report.line(state.step, metrics))
+            if watch and (state.step % config.tracking.samples_every_steps == 0 or last):
+                watch.look()
+            if state.step % config.checkpoint.every_steps == 0 or last or word != "go":
+                if watch:
+                    state_meta = {**(meta or {}), "metrics": watch.metrics()}
+                    samples_seen = state.step * config.train.global_batch_size
+                    writer.save(state, data={**data, "samples_seen": samples_seen}, meta=state_meta)
+                if word == "checkpoint":
+                    writer.wait()
+                    control.say(f"step {state.step}: checkpoint before a node goes")
+            for step, uri in writer.take_published():
+                tracker.checkpoint(uri, step=step)
+    for step, uri in writer.take_published():
+        tracker.checkpoint(uri, step=step)
+    distributed.barrier(device)  # nobody ends before the last one is published
+    where = checkpoint.steps_in(checkpoints).get(state.step, "")
     return TrainResult(state.step, where, state.step >= config.train.steps, report.last)
+
+
+@contextlib.contextmanager
+def _ended(writer: CheckpointWriter) -> Iterator[None]:
+    """What is being written is published before the block is left, in whatever way it is."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            writer.wait()
+        raise
+    writer.wait()
+
+
+@contextlib.contextmanager
+def _ledger(config: TrainConfig) -> Iterator[Callable[[Batch], None]]:
+    """Notes each step's keys of this rank, a line of JSON a step, before the step is done."""
+    if config.train.ledger is None:
+        yield lambda batch: None
+        return
+    folder = Path(config.train.ledger)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{time.time():.6f}-{os.getpid()}-rank-{distributed.rank()}-of-{distributed.num_ranks()}.jsonl"
+    with (folder / name).open("w", buffering=1, encoding="utf-8") as file:  # a line that was written is there
+
+        def note(batch: Batch) -> None:
+            line = {"step": batch.step, "content": batch.content_keys, "style": batch.style_keys}
+            file.write(json.dumps({"rank": distributed.rank(), **line}) + "\n")
+
+        yield note
+
+
+class _Watch:
+    """The first rank's looks at the probe: grids and metrics to the tracker, a warning where the network collapses."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        content: DatasetVersion,
+        style: DatasetVersion,
+        dataset: PairDataset,
+        state: TrainState,
+        tracker: Tracker,
+        control: Control,
+    ) -> None:
+        self._config, self._state, self._tracker, self._control = config, state, tracker, control
+        self._probe = Probe(
+            content,
+            style,
+            contents=config.tracking.sample_contents,
+            styles=config.tracking.sample_styles,
+            side=config.data.crop,
+            cache=dataset.cache,
+        )
+        self._seen: tuple[int, Look] | None = None
+
+    def look(self) -> None:
+        step, look = self._state.step, self._look()
+        self._tracker.image("samples/grid", look.grid, step=step)
+        self._tracker.metrics(look.metrics, step=step)
+        trouble = collapse(look.metrics) if step else None
+        if trouble:
+            self._control.say(f"WARNING step {step}: {trouble}")
+
+    def metrics(self) -> dict[str, float]:
+        """Of the present step."""
+        return self._look().metrics
+
+    def _look(self) -> Look:
+        if self._seen is None or self._seen[0] != self._state.step:
+            with self._state.averaged() as network:
+                self._seen = (self._state.step, self._probe.look(network, self._config.loss))
+        return self._seen[1]
 
 
 def _resume_or_start(
@@ -154,7 +260,9 @@ def _resume_or_start(
     start_from: str | None,
     data: dict[str, Any],
 ) -> tuple[TrainState, str]:
-    uri = checkpoint.newest(checkpoints) or start_from
+    compression = config.scaling.gradient_compression
+    # One rank's answer for all: one that is published or removed meanwhile must not divide them.
+    uri = distributed.gather(checkpoint.newest(checkpoints) if distributed.rank() == 0 else None)[0] or start_from
     if uri is None:
         encoder = load_encoder(config.encoder.weights, widths=config.encoder.widths)
         if config.encoder.normalise == "data":
@@ -163,13 +271,14 @@ def _resume_or_start(
             distributed.copy_from_first_rank(encoder.to(device))
         torch.manual_seed(config.train.seed)
         network = build_network(encoder=encoder, **config.model.model_dump())
-        return make_state(network, config.train, device=device), fingerprint(encoder)
-    folder = checkpoint.fetch(uri)
-    _refuse_other_run(uri, checkpoint.load_data(folder), data)
-    network, info = checkpoint.load_network(folder)
-    network.train()
-    state = make_state(network, config.train, device=device)
-    state.load_trainer_dict(checkpoint.load_trainer(folder))
+        state = make_state(network, config.train, device=device, gradient_compression=compression)
+        return state, fingerprint(encoder)
+    with checkpoint.fetched(uri) as folder:
+        _refuse_other_run(uri, checkpoint.load_data(folder), data)
+        network, info = checkpoint.load_network(folder)
+        network.train()
+        state = make_state(network, config.train, device=device, gradient_compression=compression)
+        state.load_trainer_dict(checkpoint.load_trainer(folder))
     log.info("resumed from %s at step %d", uri, state.step)
     return state, info.encoder_fingerprint
 
@@ -212,30 +321,9 @@ def _dataset(
         num_ranks=1 if every_rank else distributed.num_ranks(),
         partitions=data.partitions,
         block_shards=data.block_shards,
-        cache_dir=data.cache_dir,
+        cache=ShardCache(data.cache_dir or default_cache_dir(), int(data.cache_gb * 1e9)),
+        verify=data.verify_samples,
     )
-
-
-def _save(
-    state: TrainState,
-    config: TrainConfig,
-    checkpoints: str,
-    encoder_fingerprint: str,
-    data: dict[str, Any],
-    meta: dict[str, Any],
-) -> str:
-    uri = checkpoint.save(
-        checkpoints,
-        step=state.step,
-        network=state.network,
-        settings={"model": config.model.model_dump(mode="json"), "encoder_widths": list(config.encoder.widths)},
-        encoder_fingerprint=encoder_fingerprint,
-        trainer=state.trainer_dict(),
-        data={**data, "samples_seen": state.step * config.train.global_batch_size},
-        meta=meta,
-    )
-    checkpoint.keep_newest(checkpoints, config.checkpoint.keep_last)
-    return uri
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,36 +14,102 @@ from torch import Tensor
 
 from adaconv.data.loader import Geometry, SampleReader, decode_crop
 from adaconv.data.order import stable_seed
+from adaconv.data.shard_cache import ShardCache
 from adaconv.model.network import StyleTransferNet
+from adaconv.training.losses import style_transfer_losses
 
 if TYPE_CHECKING:
+    from adaconv.config.model import LossConfig
     from adaconv.data.manifest import DatasetVersion
 
 _GAP = 4  # pixels of white between cells
+_LEAST_CONTRAST, _LEAST_STYLE_SPREAD = 0.1, 1 / 255
+
+
+@dataclass(frozen=True)
+class Look:
+    """`grid`: styles in the top row, contents in the left column, stylized images where they meet, (H, W, 3) uint8.
+
+    `metrics`: mean losses over all pairs (`probe/loss` and its parts); `probe/contrast`, the deviation of the outputs'
+    pixels over the contents'; `probe/style_spread`, the mean deviation of a pixel from style to style, in [0, 1].
+    """
+
+    grid: NDArray[np.uint8]
+    metrics: dict[str, float]
 
 
 class Probe:
     """`contents` x `styles` of the first samples by key order of a hash: the same for every run over these datasets."""
 
     def __init__(
-        self, content: DatasetVersion, style: DatasetVersion, *, contents: int, styles: int, side: int
+        self,
+        content: DatasetVersion,
+        style: DatasetVersion,
+        *,
+        contents: int,
+        styles: int,
+        side: int,
+        cache: ShardCache | None = None,
     ) -> None:
-        self._contents = _first_by_hash(content, contents, side)
-        self._styles = _first_by_hash(style, styles, side)
+        self._contents = _first_by_hash(content, contents, side, cache)
+        self._styles = _first_by_hash(style, styles, side, cache)
 
-    def grid(self, network: StyleTransferNet) -> NDArray[np.uint8]:
-        """Styles in the top row, contents in the left column, stylized images where they meet: (H, W, 3) uint8."""
+    def look(self, network: StyleTransferNet, loss: LossConfig) -> Look:
+        """What the network makes of the pictures now; for the same weights always the same."""
         device = next(network.parameters()).device
         was_training = network.training
         network.eval()
+        rows = [[torch.ones_like(self._contents[0]), *self._styles]]
+        sums: dict[str, float] = {}
         with torch.inference_mode():
-            codes = [network.encode_style(style[None].to(device)) for style in self._styles]
-            rows = [[torch.ones_like(self._contents[0]), *self._styles]]
+            styles = [style[None].to(device) for style in self._styles]
+            features = [network.encoder(style) for style in styles]
+            codes = [network.encode_style(style) for style in styles]
             for content in self._contents:
                 pixels = content[None].to(device)
-                rows.append([content, *(network.stylize(pixels, code)[0].cpu() for code in codes)])
+                content_features = network.encoder.relu4_1(pixels)
+                outputs = [network.stylize(pixels, code) for code in codes]
+                for output, of_style in zip(outputs, features, strict=True):
+                    losses = style_transfer_losses(
+                        output,
+                        network.encoder(output),
+                        content_features,
+                        of_style,
+                        content_weight=loss.content_weight,
+                        style_weight=loss.style_weight,
+                        content_target=loss.content_target,
+                    )
+                    for name, value in losses.items():
+                        sums[f"probe/{name}"] = sums.get(f"probe/{name}", 0.0) + value.item()
+                rows.append([content, *(output[0].float().cpu() for output in outputs)])
         network.train(was_training)
-        return tile_grid(rows)
+        pairs = len(self._contents) * len(self._styles)
+        metrics = {name: total / pairs for name, total in sums.items()}
+        made = torch.stack([torch.stack(row[1:]) for row in rows[1:]]).clamp(0, 1)  # (contents, styles, 3, S, S)
+        metrics["probe/contrast"] = _deviation(made.flatten(0, 1)) / _deviation(torch.stack(self._contents))
+        if len(styles) > 1:
+            metrics["probe/style_spread"] = made.std(dim=1, correction=0).mean().item()
+        return Look(tile_grid(rows), metrics)
+
+
+def _deviation(images: Tensor) -> float:
+    """Mean over images (n, 3, S, S) of the deviation of their pixels."""
+    return images.flatten(1).std(dim=1).mean().item()
+
+
+def collapse(metrics: Mapping[str, float]) -> str | None:
+    """What has gone wrong with a network whose outputs are grey, or do not depend on the style; None: nothing."""
+    if metrics["probe/contrast"] < _LEAST_CONTRAST:
+        return (
+            f"the outputs have lost their contrast ({metrics['probe/contrast']:.2f} of the contents'): lower "
+            "train.learning_rate, or raise loss.content_weight"
+        )
+    if metrics.get("probe/style_spread", 1) < _LEAST_STYLE_SPREAD:
+        return (
+            f"the outputs do not depend on the style (they differ by {255 * metrics['probe/style_spread']:.2f} of 255 "
+            "levels from style to style): lower train.style_encoder_rate, or raise loss.style_weight"
+        )
+    return None
 
 
 def tile_grid(rows: list[list[Tensor]]) -> NDArray[np.uint8]:
@@ -56,9 +124,9 @@ def tile_grid(rows: list[list[Tensor]]) -> NDArray[np.uint8]:
     return sheet
 
 
-def _first_by_hash(version: DatasetVersion, count: int, side: int) -> list[Tensor]:
+def _first_by_hash(version: DatasetVersion, count: int, side: int, cache: ShardCache | None) -> list[Tensor]:
     """Centre squares of the first samples in an order that depends on their keys alone: (3, side, side) in [0, 1]."""
-    reader = SampleReader(version)
+    reader = SampleReader(version, cache=cache)
     rows = sorted(range(len(reader.keys)), key=lambda row: stable_seed("probe", reader.keys[row]))[:count]
     geometry = Geometry(resize=side, crop=side, flip=False)
     crops = [decode_crop(reader.read(row), geometry, random.Random(0)) for row in rows]

