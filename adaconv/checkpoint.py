@@ -115,7 +115,7 @@ def newest(folder: str) -> str | None:
 
 
 def keep(folder: str, *, last: int, best: int, metric: str) -> None:
-    """Remove all checkpoints but the newest `last` and the `best` with the lowest metric; of equals the older is better."""
+    """Remove all checkpoints but the newest `last` and the `best` with the lowest metric, of equals the older."""
     steps = steps_in(folder)
     newest_steps = list(steps)[-last:]
     scores = {}
@@ -123,7 +123,9 @@ def keep(folder: str, *, last: int, best: int, metric: str) -> None:
         for step, uri in steps.items():
             score = _read_meta(uri).get("metrics", {}).get(metric, math.inf)
             scores[step] = score if math.isfinite(score) else math.inf
-    best_steps = sorted((step for step, score in scores.items() if score < math.inf), key=lambda s: (scores[s], s))[:best]
+    best_steps = sorted((step for step, score in scores.items() if score < math.inf), key=lambda s: (scores[s], s))[
+        :best
+    ]
     for step, uri in steps.items():
         if step not in newest_steps and step not in best_steps:
             storage.remove_directory(uri, first="meta.json")

@@ -69,10 +69,14 @@ def test_other_formats_and_networks_are_refused(tmp_path):
         checkpoint.load_network(uri)
 
 
-@pytest.mark.parametrize(("last", "best", "left"), [(2, 0, [3, 4]), (1, 1, [1, 4]), (1, 2, [1, 3, 4]), (9, 1, [1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("last", "best", "left"), [(2, 0, [3, 4]), (1, 1, [1, 4]), (1, 2, [1, 3, 4]), (9, 1, [1, 2, 3, 4])]
+)
 def test_the_newest_and_the_best_stay(tmp_path, last, best, left):
     for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.6), (4, 0.7)):
         save_checkpoint(tmp_path, step, metrics={"probe/loss": loss})
     checkpoint.keep(str(tmp_path), last=last, best=best, metric="probe/loss")
     assert list(checkpoint.steps_in(str(tmp_path))) == left
-    assert checkpoint.best_step(str(tmp_path), metric="probe/loss") == min(left, key=lambda step: [0, 0.5, 9, 0.6, 0.7][step])
+    assert checkpoint.best_step(str(tmp_path), metric="probe/loss") == min(
+        left, key=lambda step: [0, 0.5, 9, 0.6, 0.7][step]
+    )

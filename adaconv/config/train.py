@@ -26,7 +26,8 @@ class DataConfig(Config):
     prefetch_batches: int = Field(default=4, ge=1)
     """Batches that each loader worker keeps ready."""
     prefetch_shards: int = Field(default=32, ge=0)
-    """Shards of s3:// that each rank fetches before they are read: the blocks that both streams are at, and the next."""
+    """Shards of s3:// that each rank fetches before they are read: the blocks that both streams are at, and the next
+    ones."""
     cache_dir: str | None = None
     """Folder for shards fetched from s3://, shared by the ranks of a node; default: `adaconv-shards` in the system's
     temporary folder."""
@@ -70,8 +71,8 @@ class OptimConfig(Config):
     clip_norm: float | None = Field(default=10.0, gt=0)
     """Largest norm of the gradient; None does not clip."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Keep an exponential moving average of the weights with this decay per step, such as 0.999; it is what sample grids
-    show and checkpoints give to stylize. None: the weights themselves."""
+    """Keep an exponential moving average of the weights with this decay per step, such as 0.999; it is what sample
+    grids show and checkpoints give to stylize. None: the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` runs convolutions under autocast; weights, statistics and losses stay float32."""
     channels_last: bool = True
@@ -89,8 +90,8 @@ class OptimConfig(Config):
 
 class ScalingConfig(Config):
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
-    """Ray Train workers, one DDP rank each; two numbers let their count follow the cluster's resources between them. The
-    global batch stays as it is."""
+    """Ray Train workers, one DDP rank each; two numbers let their count follow the cluster's resources between them.
+    The global batch stays as it is."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each rank; 0 trains on CPUs with gloo."""
     cpus_per_worker: float = Field(default=1, gt=0)

@@ -110,8 +110,8 @@ class ShardCache:
                 if file.suffix == ".tar":
                     file.unlink(missing_ok=True)
                     used -= size
-            with aside.open("wb") as file:
-                file.truncate(shard.bytes)  # counted by others from now on, before its bytes are there
+            with aside.open("wb") as claim:
+                claim.truncate(shard.bytes)  # counted by others from now on, before its bytes are there
 
 
 def _is_there(target: Path, shard: Shard) -> bool:

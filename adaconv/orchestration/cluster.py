@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from adaconv.errors import ClusterError
@@ -108,4 +108,29 @@ def require_resources(**needed: float) -> None:
         raise ClusterError(
             f"the job needs more than the cluster has: {'; '.join(missing)}. "
             "Lower --scaling.num-workers or the resources per worker, or add nodes"
+        )
+
+
+def require_workers(count: int, resources: Mapping[str, float]) -> None:
+    """Refuse now a number of workers that would wait for ever: each has its resources on one node.
+
+    Raises:
+        ClusterError: says how many workers fit, and on which nodes.
+    """
+    import ray
+
+    fit = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = {name: node["Resources"].get(name, 0) for name in resources}
+            told = ", ".join(f"{amount:g} {name}" for name, amount in there.items())
+            # Fractions of a resource add up with rounding.
+            number = min(int(there[name] / amount + 1e-6) for name, amount in resources.items() if amount)
+            fit[f"{node['NodeManagerAddress']} ({told})"] = number
+    if sum(fit.values()) < count:
+        each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+        raise ClusterError(
+            f"{count} workers of {each} needed, {sum(fit.values())} fit: "
+            + ("; ".join(f"{number} on {node}" for node, number in fit.items()) or "there are no nodes")
+            + ". Lower --scaling.num-workers or the resources per worker, or add nodes"
         )

@@ -22,36 +22,61 @@ import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from adaconv import storage
+from adaconv import checkpoint, storage
 from adaconv.config.train import TrainConfig
 from adaconv.data.manifest import open_version
 from adaconv.errors import AdaConvError, JobError
-from adaconv.orchestration.cluster import require_resources
+from adaconv.orchestration.cluster import require_workers
 from adaconv.tracking.tracker import Tracker
 from adaconv.training import allocator
-from adaconv.training.loop import train
+from adaconv.training.distributed import barrier
+from adaconv.training.loop import Word, train
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 1.0
+_POLL_SECONDS, _RESIZE_SECONDS = 1.0, 30.0
 # What gloo, NCCL and DataLoader say, as plain RuntimeErrors, when somebody else died.
 _LOST_PEER = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "DataLoader worker")
 
 
 @ray.remote(num_cpus=0)
 class _Desk:
-    """Where the driver and the first rank leave word for one another."""
+    """Where the driver and the ranks leave word for one another."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_restarts: int) -> None:
+        self._max_restarts = max_restarts
         self._stop, self._lines = False, list[str]()
         self._error: tuple[str, int | None] | None = None
+        self._nodes, self._notices = set[str](), set[str]()
+        self._starts_in_vain, self._furthest = 0, -1
 
     def request_stop(self) -> None:
         self._stop = True
 
-    def stop_requested(self) -> bool:
-        return self._stop
+    def word(self) -> tuple[bool, int]:
+        """Whether to stop, and how many of the ranks' nodes have been given notice so far."""
+        # Not ray.train.get_preemption_info: it is a barrier of all ranks, too slow to ask at every step.
+        with contextlib.suppress(Exception):
+            self._notices |= self._nodes & set(ray._private.state.state.get_draining_nodes())
+        return self._stop, len(self._notices)
+
+    def start(self, node: str, newest_step: int, first_rank: bool) -> None:
+        """A rank begins at the newest checkpoint's step. Too many starts from the same one end the run."""
+        self._nodes.add(node)
+        if not first_rank:
+            return
+        self._starts_in_vain = 0 if newest_step > self._furthest else self._starts_in_vain + 1
+        self._furthest = max(self._furthest, newest_step)
+        if self._starts_in_vain > self._max_restarts:
+            self.fail(
+                f"training was given up: {self._max_restarts} restarts in a row (scaling.max_restarts) brought no "
+                f"checkpoint after step {newest_step}. A rank was lost each time, to the system's memory limit, a lost "
+                "node or a signal: see the log of the cluster. Checkpoints more often (checkpoint.every_steps) lose "
+                "less; the same command goes on from the newest one",
+                1,
+            )
 
     def say(self, line: str) -> None:
         self._lines.append(line)
@@ -71,11 +96,17 @@ class _DeskControl:
     """A rank's side of the desk. A thread asks, so that a step never waits for an answer."""
 
     def __init__(self, desk: Any) -> None:
-        self._desk, self._stop = desk, False
-        threading.Thread(target=self._ask, name="stop-flag", daemon=True).start()
+        self._desk, self._stop, self._notices = desk, False, 0
+        self._heeded = 0
+        threading.Thread(target=self._ask, name="desk", daemon=True).start()
 
-    def stop_requested(self) -> bool:
-        return self._stop
+    def word(self) -> Word:
+        if self._stop:
+            return "stop"
+        if self._notices > self._heeded:
+            self._heeded = self._notices
+            return "checkpoint"
+        return "go"
 
     def say(self, line: str) -> None:
         self._desk.say.remote(line)
@@ -83,7 +114,7 @@ class _DeskControl:
     def _ask(self) -> None:
         while not self._stop:
             with contextlib.suppress(ray.exceptions.RayError):
-                self._stop = ray.get(self._desk.stop_requested.remote())
+                self._stop, self._notices = ray.get(self._desk.word.remote())
             time.sleep(_POLL_SECONDS)
 
 
@@ -102,16 +133,16 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
     Raises:
         ClusterError: the cluster has not what the ranks need.
         AdaConvError: what a rank raised: bad data, a loss that is not finite, a checkpoint of another run.
-        JobError: a rank failed with an unexpected error, or was lost more often than `scaling.max_restarts`.
+        JobError: a rank failed with an unexpected error, or restarts brought nothing, `scaling.max_restarts` in a row.
     """
     scaling = config.scaling
-    require_resources(
-        CPU=scaling.num_workers * scaling.cpus_per_worker, GPU=scaling.num_workers * scaling.gpus_per_worker
-    )
-    desk = _Desk.remote()  # type: ignore[attr-defined]
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
+    require_workers(scaling.least_workers, resources)
+    # Beside the driver, which is lost with it anyway: a desk on another node would be one more thing to lose.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk = _Desk.options(scheduling_strategy=here).remote(scaling.max_restarts)  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _train_rank,
         train_loop_config={
@@ -123,6 +154,7 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
         },
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -132,7 +164,8 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
             name=f"start-{int(time.time())}-{os.getpid()}",
             storage_path=storage.join(run_folder, "ray"),
             worker_runtime_env={} if scaling.gpus_per_worker else {"env_vars": allocator.environment()},
-            failure_config=FailureConfig(max_failures=scaling.max_restarts, controller_failure_limit=3),
+            # How often is enough is for the desk to say, which knows whether a restart got any further.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
         ),
     )
     with _sigterm_requests_stop(desk), _lines_of(desk):
@@ -140,9 +173,9 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
             result = trainer.fit()
         except TrainingFailedError as error:
             _raise_what_a_rank_left(desk)
+            require_workers(scaling.least_workers, resources)
             raise JobError(
-                f"training was given up after {scaling.max_restarts} restarts: {_last_line(error)}; "
-                "the same command goes on from the newest checkpoint"
+                f"training was given up: {_last_line(error)}; the same command goes on from the newest checkpoint"
             ) from error
     _raise_what_a_rank_left(desk)
     return dict(result.return_value)
@@ -155,12 +188,17 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
     again, they find it there and end at once.
     """
     desk, tracker = job["desk"], job["tracker"]
+    first_rank = ray.train.get_context().get_world_rank() == 0
+    newest_step = max(checkpoint.steps_in(job["checkpoints"]), default=0) if first_rank else 0
+    ray.get(desk.start.remote(ray.get_runtime_context().get_node_id(), newest_step, first_rank))
+    barrier(
+        ray.train.torch.get_device()
+    )  # the first rank's word, which may be that this was one start too many, is at the desk
     if ray.get(desk.error.remote()) is not None:
         return {}
     logging.basicConfig(level=logging.WARNING)
     config = TrainConfig.model_validate(job["config"])
     _use_threads(config)
-    first_rank = ray.train.get_context().get_world_rank() == 0
     try:
         result = train(
             config,

@@ -68,9 +68,7 @@ class CheckpointWriter:
 
     def _write(self, copy: dict[str, Any]) -> None:
         try:
-            uri = checkpoint.save(
-                self._folder, settings=self._settings, encoder_fingerprint=self._fingerprint, **copy
-            )
+            uri = checkpoint.save(self._folder, settings=self._settings, encoder_fingerprint=self._fingerprint, **copy)
             self._published.append((copy["step"], uri))
             checkpoint.keep(self._folder, last=self._keep_last, best=self._keep_best, metric=BEST_BY)
         except BaseException as error:  # for whoever waits

@@ -128,6 +128,4 @@ def make_state(
     ]
     # One fused pass over the 59 M parameters instead of a loop over tensors: 4.7 times as fast on a CPU.
     optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=optim.learning_rate, fused=True)
-    return TrainState(
-        network, optimizer, ema_decay=optim.ema_decay, gradient_compression=gradient_compression
-    )
+    return TrainState(network, optimizer, ema_decay=optim.ema_decay, gradient_compression=gradient_compression)

@@ -133,7 +133,9 @@ def test_ranks_do_not_change_the_result(content_version, style_version, unbroken
     mp.spawn(_rank, args=args, nprocs=world)
     ours, wanted = weights(folder, 4), weights(unbroken[1], 4)
     # Adam makes a whole step of 1e-3 of any gradient, however small: where it is but rounding, a weight may differ.
-    apart = torch.cat([((ours[name] - wanted[name]).abs() > 1e-4 + 1e-3 * wanted[name].abs()).flatten() for name in ours])
+    apart = torch.cat(
+        [((ours[name] - wanted[name]).abs() > 1e-4 + 1e-3 * wanted[name].abs()).flatten() for name in ours]
+    )
     assert apart.float().mean() < 1e-3
 
 
@@ -207,7 +209,10 @@ def test_an_average_of_the_weights_is_kept_and_resumed(content_version, style_ve
     trained = checkpoint.load_trainer(whole / checkpoint.name_of(4))["weights"]
     assert all(torch.equal(trained[n], plain[f"transfer.{n}"]) for n in trained)  # the average changes no training
     name = "transfer.scales.0.convs.0.weight"
-    steps = [checkpoint.load_trainer(whole / checkpoint.name_of(s))["weights"][name.removeprefix("transfer.")] for s in (2, 4)]
+    steps = [
+        checkpoint.load_trainer(whole / checkpoint.name_of(s))["weights"][name.removeprefix("transfer.")]
+        for s in (2, 4)
+    ]
     assert not torch.equal(weights(whole, 4)[name], steps[1])
     assert (weights(whole, 4)[name] - steps[1]).abs().max() < 2 * (steps[0] - steps[1]).abs().max()
 

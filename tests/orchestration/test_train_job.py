@@ -1,0 +1,224 @@
+"""Training on a real Ray cluster while ranks, drivers and nodes are lost: what was seen, and what came of it."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adaconv import checkpoint
+from tests.servers import REPO
+
+pytestmark = pytest.mark.ray
+STEPS = 24
+
+
+class Training:
+    """One run of pipelines/train.py after another, into the same folder."""
+
+    def __init__(self, cluster, content, style, folder: Path) -> None:
+        self.cluster, self.content, self.style, self.folder = cluster, content, style, folder
+        self.process: subprocess.Popen | None = None
+
+    def start(self, *flags, workers=2):
+        told = {
+            "config": "conf/train/smoke.yaml",
+            "content": self.content.root,
+            "style": self.style.root,
+            "output": self.folder / "runs",
+            "encoder.widths": "4 8 8 16",
+            "model.descriptor-channels": 8,
+            "model.groups": "16 4 2 1",
+            "data.resize": 40,
+            "data.crop": 32,
+            "data.loader-workers": 0,
+            "train.steps": STEPS,
+            "train.global-batch-size": 6,
+            "train.schedule": "constant",
+            "train.learning-rate": 1e-4,
+            "train.ledger": self.folder / "ledger",
+            "train.log-every-steps": 1,
+            "checkpoint.every-steps": 4,
+            "tracking.samples-every-steps": 1000,
+            "tracking.sample-contents": 1,
+            "tracking.sample-styles": 1,
+            "scaling.num-workers": workers,
+        }
+        words = [word for name, value in told.items() for word in (f"--{name}", *str(value).split())]
+        command = [sys.executable, str(REPO / "pipelines" / "train.py"), *words, *map(str, flags)]
+        self.log = self.folder / "log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=self.cluster.environment, stdout=log, stderr=log, cwd=REPO)
+        return self
+
+    def finish(self, timeout=240):
+        self.process.wait(timeout)
+        return self.process.returncode
+
+    def wait_for_step(self, step):
+        """Until a rank has begun this step, or all is over."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if any(line["step"] >= step for line in self.lines()):
+                return
+            time.sleep(0.05)
+
+    def lines(self):
+        """Of the ledger, in the order they were written."""
+        found = []
+        for file in sorted((self.folder / "ledger").glob("*.jsonl")) if (self.folder / "ledger").exists() else ():
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    found.append({**json.loads(line), "ranks": int(file.stem.rpartition("-")[2]), "file": file.name})
+        return found
+
+    def batches(self):
+        """Keys of each step's global batch; every attempt at a step must have had the same."""
+        attempts = {}
+        for line in self.lines():
+            attempt = attempts.setdefault((line["step"], line["ranks"]), {})
+            keys = (tuple(line["content"]), tuple(line["style"]))
+            assert attempt.setdefault(line["rank"], keys) == keys, f"step {line['step']} was read in two ways"
+        steps = {}
+        for (step, ranks), shares in attempts.items():
+            if len(shares) == ranks:  # else a rank was lost before it began
+                whole = tuple(sum((shares[rank][stream] for rank in range(ranks)), ()) for stream in (0, 1))
+                assert steps.setdefault(step, whole) == whole, f"step {step} differs by the number of ranks"
+        return steps
+
+    @property
+    def checkpoints(self) -> str:
+        (run,) = (path for path in (self.folder / "runs").iterdir() if (path / "checkpoints").exists())
+        return str(run / "checkpoints")
+
+    def weights(self):
+        return load_file(Path(self.checkpoints) / checkpoint.name_of(STEPS) / "model.safetensors")
+
+    def text(self):
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster, content_version, style_version, tmp_path_factory):
+    training = Training(cluster, content_version, style_version, tmp_path_factory.mktemp("unbroken"))
+    assert training.start(workers=2).finish() == 0, training.text()[-3000:]
+    assert sorted(training.batches()) == list(range(STEPS))
+    return training
+
+
+@pytest.fixture
+def training(cluster, content_version, style_version, tmp_path):
+    return Training(cluster, content_version, style_version, tmp_path)
+
+
+def kill(process):
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def compare(training, unbroken, *, same_ranks):
+    assert training.batches() == unbroken.batches()
+    ours, wanted = training.weights(), unbroken.weights()
+    if same_ranks:
+        assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    else:
+        apart = torch.cat([(ours[name] - wanted[name]).abs().flatten() for name in wanted])
+        assert apart.max() < STEPS * 1e-4  # what Adam may make of rounding in STEPS steps of 1e-4
+        assert (apart > 1e-4).float().mean() < 0.02
+
+
+def break_off(training, rng, *, workers, more=()):
+    """Lose a rank or the driver at a random step, go on with other numbers of ranks, to the end."""
+    fault = rng.choice(["rank", "driver"])
+    training.start(*more, workers=workers)
+    training.wait_for_step(rng.randrange(1, STEPS - 2))
+    time.sleep(rng.uniform(0, 0.2))
+    if fault == "rank":
+        ranks = training.cluster.workers("RayTrainWorker")
+        if ranks:
+            kill(rng.choice(ranks))
+        code = training.finish()
+        return fault, code
+    kill(training.process)
+    training.process.wait(20)
+    deadline = time.monotonic() + 60
+    while training.cluster.workers("RayTrainWorker") and time.monotonic() < deadline:
+        time.sleep(0.2)  # Ray ends them once it misses the driver
+    return fault, None
+
+
+def test_a_lost_rank_changes_nothing(training, unbroken):
+    training.start(workers=2).wait_for_step(9)
+    kill(training.cluster.workers("RayTrainWorker")[1])
+    assert training.finish() == 0, training.text()[-3000:]
+    assert len({line["file"] for line in training.lines()}) == 4  # two ranks, twice
+    compare(training, unbroken, same_ranks=True)
+
+
+def test_a_lost_driver_and_another_number_of_ranks_change_no_batch(training, unbroken):
+    training.start(workers=3).wait_for_step(9)
+    kill(training.process)
+    training.process.wait(20)
+    assert training.start(workers=1).finish() == 0, training.text()[-3000:]
+    assert {line["ranks"] for line in training.lines()} == {1, 3}
+    compare(training, unbroken, same_ranks=False)
+
+
+def test_an_error_in_the_data_ends_the_run_at_once_with_its_cause(training, tmp_path):
+    damaged = tmp_path / "damaged"
+    import shutil
+
+    shutil.copytree(training.content.root, damaged)
+    for tar in (damaged / "shards").iterdir():
+        tar.write_bytes(b"")
+    training.content = type(training.content)(**{**vars(training.content), "root": str(damaged)})
+    began = time.monotonic()
+    assert training.start(workers=2).finish() == 1
+    assert "bytes of sample" in training.text()
+    assert "Traceback" not in training.text()
+    assert len(training.cluster.workers("RayTrainWorker")) == 0
+    assert time.monotonic() - began < 100
+
+
+def test_more_ranks_than_fit_are_refused_at_once(training):
+    assert training.start("--scaling.cpus-per-worker", 3, workers=6).finish(60) == 1
+    assert "6 workers of 3 CPU needed, 1 fit: 1 on" in training.text()
+
+
+def test_restarts_that_bring_nothing_end_the_run(training):
+    training.start("--scaling.max-restarts", 1, "--checkpoint.every-steps", 1000, workers=1)
+    seen = set()
+    while training.process.poll() is None:
+        for rank in training.cluster.workers("RayTrainWorker"):
+            files = {line["file"] for line in training.lines()}
+            if files - seen:
+                seen = files
+                kill(rank)
+        time.sleep(0.1)
+    assert training.process.returncode == 1
+    assert "1 restarts in a row (scaling.max_restarts) brought no checkpoint after step 0" in training.text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("case", range(int(os.environ.get("ADACONV_KILLS", "30"))))
+def test_random_kills_change_no_batch(training, unbroken, case):
+    """Ranks and drivers SIGKILLed at random steps, then another number of ranks: the ledger is the unbroken run's."""
+    rng = random.Random(case)
+    counts = [rng.choice([1, 2, 3, 4]) for _ in range(2)]
+    fault, code = break_off(training, rng, workers=counts[0])
+    if fault == "driver":
+        assert training.start(workers=counts[1]).finish() == 0, training.text()[-3000:]
+    else:
+        assert code == 0, training.text()[-3000:]
+    used = {line["ranks"] for line in training.lines()}
+    compare(training, unbroken, same_ranks=used == {2})
