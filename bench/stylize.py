@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import StyleCode, build_network
-from bench import work
+from adaconv.model.work import Size, size_of
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import PEERS, NaotoAdaIN, RElbersAdaConv
-from bench.work import Size, size_of
 
 Precision = Literal["float32", "bfloat16"]
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}

@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import torch
 
+from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
+from adaconv.model.work import Size, size_of
 from adaconv.training import allocator
 from adaconv.training.state import make_state
 from adaconv.training.step import train_step
-from bench import work
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import PEERS, NaotoAdaIN, RElbersAdaConv, naoto_step, relbers_step
-from bench.work import Size, size_of
 
 Precision = Literal["float32", "bfloat16"]
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}

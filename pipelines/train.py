@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 def plan(config: TrainConfig) -> str:
     from adaconv.data.manifest import open_version
+    from adaconv.training.plan import describe
 
     content, style = open_version(config.content), open_version(config.style)
     steps, batch = config.train.steps, config.train.global_batch_size
@@ -31,8 +32,9 @@ def plan(config: TrainConfig) -> str:
     epochs = ", ".join(f"{steps * batch / count:.1f} epochs over {count} {name}s" for name, count in rows.items())
     return (
         f"run {_run_name(config, content.root_hash, style.root_hash)}: {steps} steps x {batch} pairs on "
-        f"{config.scaling.num_workers} ranks: {epochs}\n"
-        f"checkpoints every {config.checkpoint.every_steps} steps below {config.output}"
+        f"{config.scaling.most_workers} ranks: {epochs}\n"
+        f"checkpoints every {config.checkpoint.every_steps} steps below {config.output}\n"
+        + describe(config, content, style, ranks=(1, 2, 4, 8, 16, 32, 64))
     )
 
 
@@ -42,6 +44,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.errors import Interrupted
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, default_uri, open_run
+    from adaconv.training.plan import describe
 
     config = config.model_copy(
         update={name: storage.absolute(getattr(config, name)) for name in ("content", "style", "output")}
@@ -63,6 +66,8 @@ def execute(config: TrainConfig) -> dict[str, Any]:
         run_id = checkpoint.load_meta(checkpoint.fetch(newest)).get("run_id")
         return {**result, "run_id": run_id, "step": done, "checkpoint": newest, "finished": True}
 
+    for line in describe(config, content, style, ranks=()).splitlines():
+        log.info(line)
     pinned = {"content": f"{content.root}@{content.version}", "style": f"{style.root}@{style.version}"}
     config = config.model_copy(update=pinned)
     storage.publish_bytes(storage.join(run_folder, "config.yaml"), to_yaml(config).encode())

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaconv.config.model import LossConfig
 from adaconv.config.train import OptimConfig
+from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
-from bench import run, train_step, work
+from bench import run, train_step
 
 
 def measure(folder, *names):
@@ -59,7 +60,13 @@ def test_rows_are_listed_and_unknown_ones_refused(capsys):
 
 
 def test_steps_are_measured_with_the_defaults_that_runs_have():
-    own = {"precision", "global_batch_size", "seed", "log_every_steps"}  # a row's, or of no meaning for one step
+    own = {
+        "precision",
+        "global_batch_size",
+        "seed",
+        "log_every_steps",
+        "ledger",
+    }  # a row's, or of no meaning for one step
     assert OptimConfig().model_dump(exclude=own) == train_step.OPTIM
     assert LossConfig().model_dump() == train_step.LOSS
 

@@ -104,6 +104,10 @@ def stylize_values(size: Size, side: int, *, style_cached: bool = False) -> floa
     return 2 * (maps + (0 if style_cached else _values(encoder_convs(size, size.side))))
 
 
+def encoder_weights(size: Size) -> float:
+    return sum(9 * inputs * outputs for inputs, outputs, _ in encoder_convs(size, size.side))
+
+
 def trained_weights(size: Size) -> float:
     """Without biases, which are few."""
     channels, descriptor = size.widths[-1], size.descriptor_channels

@@ -1,0 +1,219 @@
+"""How long a run will take on given hardware, what limits it first, and whether it can be at all: arithmetic alone.
+
+    step = max(computing + what is left of the exchange, decoding, fetching)
+
+Counted: FLOP (model/work.py), bytes of gradients, images. Taken from the configuration's `hardware` or measured on this
+machine: rates. docs/design/scaling.md derives the terms and compares them with runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from adaconv import storage
+from adaconv.data.shard_cache import default_cache_dir
+from adaconv.errors import UsageError
+from adaconv.model import work
+from adaconv.progress import duration
+
+if TYPE_CHECKING:
+    from adaconv.config.train import TrainConfig
+    from adaconv.data.manifest import DatasetVersion
+
+# Share of a step's FLOP that comes after the first gradients are ready for exchange: the decoder's and the predictors'
+# backward pass come first, the style encoder's, with two thirds of all weights, last.
+_OVERLAPPED = 0.3
+# GiB of activations a pair of 256 px keeps for its gradient: upper bounds of what `train_step/...` of bench/ took.
+_ACTIVATION_GIB = {"float32": 0.36, "bfloat16": 0.30}
+_PROCESS_GIB = 0.5
+_H200_TFLOPS = 0.4 * 790
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Seconds of one step on `ranks` ranks, by what takes them; the parts overlap, so the largest counts."""
+
+    ranks: int
+    computing: float
+    exchanging: float  # what is left of it beside the backward pass
+    decoding: float
+    fetching: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.computing + self.exchanging, self.decoding, self.fetching)
+
+    @property
+    def limit(self) -> str:
+        """What takes longest, and the setting that moves it."""
+        parts = {
+            "computing: more ranks, train.precision bfloat16, train.compile": self.computing,
+            "exchanging gradients: scaling.gradient_compression bfloat16, a larger global batch": self.exchanging,
+            "decoding: data.loader_workers, more cores a rank, shards of a smaller side": self.decoding,
+            "fetching shards: data.cache_gb for the whole dataset, a faster store": self.fetching,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+def plan_step(
+    config: TrainConfig, ranks: int, *, tflops: float, image_bytes: float, dataset_gb: float, cores: float
+) -> StepPlan:
+    """The step of a run on so many ranks.
+
+    Args:
+        config: of the run.
+        ranks: DDP ranks, filled node by node.
+        tflops: 10^12 operations a second that a rank attains.
+        image_bytes: mean size of a stored image.
+        dataset_gb: of both datasets, 10^9 bytes; 0 where they lie on a disk and nothing is fetched.
+        cores: that decode for a rank.
+    """
+    hardware, size = config.hardware, size_of(config)
+    pairs = -(-config.train.global_batch_size // ranks)
+    computing = pairs * work.train_flops(size) / (tflops * 1e12)
+    bytes_of_gradients = work.trained_weights(size) * (2 if config.scaling.gradient_compression == "bfloat16" else 4)
+    nodes = -(-ranks // hardware.ranks_per_node)
+    bandwidth = hardware.network_gbit * 1e9 / 8 if nodes > 1 else hardware.nvlink_gbyte * 1e9
+    exchange = 2 * (ranks - 1) / ranks * bytes_of_gradients / bandwidth  # a ring; between nodes one link carries it
+    decoding = 2 * pairs / (hardware.decode_per_core * cores) if cores else 2 * pairs / hardware.decode_per_core
+    # What stays in the cache is fetched once; what does not fit, again in every epoch.
+    fetched = 0.0 if dataset_gb <= config.data.cache_gb else 2 * config.train.global_batch_size * image_bytes / nodes
+    return StepPlan(
+        ranks=ranks,
+        computing=computing,
+        exchanging=max(0.0, exchange - _OVERLAPPED * computing),
+        decoding=decoding,
+        fetching=fetched / (hardware.storage_mbyte * 1e6),
+    )
+
+
+def size_of(config: TrainConfig) -> work.Size:
+    """What the FLOP counts need to know of a configuration."""
+    one, two, three, four = config.encoder.widths
+    return work.Size(
+        config.model.architecture, (one, two, three, four), config.model.descriptor_channels, config.data.crop
+    )
+
+
+def memory_gib(config: TrainConfig, ranks: int) -> float:
+    """Of a rank: weights, gradients and moments, and the activations of what it takes through the network at once."""
+    size, optim = size_of(config), config.train
+    share = -(-optim.global_batch_size // ranks)
+    pairs = min(optim.micro_batch_size or share, share)
+    frozen = work.encoder_weights(size)
+    copies = 4 + (optim.ema_decay is not None)  # weights, gradients, two moments, their average
+    weights = 4 * (copies * work.trained_weights(size) + frozen) / 2**30
+    scale = work.train_values(size) / work.train_values(work.Size())
+    return _PROCESS_GIB + weights + pairs * scale * _ACTIVATION_GIB[optim.precision]
+
+
+def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, ranks: Sequence[int]) -> str:
+    """The plan as lines: a row for each number of ranks, the run's own first.
+
+    Raises:
+        UsageError: the run is impossible: fewer shards than ranks, a cache that the shards in use do not fit, no disk
+            for the cache, or more memory than a rank has. All problems at once.
+    """
+    hardware, scaling = config.hardware, config.scaling
+    gpu = scaling.gpus_per_worker > 0
+    tflops = hardware.tflops or (_H200_TFLOPS if gpu else measured_tflops())
+    shards = (*content.shards, *style.shards)
+    rows = sum(shard.rows for shard in shards)
+    stored = sum(shard.bytes for shard in shards)
+    remote = not (storage.is_local(content.root) and storage.is_local(style.root))
+    cores = hardware.cores_per_rank or config.data.loader_workers
+    _refuse(config, content, style, remote=remote)
+
+    size = size_of(config)
+    source = "given" if hardware.tflops else "an H200 at 40 %" if gpu else "measured here"
+    lines = [
+        f"reckoned with {tflops:.3g} TFLOP/s a rank ({source}), {hardware.decode_per_core:.0f} images/s a core x "
+        f"{cores:g}, {hardware.ranks_per_node} ranks a node",
+        f"a step: {config.train.global_batch_size * work.train_flops(size) / 1e9:.0f} GFLOP, "
+        f"{work.trained_weights(size) * 4 / 1e6:.0f} MB of gradients; "
+        f"a rank needs about {memory_gib(config, scaling.least_workers):.1f} GiB",
+        "ranks  step      images/s  whole run  limit",
+    ]
+    counts = [n for n in dict.fromkeys([scaling.most_workers, *ranks]) if n <= config.train.global_batch_size]
+    for number in counts:
+        step = plan_step(
+            config,
+            number,
+            tflops=tflops,
+            image_bytes=stored / max(1, rows),
+            dataset_gb=stored / 1e9 if remote else 0.0,
+            cores=cores,
+        )
+        lines.append(
+            f"{number:5d}  {step.seconds * 1e3:6.1f} ms {config.train.global_batch_size / step.seconds:9.1f}  "
+            f"{duration(step.seconds * config.train.steps):>9}  {step.limit}"
+        )
+    return "\n".join(lines)
+
+
+def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, remote: bool) -> None:
+    hardware, scaling, data = config.hardware, config.scaling, config.data
+    problems = []
+    for name, version in (("content", content), ("style", style)):
+        if len(version.shards) < scaling.most_workers and remote:
+            problems.append(
+                f"the {name} dataset has {len(version.shards)} shards, fewer than scaling.num_workers "
+                f"({scaling.most_workers}), so every node would fetch all of it: shard it with a smaller "
+                "--shard.target-mb, or lower scaling.num_workers"
+            )
+    if remote:
+        largest = max(shard.bytes for shard in (*content.shards, *style.shards)) / 1e9
+        in_use = 2 * min(data.block_shards * data.partitions, len(content.shards), len(style.shards)) * largest
+        if in_use > data.cache_gb:
+            problems.append(
+                f"the shards that are read side by side take {in_use:.1f} GB, data.cache_gb is {data.cache_gb:g}: "
+                "raise it, or lower data.block_shards or data.partitions"
+            )
+        free = hardware.disk_gb or _free_gb(data.cache_dir or default_cache_dir())
+        wanted = min(data.cache_gb, sum(shard.bytes for shard in (*content.shards, *style.shards)) / 1e9)
+        if wanted > free:
+            problems.append(
+                f"the cache of shards may take {wanted:.1f} GB, {free:.1f} GB are free at "
+                f"{data.cache_dir or default_cache_dir()}: lower data.cache_gb or name another data.cache_dir"
+            )
+    memory = hardware.memory_gb or (80 if scaling.gpus_per_worker else _memory_gib() / scaling.most_workers)
+    needed = memory_gib(config, scaling.least_workers)
+    if needed > memory:
+        problems.append(
+            f"a rank needs about {needed:.1f} GiB, there are {memory:.1f}: lower train.micro_batch_size (now "
+            f"{config.train.micro_batch_size or 'its whole share'}; the result stays the same) or data.crop"
+        )
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def measured_tflops() -> float:
+    """What convolutions attain here is near what a matrix product does: 10^12 operations a second."""
+    side = 768
+    a, b = torch.randn(2, side, side)
+    a @ b
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds) / 1e12
+
+
+def _free_gb(folder: str) -> float:
+    path = Path(folder)
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 1e9
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
