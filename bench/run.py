@@ -47,7 +47,9 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         for label, precision in _PRECISIONS.items()
     },
     "stylize/grid": ("stylize_grid", {}),
-    "load": ("load", {}),
+    "load": ("load", {"against": "bare"}),
+    **{f"load/{name}": ("load", {"against": name}) for name in ("webdataset", "ray_data", "one_image")},
+    "ddp": ("ddp", {}),
     "shard": ("shard", {}),
 }
 

@@ -117,6 +117,9 @@ def make_state(
     network = network.to(device)
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for p in network.transfer.parameters():
+            if p.dim() == 4 and p.shape[1] == 1:  # both layouts at once; with the strides that its gradient will have
+                p.data = p.data.clone(memory_format=torch.contiguous_format)
     if optim.compile:  # in place: names of weights stay
         network.encoder.compile()
         network.transfer.compile()
