@@ -43,7 +43,12 @@ def s3():
 def cluster(s3, tmp_path_factory):
     hooks = tmp_path_factory.mktemp("hooks")
     (hooks / "sitecustomize.py").write_text(DEADLY_DECODER)
-    environment = {**s3.environment, "PYTHONPATH": str(hooks), "ADACONV_STORAGE_PATIENCE": "4"}
+    environment = {
+        **s3.environment,
+        "PYTHONPATH": str(hooks),
+        "ADACONV_STORAGE_PATIENCE": "4",
+        "RAY_worker_niceness": "0",
+    }
     with ray_cluster(environment) as cluster:
         yield cluster
 
