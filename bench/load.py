@@ -31,7 +31,7 @@ from bench.measure import Row, alternate
 
 _SIDE, _CROP, _BATCH, _PROCESSES = 512, 256, 8, 2
 _GEOMETRY = Geometry(resize=_SIDE, crop=_CROP, flip=True)
-_COLUMNS = ("key", "shard", "offset", "size", "crc32")
+_COLUMNS = ("key", "offset", "size", "span", "crc32")
 
 
 def rows(quick: bool, *, against: str) -> Iterator[Row]:
@@ -63,7 +63,7 @@ class _Version:
         return str(Path(self.root) / name)
 
     def samples(self, columns: list[str]) -> dict[str, Any]:
-        rows = [(key, shard.name, offset, size, 0) for shard in self.shards for key, offset, size in shard.places]
+        rows = [(key, offset, size, 0, 0) for shard in self.shards for key, offset, size in shard.places]
         return {name: _Column(column) for name, column in zip(_COLUMNS, zip(*rows, strict=True), strict=True)}
 
 

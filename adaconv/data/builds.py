@@ -79,6 +79,9 @@ def finished_version(root: str, build: str) -> DatasetVersion | None:
     if not storage.exists(version_uri(root, name)) or not storage.exists(manifest_uri(root, name)):
         return None
     version = open_version(f"{root}@{name}")
+    manifest = storage.read_bytes(manifest_uri(root, name))
+    if hashlib.sha256(manifest).hexdigest() != version.manifest_sha256:
+        return None  # damaged: made again
     sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))} if version.shards else {}
     if any(sizes.get(shard.name) != shard.bytes for shard in version.shards):
         return None

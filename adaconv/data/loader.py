@@ -15,6 +15,7 @@ import math
 import os
 import random
 import sys
+import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -127,12 +128,12 @@ class SampleReader:
     """
 
     def __init__(self, version: DatasetVersion, *, cache: ShardCache | None = None, verify: bool = False) -> None:
-        samples = version.samples(["key", "shard", "offset", "size", "crc32"])
+        samples = version.samples(["key", "offset", "size", "span", "crc32"])
         self._version, self._verify = version, verify
         self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
         self.keys: list[str] = samples["key"].to_pylist()
-        self._offsets, self._sizes, self._checksums = (
-            samples[name].to_numpy().astype(np.int64) for name in ("offset", "size", "crc32")
+        self._offsets, self._sizes, self._spans, self._checksums = (
+            samples[name].to_numpy().astype(np.int64) for name in ("offset", "size", "span", "crc32")
         )
         self._first_rows = np.cumsum([0, *(shard.rows for shard in version.shards)])
 
@@ -144,18 +145,24 @@ class SampleReader:
         """
         uri, shard = self.shard_of(row)
         size, offset = int(self._sizes[row]), int(self._offsets[row])
+        if self._verify:
+            self._check(row, uri, shard)
         data = self._read_at(uri, shard, offset, size)
         if len(data) != size:
             raise DatasetError(
                 f"{uri}: expected {size} bytes of sample {self.keys[row]} at offset {offset}, found {len(data)}; "
                 "`pipelines/dataset.py verify` locates the damage"
             )
-        if self._verify and zlib.crc32(data) != self._checksums[row]:
+        return data
+
+    def _check(self, row: int, uri: str, shard: Shard) -> None:
+        """Of all that a sample takes in its tar, headers included, as the manifest has it."""
+        offset = int(self._offsets[row]) - tarfile.BLOCKSIZE
+        if zlib.crc32(self._read_at(uri, shard, offset, int(self._spans[row]))) != self._checksums[row]:
             raise DatasetError(
                 f"{uri}: the bytes of sample {self.keys[row]} at offset {offset} are not those that were written "
                 "(their checksum differs); `pipelines/dataset.py verify` says what is damaged"
             )
-        return data
 
     def shard_of(self, row: int) -> tuple[str, Shard]:
         """Where a sample lies."""

@@ -11,6 +11,7 @@ the image's bytes, so the span begins HEADER_BYTES before `offset`.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,6 +59,7 @@ MANIFEST = pa.schema(
     ]
 )
 _ROWS_AT_ONCE = 16_384
+_MEND = "copy it from a backup, or make the version again: the same command on the same images writes the same bytes"
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,32 @@ class DatasetVersion:
 
     def samples(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of the images that are in shards, shard by shard as `shards` lists them, in the order of each tar."""
-        data = io.BytesIO(storage.read_bytes(manifest_uri(self.root, self.version)))
-        return pq.read_table(data, columns=columns, filters=[("state", "in", IN_SHARDS)])
+        with self._manifest_file(whole=True) as file:
+            return pq.read_table(file, columns=columns, filters=[("state", "in", IN_SHARDS)])
 
     def manifest(self) -> pa.Table:
         """A row for every image found."""
-        return pq.read_table(io.BytesIO(storage.read_bytes(manifest_uri(self.root, self.version))))
+        with self._manifest_file(whole=True) as file:
+            return pq.read_table(file)
 
     def rows(self) -> Iterator[Row]:
         """A row for every image found, a few thousand of them in memory at a time."""
-        with storage.open_binary(manifest_uri(self.root, self.version)) as file:
+        with self._manifest_file(whole=False) as file:
             for batch in pq.ParquetFile(file).iter_batches(_ROWS_AT_ONCE):
                 yield from rows_of(batch)
+
+    @contextlib.contextmanager
+    def _manifest_file(self, *, whole: bool) -> Iterator[BinaryIO]:
+        uri = manifest_uri(self.root, self.version)
+        try:
+            with io.BytesIO(storage.read_bytes(uri)) if whole else storage.open_binary(uri) as file:
+                yield file
+        except FileNotFoundError:
+            raise DatasetError(f"expected the manifest {uri}, found none there; {_MEND}") from None
+        except (pa.ArrowException, OSError) as error:  # pyarrow tells damage of compressed pages as an OSError
+            if isinstance(error, ConnectionError):
+                raise
+            raise DatasetError(f"{uri}: expected a Parquet file, found damage ({error}); {_MEND}") from error
 
     def shard_uri(self, name: str) -> str:
         return storage.join(self.root, "shards", name)

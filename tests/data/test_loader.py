@@ -167,6 +167,7 @@ def test_a_flipped_byte_is_found_where_samples_are_verified(content_version, tmp
         tar.seek(-1, 1)
         tar.write(bytes([byte ^ 1]))
     SampleReader(version).read(0)
+    assert SampleReader(version, verify=True).read(1) == SampleReader(content_version).read(1)
     with pytest.raises(DatasetError, match=rf"{row['shard']}: the bytes of sample {row['key']}"):
         SampleReader(version, verify=True).read(0)
 

@@ -23,7 +23,7 @@ from tests.servers import REPO
 pytestmark = pytest.mark.ray
 STEPS = 24
 
-# Ray Train waits 12 s at the end of every run for a cleaner that does not leave in time; the runs of these tests do not.
+# Ray Train waits 12 s at the end of every run for a cleaner that does not leave in time; these tests' runs do not.
 SCRIPT = """
 import functools, runpy, sys
 from ray.train.v2.api import data_parallel_trainer as trainer
