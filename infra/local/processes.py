@@ -1,0 +1,142 @@
+"""Servers as processes: started apart from the terminal, waited for until they answer, stopped with their children."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+class StackError(Exception):
+    """What went wrong, where the log is, and what to do."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A process that was started; its time of creation tells it from a later one with the same number."""
+
+    name: str
+    pid: int
+    created: float
+
+    def process(self) -> psutil.Process | None:
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 0.05 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return None
+        return process if same else None
+
+
+def start(
+    name: str,
+    command: Sequence[str | Path],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    answers: Callable[[], bool],
+    user: str | None = None,
+    patience_seconds: float = 120,
+) -> Running:
+    """Start a server and wait until it answers.
+
+    Args:
+        name: of the service.
+        command: must stay in the foreground.
+        log: its output is appended.
+        environment: of the process, whole.
+        answers: whether it serves.
+        user: that it runs as; None is the caller.
+        patience_seconds: until it must answer.
+
+    Raises:
+        StackError: it ended or did not answer in time; it is not left running.
+    """
+    with log.open("ab") as output:
+        os.chmod(log, 0o600)
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=dict(environment),
+            cwd="/",
+            user=user,
+            extra_groups=[] if user else None,
+            start_new_session=True,
+        )
+    running = Running(name, process.pid, psutil.Process(process.pid).create_time())
+    deadline = time.monotonic() + patience_seconds
+    while not answers():
+        code = process.poll()
+        if code is not None or time.monotonic() > deadline:
+            stop(running)
+            what = f"ended with {code}" if code is not None else f"did not answer within {patience_seconds:.0f} s"
+            raise StackError(f"{name} {what}; the end of {log}:\n{tail(log)}")
+        time.sleep(0.1)
+    return running
+
+
+def stop(running: Running, *, patience_seconds: float = 20, ask: int = signal.SIGTERM) -> None:
+    """Ask a process to end, then end what is left of it and its children."""
+    process = running.process()
+    if process is None:
+        return
+    family = [process, *process.children(recursive=True)]
+    process.send_signal(ask)
+    _, alive = psutil.wait_procs(family, timeout=patience_seconds)
+    for one in alive:
+        one.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def run(command: Sequence[str | Path], *, environment: Mapping[str, str], user: str | None = None, text: str = "") -> str:
+    """The output of a command that sets something up.
+
+    Raises:
+        StackError: it failed; has what it said.
+    """
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=dict(environment),
+        cwd="/",
+        user=user,
+        extra_groups=[] if user else None,
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[-2000:]
+        raise StackError(f"{Path(str(command[0])).name} {' '.join(map(str, command[1:3]))} failed: {said}")
+    return done.stdout
+
+
+def binary(name: str, package: str, *, folders: Sequence[Path] = ()) -> str:
+    """Where a program is.
+
+    Raises:
+        StackError: it is not installed; names Debian's package.
+    """
+    found = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)]))
+    if found is None:
+        raise StackError(f"expected the program {name}, found none; on Debian and Ubuntu: apt-get install {package}")
+    return found
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def tail(log: Path, *, size: int = 3000) -> str:
+    return log.read_text(errors="replace")[-size:] if log.exists() else "(no log)"
