@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=["up", "down", "status", "env"])
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp/adaconv-stack"), help="data, logs and secrets")
-    parser.add_argument("--base-port", type=int, default=18200, help="first of 20 ports in a row; kept from the first `up` on")
+    parser.add_argument(
+        "--base-port", type=int, default=18200, help="first of 20 ports in a row; kept from the first `up` on"
+    )
     parser.add_argument("--num-cpus", type=int, help="of the Ray node; default: the cores, at least 4")
     parser.add_argument("--num-gpus", type=int, help="of the Ray node; default: those found")
     parser.add_argument("--prometheus", action="store_true", help="start Prometheus too")

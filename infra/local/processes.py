@@ -36,7 +36,7 @@ class Running:
 
 def start(
     name: str,
-    command: Sequence[str | Path],
+    command: Sequence[str | Path | int],
     *,
     log: Path,
     environment: Mapping[str, str],
@@ -96,7 +96,9 @@ def stop(running: Running, *, patience_seconds: float = 20, ask: int = signal.SI
     psutil.wait_procs(alive, timeout=5)
 
 
-def run(command: Sequence[str | Path], *, environment: Mapping[str, str], user: str | None = None, text: str = "") -> str:
+def run(
+    command: Sequence[str | Path | int], *, environment: Mapping[str, str], user: str | None = None, text: str = ""
+) -> str:
     """The output of a command that sets something up.
 
     Raises:
@@ -140,3 +142,12 @@ def listens(port: int) -> bool:
 
 def tail(log: Path, *, size: int = 3000) -> str:
     return log.read_text(errors="replace")[-size:] if log.exists() else "(no log)"
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that nobody else may read, at any time."""
+    aside = path.with_name(path.name + ".new")
+    aside.unlink(missing_ok=True)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    aside.replace(path)

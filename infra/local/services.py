@@ -1,7 +1,6 @@
 """Each service: how it is set up once, started, and asked whether it answers. All listen on 127.0.0.1 alone."""
 
 import base64
-import getpass
 import json
 import os
 import pwd
@@ -15,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.local.processes import Running, StackError, binary, listens, run, start, tail
+from infra.local.processes import Running, StackError, binary, listens, run, start, write_private
 
 if TYPE_CHECKING:
     from infra.local.stack import Place
@@ -49,19 +48,26 @@ def start_postgres(place: "Place") -> Running:
     if not (data / "PG_VERSION").exists():
         shutil.rmtree(data, ignore_errors=True)
         data.mkdir(mode=0o700)
+        password = place.folder / "postgres-password"
+        write_private(password, place.secrets["postgres_password"])
         if user:
             shutil.chown(data, user)
-        run(
-            [initdb, "--pgdata", data, "--username", "adaconv", "--auth", "scram-sha-256", "--pwfile", "/dev/stdin"],
-            environment=environment,
-            user=user,
-            text=place.secrets["postgres_password"] + "\n",
-        )
+            shutil.chown(password, user)
+        try:
+            run(
+                [initdb, "--pgdata", data, "--username", "adaconv", "--auth", "scram-sha-256", "--pwfile", password],
+                environment=environment,
+                user=user,
+            )
+        finally:
+            password.unlink()
     port = place.port("postgres")
     running = start(
         "postgres",
-        [Path(initdb).with_name("postgres"), "-D", data, "-p", str(port)]
-        + ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="],
+        [
+            *(Path(initdb).with_name("postgres"), "-D", data, "-p", port),
+            *("-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="),
+        ],
         log=place.logs / "postgres.log",
         environment=environment,
         user=user,
@@ -81,7 +87,9 @@ def _postgres_user(data: Path) -> str | None:
     try:
         pwd.getpwnam("postgres")
     except KeyError:
-        raise StackError("PostgreSQL does not run as root, and there is no user postgres: apt-get install postgresql") from None
+        raise StackError(
+            "PostgreSQL does not run as root, and there is no user for it; apt-get install postgresql"
+        ) from None
     closed = [folder for folder in data.parents if folder.exists() and not folder.stat().st_mode & 0o001]
     if closed:
         raise StackError(f"the user postgres cannot enter {closed[-1]}; give another --folder, such as one in /var/tmp")
@@ -113,7 +121,9 @@ def _postgres_answers(place: "Place") -> bool:
 
 
 def _database_uri(place: "Place", name: str) -> str:
-    return f"postgresql+psycopg://adaconv:{place.secrets['postgres_password']}@127.0.0.1:{place.port('postgres')}/{name}"
+    return (
+        f"postgresql+psycopg://adaconv:{place.secrets['postgres_password']}@127.0.0.1:{place.port('postgres')}/{name}"
+    )
 
 
 # S3: Ceph's gateway on one monitor and one store that is a file
@@ -122,6 +132,7 @@ _CEPH_CONF = """[global]
 fsid = {fsid}
 mon host = [v2:127.0.0.1:{mon}/0]
 public addr = 127.0.0.1
+cluster addr = 127.0.0.1
 auth cluster required = cephx
 auth service required = cephx
 auth client required = cephx
@@ -222,10 +233,10 @@ def _make_ceph(place: "Place", folder: Path, environment: dict[str, str]) -> Non
         allowed = [part for cap in caps for part in ("--cap", cap, "allow *")]
         run([tool, "--create-keyring", keyring, "--gen-key", "-n", who, *allowed], environment=environment)
     run([tool, mon, "--import-keyring", admin], environment=environment)
-    address = f"[v2:127.0.0.1:{first}]"
-    run([binary("monmaptool", "ceph-base"), "--create", "--addv", "a", address, "--fsid", fsid, monmap], environment=environment)
-    make = [binary("ceph-mon", "ceph-mon"), "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", mon]
-    run(make, environment=environment)
+    make = [binary("monmaptool", "ceph-base"), "--create", "--addv", "a", f"[v2:127.0.0.1:{first}]", "--fsid", fsid]
+    run([*make, monmap], environment=environment)
+    mkfs = ["--mkfs", "-i", "a", "--monmap", str(monmap), "--keyring", str(mon)]
+    run([binary("ceph-mon", "ceph-mon"), *mkfs], environment=environment)
     mon.replace(folder / "mon.a.keyring")
 
 
@@ -243,8 +254,6 @@ def _make_osd(folder: Path, environment: dict[str, str], ask: Any) -> None:
 def start_mlflow(place: "Place") -> Running:
     """Runs in PostgreSQL, artifacts in S3 through the server, everything behind a password."""
     port = place.port("mlflow")
-    from infra.local.stack import write_private
-
     auth = place.folder / "mlflow-auth.ini"
     write_private(
         auth,
@@ -266,9 +275,11 @@ def start_mlflow(place: "Place") -> Running:
     make_buckets(place)
     return start(
         "mlflow",
-        [Path(sys.executable).with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
-        + ["--app-name", "basic-auth", "--artifacts-destination", "s3://mlflow", "--workers", "1"]
-        + ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}", "--x-frame-options", "DENY"],
+        [
+            *(Path(sys.executable).with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", port),
+            *("--app-name", "basic-auth", "--artifacts-destination", "s3://mlflow", "--workers", 1),
+            *("--allowed-hosts", f"127.0.0.1:{port},localhost:{port}", "--x-frame-options", "DENY"),
+        ],
         log=place.logs / "mlflow.log",
         environment=environment,
         answers=lambda: http_status(f"http://127.0.0.1:{port}/health") == 200,
@@ -325,10 +336,12 @@ def start_ray(place: "Place", *, num_cpus: int | None, num_gpus: int | None) -> 
     port = place.port("dashboard")
     return start(
         "ray",
-        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats"]
-        + ["--node-ip-address", "127.0.0.1", "--port", str(place.port("ray")), "--num-cpus", str(cpus)]
-        + ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(port), "--temp-dir", str(place.ray_folder)]
-        + (["--num-gpus", str(num_gpus)] if num_gpus is not None else []),
+        [
+            *(Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address", "127.0.0.1", "--port", place.port("ray"), "--num-cpus", cpus),
+            *("--dashboard-host", "127.0.0.1", "--dashboard-port", port, "--temp-dir", place.ray_folder),
+            *(("--num-gpus", num_gpus) if num_gpus is not None else ()),
+        ],
         log=place.logs / "ray.log",
         environment=environment,
         answers=lambda: http_status(f"http://127.0.0.1:{port}/api/jobs/", token=place.secrets["ray_token"]) == 200,
@@ -348,8 +361,10 @@ def start_prometheus(place: "Place") -> Running:
     config.write_text(text.replace("/etc/prometheus/ray-targets.json", str(targets)))
     return start(
         "prometheus",
-        [binary("prometheus", "prometheus"), f"--config.file={config}", f"--web.listen-address=127.0.0.1:{port}"]
-        + [f"--storage.tsdb.path={place.folder / 'prometheus'}", "--storage.tsdb.retention.time=15d"],
+        [
+            *(binary("prometheus", "prometheus"), f"--config.file={config}"),
+            *(f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={place.folder / 'prometheus'}"),
+        ],
         log=place.logs / "prometheus.log",
         environment=place.environment(),
         answers=lambda: http_status(f"http://127.0.0.1:{port}/-/ready") == 200,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.local import services
-from infra.local.processes import Running, StackError, stop
+from infra.local.processes import Running, StackError, stop, write_private
 
 __all__ = ["Stack", "StackError"]
 
@@ -53,6 +53,9 @@ class Place:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.secrets["ray_token"],
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Read on every system, whatever its name says: one node alone, known as 127.0.0.1. Without it Ray takes the
+            # machine's own address for 127.0.0.1, and all of its servers listen there.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.port('mlflow')}",
             "MLFLOW_TRACKING_USERNAME": "adaconv",
             "MLFLOW_TRACKING_PASSWORD": self.secrets["mlflow_user_password"],
@@ -61,6 +64,8 @@ class Place:
         }
 
     def s3_environment(self) -> dict[str, str]:
+        if "s3_secret_key" not in self.secrets:
+            raise StackError(f"the S3 server of {self.folder} was never up; see {self.logs}")
         return {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port('s3')}",
             "AWS_ACCESS_KEY_ID": self.secrets["s3_access_key"],
@@ -105,7 +110,9 @@ class Stack:
         place = self.place = self.place or self._make_place(base_port)
         wanted: dict[str, Callable[[], Running]] = {
             "postgres": lambda: services.start_postgres(place),
-            **{name: lambda name=name: services.start_ceph(place, name) for name in ("ceph-mon", "ceph-osd", "s3")},
+            "ceph-mon": lambda: services.start_ceph(place, "ceph-mon"),
+            "ceph-osd": lambda: services.start_ceph(place, "ceph-osd"),
+            "s3": lambda: services.start_ceph(place, "s3"),
             "mlflow": lambda: services.start_mlflow(place),
             "ray": lambda: services.start_ray(place, num_cpus=num_cpus, num_gpus=num_gpus),
         }
@@ -155,7 +162,10 @@ class Stack:
         (self.folder / "logs").mkdir(mode=0o700, exist_ok=True)
         passwords = {
             name: secrets.token_hex(20)
-            for name in ("postgres_password", "mlflow_admin_password", "mlflow_user_password", "mlflow_secret_key", "ray_token")
+            for name in (
+                *("postgres_password", "mlflow_admin_password", "mlflow_user_password", "mlflow_secret_key"),
+                "ray_token",
+            )
         }
         ray_folder = Path(tempfile.gettempdir()) / f"adaconv-ray-{secrets.token_hex(3)}"
         place = Place(self.folder, ray_folder, base_port, passwords)
@@ -174,12 +184,3 @@ class Stack:
         told["running"] = {name: asdict(one) for name, one in self.running.items()}
         write_private(self.folder / "stack.json", json.dumps(told, indent=2))
         self.save_secrets()
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that nobody else may read, at any time."""
-    aside = path.with_name(path.name + ".new")
-    aside.unlink(missing_ok=True)
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    aside.replace(path)

@@ -1,0 +1,238 @@
+"""infra/local as a user has it: PostgreSQL, Ceph's S3, MLflow and Ray; every pipeline as a job on it, with passwords."""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import mlflow
+import psutil
+import pytest
+
+from adaconv import storage
+from infra.local.services import http_status
+from infra.local.stack import Stack
+from tests.servers import REPO
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        not shutil.which("radosgw") or not Path("/usr/lib/postgresql").exists(),
+        reason="needs Debian's packages postgresql, radosgw, ceph-mon, ceph-osd",
+    ),
+]
+
+
+def family(stack):
+    """Every process of the stack, with those that it started."""
+    found = []
+    for one in stack.running.values():
+        process = one.process()
+        if process:
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def listeners(stack):
+    """Addresses where a process of the stack waits for connections, and which process."""
+    found = set()
+    for process in family(stack):
+        try:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN or connection.type.name == "SOCK_DGRAM":
+                    found.add((connection.laddr.ip, process.name()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def is_loopback(address):
+    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
+
+
+@contextmanager
+def watched_listeners(stack):
+    """Looks twice a second, for workers come and go."""
+    seen, over = set(), threading.Event()
+
+    def look():
+        while not over.wait(0.5):
+            seen.update(listeners(stack))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    yield seen
+    over.set()
+    thread.join()
+
+
+class Site:
+    """The running stack, and its users' shell."""
+
+    def __init__(self):
+        # PostgreSQL's own user must be able to enter, which pytest's folders do not let it.
+        self.folder = Path("/var/tmp") / f"adaconv-test-{secrets.token_hex(4)}"
+        self.call("up", "--base-port", str(21000 + 20 * (os.getpid() % 400)))
+        self.stack = Stack(self.folder)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MLFLOW_"))},
+            **self.stack.client_environment(),
+        }
+        self.said = ""
+
+    def call(self, action, *flags, code=0):
+        command = [sys.executable, "-m", "infra.local", action, "--folder", str(self.folder), *flags]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, *command, environment=None, code=0):
+        whole = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--"]
+        done = subprocess.run(
+            [*whole, *map(str, command)],
+            cwd=REPO,
+            env=environment or self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
+        self.said += done.stdout + done.stderr
+        assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]
+        return done
+
+
+@pytest.fixture(scope="module")
+def site():
+    site = Site()
+    yield site
+    site.call("down", "--purge")
+    assert not site.folder.exists()
+    assert not family(site.stack)
+
+
+@pytest.fixture(scope="module")
+def flow(site, photos, paintings):
+    """Raw images to stylized ones, by jobs; the addresses that were listened at meanwhile."""
+    where = "s3://adaconv/flow"
+    with watched_listeners(site.stack) as seen, pytest.MonkeyPatch.context() as patch:
+        for name, value in site.environment.items():
+            patch.setenv(name, value)
+        storage._local.__dict__.clear()
+        for source, name in ((photos, "photos"), (paintings, "paintings")):
+            shard = ("pipelines/shard.py", "--config", "conf/shard/smoke.yaml", "--source", source)
+            site.submit("python", *shard, "--output", f"{where}/{name}")
+        data = ("--content", f"{where}/photos", "--style", f"{where}/paintings", "--output", f"{where}/runs")
+        train = ("pipelines/train.py", "--config", "conf/train/smoke.yaml", *data)
+        site.submit("python", *train, "--train.steps", 6, "--scaling.num-workers", 2)
+        site.submit("python", "pipelines/register.py", "--model", f"{where}/runs", "--name", "net", "--alias", "champion")
+        stylize = ("pipelines/stylize.py", "--config", "conf/stylize/smoke.yaml", "--model", "models:/net@champion")
+        inputs = ("--content", photos, "--style", paintings, "--limit-contents", 3, "--limit-styles", 2)
+        site.submit("python", *stylize, *inputs, "--output", f"{where}/stylized")
+        yield where, seen
+        storage._local.__dict__.clear()
+
+
+def result_of(folder):
+    return json.loads(storage.read_bytes(f"{folder}/result.json"))
+
+
+def test_every_pipeline_runs_as_a_job_on_it(flow):
+    where, _ = flow
+    assert result_of(f"{where}/photos")["books"]["found"] == 24
+    trained = result_of(f"{where}/runs")
+    assert (trained["step"], trained["finished"]) == (6, True)
+    assert result_of(f"{where}/stylized")["books"] == {"pairs": 6, "done": 6, "skipped": 0, "failed": 0}
+    run = mlflow.MlflowClient().get_run(trained["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+    version = mlflow.MlflowClient().get_model_version_by_alias("net", "champion")
+    assert version.status == "READY"
+
+
+def test_nothing_listens_beyond_loopback(site, flow):
+    _, seen = flow
+    assert {name for _, name in seen} >= {"postgres", "radosgw", "gcs_server", "raylet"}
+    assert not {one for one in seen if not is_loopback(one[0])}
+
+
+def test_a_request_without_its_password_is_refused(site, flow):
+    client = site.environment
+    ray, mlflow_server = client["RAY_API_SERVER_ADDRESS"], client["MLFLOW_TRACKING_URI"]
+    assert http_status(f"{ray}/api/jobs/") == 401
+    assert http_status(f"{ray}/api/jobs/", token="0" * 40) == 403
+    assert http_status(f"{ray}/api/jobs/", token=client["RAY_AUTH_TOKEN"]) == 200
+    search = f"{mlflow_server}/api/2.0/mlflow/experiments/search?max_results=5"
+    assert http_status(search) == 401
+    assert http_status(search, user="adaconv", password="wrong") == 401
+    assert http_status(search, user="adaconv", password=client["MLFLOW_TRACKING_PASSWORD"]) == 200
+    assert http_status(f"{mlflow_server}/metrics") in (401, 404)
+    s3 = {"endpoint_url": client["AWS_ENDPOINT_URL"], "aws_access_key_id": client["AWS_ACCESS_KEY_ID"]}
+    with pytest.raises(Exception, match="SignatureDoesNotMatch"):
+        boto3.client("s3", **s3, aws_secret_access_key="wrong" * 8).list_buckets()
+    assert http_status(f"{client['AWS_ENDPOINT_URL']}/adaconv") == 403
+    with pytest.raises(Exception, match="password authentication failed"):
+        psycopg_connect(site, "wrong")
+
+
+def psycopg_connect(site, password):
+    import psycopg
+
+    port = site.stack.place.port("postgres")
+    return psycopg.connect(host="127.0.0.1", port=port, user="adaconv", password=password, dbname="mlflow")
+
+
+def test_a_job_without_the_token_does_not_start(site):
+    stranger = {**site.environment, "RAY_AUTH_MODE": "disabled"}
+    del stranger["RAY_AUTH_TOKEN"]
+    done = site.submit("python", "-c", "print('inside')", environment=stranger, code=1)
+    assert "inside" not in done.stdout
+
+
+def test_secrets_are_in_no_log_no_run_no_output(site, flow):
+    """What jobs printed, what every server and Ray logged, what lies in S3, and what MLflow's database holds."""
+    where, _ = flow
+    place = site.stack.place
+    hidden = {name: value.encode() for name, value in place.secrets.items() if name != "s3_access_key"}
+    written = {"jobs' output": site.said.encode()}
+    for folder in (place.logs, place.ray_folder):
+        written |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    for bucket in ("s3://adaconv", "s3://mlflow"):
+        written |= {entry.uri: storage.read_bytes(entry.uri) for entry in storage.walk(bucket)}
+    with psycopg_connect(site, place.secrets["postgres_password"]) as connection:
+        for table in ("params", "tags", "metrics", "latest_metrics", "inputs", "datasets", "model_versions"):
+            written[table] = str(connection.execute(f"SELECT * FROM {table}").fetchall()).encode()
+    assert len(written) > 50
+    found = {(name, where) for where, data in written.items() for name, value in hidden.items() if value in data}
+    assert not found
+
+
+def test_secrets_are_for_their_owner_alone(site):
+    for name in ("secrets.json", "stack.json", "mlflow-auth.ini"):
+        assert (site.folder / name).stat().st_mode & 0o077 == 0, name
+    commands = [" ".join(process.cmdline()) for process in family(site.stack)]
+    assert not [line for line in commands for value in site.stack.place.secrets.values() if value in line]
+
+
+def test_up_again_changes_nothing(site):
+    before = dict(site.stack.running)
+    assert site.call("up").count("runs already") == len(before)
+    assert Stack(site.folder).running == before
+
+
+def test_what_was_stored_is_there_after_a_restart(site, flow):
+    where, _ = flow
+    site.call("down")
+    assert not family(site.stack)
+    assert "gone" not in site.call("status", code=1)
+    site.call("up")
+    site.stack = Stack(site.folder)
+    assert result_of(f"{where}/stylized")["books"]["done"] == 6
+    assert mlflow.MlflowClient().get_model_version_by_alias("net", "champion").version == "1"
