@@ -84,7 +84,7 @@ class Host:
 
 
 class Site:
-    """A head without CPUs for work and two workers, as one Ray cluster with a token."""
+    """A head and two workers of one CPU each, as one Ray cluster with a token."""
 
     def __init__(self, folder: Path, environment: dict[str, str], workers: int = 2) -> None:
         self._name = f"ac{secrets.token_hex(2)}"
@@ -116,9 +116,9 @@ class Site:
         command = [str(RAY), "start", "--block", "--disable-usage-stats", "--node-ip-address", host.address]
         command += ["--object-store-memory", "120000000"]
         if number == 0:
-            command += ["--head", "--port", str(PORT), "--num-cpus", "0", "--include-dashboard", "false"]
+            command += ["--head", "--port", str(PORT), "--num-cpus", "1", "--include-dashboard", "false"]
         else:
-            command += ["--address", f"{self.head.address}:{PORT}", "--num-cpus", "2"]
+            command += ["--address", f"{self.head.address}:{PORT}", "--num-cpus", "1"]
         line = shlex.join(command)
         if number:  # a supervisor, as every deployment has: a node that left comes back when it can
             line = f"bash -c {shlex.quote(f'while true; do {line}; sleep 1; done')}"

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import boto3
@@ -42,15 +42,15 @@ def family(stack):
 
 def listeners(stack):
     """Addresses where a process of the stack waits for connections, and which process."""
-    found = set()
+    names = {}
     for process in family(stack):
-        try:
-            for connection in process.net_connections("inet"):
-                if connection.status == psutil.CONN_LISTEN or connection.type.name == "SOCK_DGRAM":
-                    found.add((connection.laddr.ip, process.name()))
-        except psutil.Error:
-            continue
-    return found
+        with suppress(psutil.Error):
+            names[process.pid] = process.name()
+    return {
+        (connection.laddr.ip, names[connection.pid])
+        for connection in psutil.net_connections("inet")
+        if connection.pid in names and (connection.status == psutil.CONN_LISTEN or not connection.raddr)
+    }
 
 
 def is_loopback(address):
@@ -59,11 +59,11 @@ def is_loopback(address):
 
 @contextmanager
 def watched_listeners(stack):
-    """Looks twice a second, for workers come and go."""
+    """Looks every second, for workers come and go."""
     seen, over = set(), threading.Event()
 
     def look():
-        while not over.wait(0.5):
+        while not over.wait(1):
             seen.update(listeners(stack))
 
     thread = threading.Thread(target=look, daemon=True)

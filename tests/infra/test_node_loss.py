@@ -1,0 +1,185 @@
+"""A node of three is lost in the middle of a job, switched off or cut off: the job ends with what it would have made."""
+
+import hashlib
+import json
+import os
+import random
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from adaconv.data.synthetic import generate_photos
+from tests.helpers import build_version
+from tests.infra.nodes import Site, can_make_hosts
+from tests.orchestration.runs import hashes_of
+from tests.servers import REPO
+
+RUNS = int(os.environ.get("ADACONV_NODE_LOSS_RUNS", "3"))
+STEPS = 60
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.skipif(not can_make_hosts(), reason="needs root, and ip, unshare and nsenter for network namespaces"),
+]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A folder that every host sees, as with a file server; each has a /tmp of its own."""
+    folder = Path("/var/tmp") / f"adaconv-nodes-{secrets.token_hex(3)}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def site(shared):
+    site = Site(shared, {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"})
+    yield site
+    site.close()
+
+
+def lose(site, number, how):
+    host = site.hosts[number]
+    if how == "switched off":
+        host.power_off()
+    else:
+        host.plug(False)
+
+
+def bring_back(site, number, how):
+    if how == "switched off":
+        site.switch_on(number)
+    else:
+        site.hosts[number].plug(True)
+    site.wait_for_nodes(len(site.hosts))
+
+
+def busy(site, word):
+    """Numbers of the hosts, other than the head, where a worker of this name runs."""
+    found = []
+    for number, host in enumerate(site.hosts[1:], start=1):
+        names = []
+        for process in psutil.Process(host.process.pid).children(recursive=True):
+            try:
+                names.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        if any(name.startswith("ray::") and word in name for name in names):
+            found.append(number)
+    return found
+
+
+def wait_for(condition, driver, log, *, seconds=150):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert driver.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.1)
+
+
+def finish(driver, log, *, seconds=240):
+    code = driver.wait(seconds)
+    assert code == 0, log.read_text()[-6000:]
+    assert "Traceback" not in log.read_text()
+
+
+# Training: two ranks on two nodes
+
+
+@pytest.fixture(scope="module")
+def data(shared, photos, paintings):
+    return [build_version(folder, str(shared / folder.name)).root for folder in (photos, paintings)]
+
+
+def train(site, data, output, log):
+    content, style = data
+    command = [sys.executable, str(REPO / "pipelines" / "train.py"), "--config", str(REPO / "conf/train/smoke.yaml")]
+    command += ["--content", content, "--style", style, "--output", str(output), "--train.steps", str(STEPS)]
+    command += ["--scaling.num-workers", "2", "--scaling.threads-per-worker", "1"]
+    command += ["--checkpoint.every-steps", "10", "--train.log-every-steps", "5"]
+    return site.drive(*command, log=log)
+
+
+def weights(output):
+    result = json.loads((output / "result.json").read_text())
+    assert (result["step"], result["finished"]) == (STEPS, True)
+    return hashlib.sha256((Path(result["checkpoint"]) / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def trained(site, data, shared):
+    """Weights of a training that nothing happened to, over two nodes."""
+    log = shared / "undisturbed.log"
+    driver = train(site, data, shared / "undisturbed", log)
+    finish(driver, log)
+    return weights(shared / "undisturbed")
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+@pytest.mark.parametrize("how", ["switched off", "cut off"])
+def test_training_survives_a_lost_node_to_the_bit(site, data, trained, shared, how, run):
+    output, log = shared / f"train-{how[:3]}-{run}", shared / f"train-{how[:3]}-{run}.log"
+    began = time.monotonic()
+    driver = train(site, data, output, log)
+    wait_for(lambda: list(output.glob("*/checkpoints/step-00000010/meta.json")), driver, log)
+    lost = random.choice(busy(site, "RayTrainWorker"))
+    time.sleep(random.uniform(0, 1))
+    assert driver.poll() is None
+    assert not list(output.glob(f"*/checkpoints/step-{STEPS:08d}"))  # in the middle
+    lose(site, lost, how)
+    try:
+        finish(driver, log)
+    finally:
+        bring_back(site, lost, how)
+    assert weights(output) == trained
+    print(f"training, {how}: node{lost}, {time.monotonic() - began:.0f} s")
+
+
+# Sharding
+
+
+@pytest.fixture(scope="module")
+def images(shared):
+    folder = shared / "raw"
+    generate_photos(folder, 900, seed=5, size=144)
+    return folder
+
+
+def shard(site, images, output, log):
+    command = [sys.executable, str(REPO / "pipelines" / "shard.py"), "--source", str(images), "--output", str(output)]
+    command += ["--shard.short-side", "96", "--shard.min-side", "32", "--shard.target-mb", "0.06"]
+    return site.drive(*command, log=log)
+
+
+@pytest.fixture(scope="module")
+def sharded(site, images, shared):
+    log = shared / "shards.log"
+    finish(shard(site, images, shared / "shards", log), log)
+    return hashes_of(shared / "shards")
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+@pytest.mark.parametrize("how", ["switched off", "cut off"])
+def test_sharding_survives_a_lost_node_byte_for_byte(site, images, sharded, shared, how, run):
+    output, log = shared / f"shard-{how[:3]}-{run}", shared / f"shard-{how[:3]}-{run}.log"
+    began = time.monotonic()
+    driver = shard(site, images, output, log)
+    wait_for(lambda: len(list(output.glob("work/*/shard/*.parquet"))) > 5, driver, log)
+    lost = random.choice([1, 2])
+    time.sleep(random.uniform(0, 1))
+    assert driver.poll() is None
+    assert not list(output.glob("versions/*"))  # in the middle
+    lose(site, lost, how)
+    try:
+        finish(driver, log)
+    finally:
+        bring_back(site, lost, how)
+    assert hashes_of(output) == sharded
+    print(f"sharding, {how}: node{lost}, {time.monotonic() - began:.0f} s")
