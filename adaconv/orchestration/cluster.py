@@ -38,6 +38,10 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
         assert "ray" not in sys.modules, "import ray inside `with connect()`, or set RAY_AUTH_MODE first"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
+    if not address:
+        # Read on every system, whatever its name says: one node alone, known as 127.0.0.1. Else its servers listen on
+        # all of the machine's addresses.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     for name in ("ray", "ray.data", "ray.train"):

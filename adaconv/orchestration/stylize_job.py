@@ -23,6 +23,7 @@ from adaconv.config.stylize import StylizeConfig
 from adaconv.data.sources import Found, list_images
 from adaconv.images import ImageError, decode
 from adaconv.orchestration.cluster import quiet_ray_data, require_resources
+from adaconv.orchestration.metrics import output_counter
 from adaconv.progress import Progress
 from adaconv.stylize.gallery import Picture, render, thumbnail
 from adaconv.stylize.outputs import Recipe, encode, is_whole, pack_name, publish_index, slug
@@ -69,9 +70,11 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
     progress = Progress("stylize", total=len(contents) * len(styles))
     rows: list[dict[str, Any]] = []
     states = {"done": 0, "skipped": 0, "failed": 0}
+    counter = output_counter()
     for row in _on_actors(_ContentStylizer, _numbered(contents), {**shared, "packs": ray.put(packs)}, config):
         rows.append(row)
         states[row["state"]] += 1
+        counter.inc(1, {"state": row["state"]})
         progress.advance(skipped=states["skipped"], failed=states["failed"])
     progress.close()
     rows.sort(key=lambda row: (row["content_index"], row["style_index"]))

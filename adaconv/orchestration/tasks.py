@@ -12,6 +12,7 @@ from ray.data import TaskPoolStrategy
 
 from adaconv.errors import AdaConvError, JobError
 from adaconv.orchestration.cluster import quiet_ray_data
+from adaconv.orchestration.metrics import TaskMetrics
 from adaconv.progress import Progress
 
 # Of one task; Ray's own default is without end. Whoever may be killed by its input looks out for itself after the first
@@ -102,7 +103,7 @@ def run_tasks(
             compute=TaskPoolStrategy(size=num_workers),
             max_retries=_WORKER_DEATHS_ADMITTED,
         )
-    with _watched(progress, board):
+    with _watched(progress, board, TaskMetrics(what)):
         try:
             yield from mapped.iter_rows()
         except ray.exceptions.RayTaskError as error:
@@ -119,10 +120,10 @@ def run_tasks(
 
 
 class _watched:
-    """A thread that carries the board's totals to the status line."""
+    """A thread that carries the board's totals to the status line and the metrics."""
 
-    def __init__(self, progress: Progress, board: ray.actor.ActorHandle) -> None:
-        self._progress, self._board = progress, board
+    def __init__(self, progress: Progress, board: ray.actor.ActorHandle, metrics: TaskMetrics) -> None:
+        self._progress, self._board, self._metrics = progress, board, metrics
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._began = time.monotonic()
@@ -149,4 +150,5 @@ class _watched:
         megabytes = read_bytes / 1e6 / (time.monotonic() - self._began)
         forward = max(0, images - self._images)
         self._images += forward
+        self._metrics.advance(forward, refused=refused)
         self._progress.advance(forward, **{"MB/s": f"{megabytes:.1f}", "quarantined": refused})

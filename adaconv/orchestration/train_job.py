@@ -29,6 +29,7 @@ from adaconv.config.train import TrainConfig
 from adaconv.data.manifest import open_version
 from adaconv.errors import AdaConvError, JobError
 from adaconv.orchestration.cluster import require_workers
+from adaconv.orchestration.metrics import MeteredTracker
 from adaconv.tracking.tracker import Tracker
 from adaconv.training import allocator
 from adaconv.training.distributed import barrier
@@ -206,7 +207,7 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
             style=open_version(config.style),
             checkpoints=job["checkpoints"],
             device=ray.train.torch.get_device(),
-            tracker=tracker,
+            tracker=MeteredTracker(tracker) if first_rank else tracker,
             control=_DeskControl(desk),
             start_from=None if config.resume in ("auto", "none") else config.resume,
             meta=job["meta"],

@@ -358,7 +358,7 @@ def start_prometheus(place: "Place") -> Running:
     targets = place.ray_folder / "prom_metrics_service_discovery.json"
     text = (_REPO / "infra" / "monitoring" / "prometheus.yml").read_text()
     text = text.replace("/etc/prometheus/rules.yml", str(_REPO / "infra" / "monitoring" / "rules.yml"))
-    config.write_text(text.replace("/etc/prometheus/ray-targets.json", str(targets)))
+    config.write_text(text.replace("/etc/prometheus/ray/prom_metrics_service_discovery.json", str(targets)))
     return start(
         "prometheus",
         [

@@ -42,7 +42,9 @@ class Host:
         self.log = folder / f"{self.name}.log"
         self.process: subprocess.Popen | None = None
         _run("ip", "netns", "add", self.namespace)
-        _run("ip", "-n", self.namespace, "link", "add", "eth0", "type", "veth", "peer", self._port, "netns", self._switch)
+        _run(
+            "ip", "-n", self.namespace, "link", "add", "eth0", "type", "veth", "peer", self._port, "netns", self._switch
+        )
         _run("ip", "-n", self.namespace, "addr", "add", f"{self.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _run("ip", "-n", self.namespace, "link", "set", device, "up")

@@ -1,4 +1,4 @@
-"""infra/local as a user has it: PostgreSQL, Ceph's S3, MLflow and Ray; every pipeline as a job on it, with passwords."""
+"""infra/local as users have it: PostgreSQL, S3, MLflow and Ray; every pipeline as a job on it, with passwords."""
 
 import json
 import os
@@ -132,7 +132,9 @@ def flow(site, photos, paintings):
         data = ("--content", f"{where}/photos", "--style", f"{where}/paintings", "--output", f"{where}/runs")
         train = ("pipelines/train.py", "--config", "conf/train/smoke.yaml", *data)
         site.submit("python", *train, "--train.steps", 6, "--scaling.num-workers", 2)
-        site.submit("python", "pipelines/register.py", "--model", f"{where}/runs", "--name", "net", "--alias", "champion")
+        site.submit(
+            "python", "pipelines/register.py", "--model", f"{where}/runs", "--name", "net", "--alias", "champion"
+        )
         stylize = ("pipelines/stylize.py", "--config", "conf/stylize/smoke.yaml", "--model", "models:/net@champion")
         inputs = ("--content", photos, "--style", paintings, "--limit-contents", 3, "--limit-styles", 2)
         site.submit("python", *stylize, *inputs, "--output", f"{where}/stylized")
@@ -198,19 +200,20 @@ def test_a_job_without_the_token_does_not_start(site):
 
 def test_secrets_are_in_no_log_no_run_no_output(site, flow):
     """What jobs printed, what every server and Ray logged, what lies in S3, and what MLflow's database holds."""
-    where, _ = flow
     place = site.stack.place
     hidden = {name: value.encode() for name, value in place.secrets.items() if name != "s3_access_key"}
     written = {"jobs' output": site.said.encode()}
     for folder in (place.logs, place.ray_folder):
-        written |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+        written |= {
+            str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+        }
     for bucket in ("s3://adaconv", "s3://mlflow"):
         written |= {entry.uri: storage.read_bytes(entry.uri) for entry in storage.walk(bucket)}
     with psycopg_connect(site, place.secrets["postgres_password"]) as connection:
         for table in ("params", "tags", "metrics", "latest_metrics", "inputs", "datasets", "model_versions"):
             written[table] = str(connection.execute(f"SELECT * FROM {table}").fetchall()).encode()
     assert len(written) > 50
-    found = {(name, where) for where, data in written.items() for name, value in hidden.items() if value in data}
+    found = {(name, place_of) for place_of, data in written.items() for name, value in hidden.items() if value in data}
     assert not found
 
 

@@ -1,4 +1,4 @@
-"""A node of three is lost in the middle of a job, switched off or cut off: the job ends with what it would have made."""
+"""A node of three is lost in the middle of a job, switched off or cut off: the job makes what it would have made."""
 
 import hashlib
 import json
