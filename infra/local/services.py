@@ -9,18 +9,18 @@ import signal
 import sys
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.docker.make_mlflow_user import make_user
+from infra.local import ceph
 from infra.local.processes import Running, StackError, binary, listens, run, start, write_private
 
 if TYPE_CHECKING:
     from infra.local.stack import Place
 
 BUCKETS = ("adaconv", "mlflow")
-_CEPH_BYTES = 20 * 2**30  # of a sparse file: what it may grow to
 _REPO = Path(__file__).parents[2]
 
 
@@ -126,126 +126,24 @@ def _database_uri(place: "Place", name: str) -> str:
     )
 
 
-# S3: Ceph's gateway on one monitor and one store that is a file
-
-_CEPH_CONF = """[global]
-fsid = {fsid}
-mon host = [v2:127.0.0.1:{mon}/0]
-public addr = 127.0.0.1
-cluster addr = 127.0.0.1
-auth cluster required = cephx
-auth service required = cephx
-auth client required = cephx
-auth allow insecure global id reclaim = false
-osd pool default size = 1
-osd pool default min size = 1
-osd pool default pg autoscale mode = off
-osd pool default pg num = 8
-mon allow pool size one = true
-osd crush chooseleaf type = 0
-mon data avail crit = 1
-ms bind msgr1 = false
-ms bind ipv6 = false
-ms bind port min = {first}
-ms bind port max = {last}
-run dir = {folder}/run
-admin socket =
-log file = {logs}/$name.log
-log to stderr = false
-mon cluster log file = {logs}/ceph.log
-keyring = {folder}/$name.keyring
-mon data = {folder}/mon
-osd data = {folder}/osd
-bluestore block size = {size}
-osd memory target = 1073741824
-rgw data = {folder}/rgw
-rgw frontends = beast endpoint=127.0.0.1:{s3}
-rgw enable usage log = false
-"""
+# S3
 
 
-def start_ceph(place: "Place", name: str) -> Running:
-    """One of Ceph's three processes; the first start of each sets it up."""
-    folder = place.folder / "ceph"
-    conf = folder / "ceph.conf"
-    environment = place.environment(CEPH_CONF=str(conf))
-    ceph = [binary("ceph", "radosgw ceph-mon ceph-osd"), "--name", "client.admin", "--connect-timeout", "10"]
-
-    def ask(*arguments: str, text: str = "") -> str:
-        return run([*ceph, *arguments], environment=environment, text=text)
-
-    def alive() -> bool:
-        try:
-            status = json.loads(ask("status", "--format", "json"))
-        except StackError:
-            return False
-        return bool(name == "ceph-mon" or status["osdmap"]["num_up_osds"] == 1)
-
-    if name == "ceph-mon":
-        if not (folder / "mon" / "keyring").exists():
-            _make_ceph(place, folder, environment)
-        command = [binary("ceph-mon", "ceph-mon"), "-i", "a"]
-    elif name == "ceph-osd":
-        if not (folder / "osd" / "ready").exists():
-            _make_osd(folder, environment, ask)
-        command = [binary("ceph-osd", "ceph-osd"), "-i", "0"]
-    else:
-        keyring = folder / "client.rgw.keyring"
-        if not keyring.exists():
-            keyring.write_text(ask("auth", "get-or-create", "client.rgw", "mon", "allow rw", "osd", "allow rwx"))
-        command = [binary("radosgw", "radosgw"), "-n", "client.rgw"]
-    running = start(
-        name,
-        [*command, "--foreground"],
-        log=place.logs / f"{name}.log",
-        environment=environment,
-        answers=(lambda: listens(place.port("s3"))) if name == "s3" else alive,
+def start_s3(place: "Place", name: str) -> Running:
+    """One of the three processes of Ceph's S3; the gateway's first start makes the keys of its user."""
+    site = ceph.Site(
+        folder=place.folder / "ceph",
+        logs=place.logs,
+        port=place.port("s3"),
+        inner_port=place.base_port + 10,
+        environment=place.environment(),
     )
+    running = site.start(name)
     if name == "s3" and "s3_secret_key" not in place.secrets:
         # Keys that are made here would be seen in the list of processes, so Ceph makes them.
-        admin = [binary("radosgw-admin", "radosgw"), "-n", "client.rgw"]
-        made = run([*admin, "user", "create", "--uid", "adaconv", "--display-name", "adaconv"], environment=environment)
-        (keys,) = json.loads(made[made.index("{") :])["keys"]
-        place.secrets.update(s3_access_key=keys["access_key"], s3_secret_key=keys["secret_key"])
+        access, secret = site.make_user("adaconv")
+        place.secrets.update(s3_access_key=access, s3_secret_key=secret)
     return running
-
-
-def _make_ceph(place: "Place", folder: Path, environment: dict[str, str]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in ("", "run", "mon", "osd", "rgw"):
-        (folder / name).mkdir(mode=0o700)
-    fsid = str(uuid.uuid4())
-    first = place.base_port + 10
-    conf = _CEPH_CONF.format(
-        fsid=fsid,
-        mon=first,
-        first=first + 1,
-        last=place.base_port + 19,
-        folder=folder,
-        logs=place.logs,
-        size=_CEPH_BYTES,
-        s3=place.port("s3"),
-    )
-    (folder / "ceph.conf").write_text(conf)
-    tool = binary("ceph-authtool", "ceph-common")
-    mon, admin, monmap = folder / "mon.keyring", folder / "client.admin.keyring", folder / "monmap"
-    for keyring, who, caps in ((mon, "mon.", ["mon"]), (admin, "client.admin", ["mon", "osd", "mgr"])):
-        allowed = [part for cap in caps for part in ("--cap", cap, "allow *")]
-        run([tool, "--create-keyring", keyring, "--gen-key", "-n", who, *allowed], environment=environment)
-    run([tool, mon, "--import-keyring", admin], environment=environment)
-    make = [binary("monmaptool", "ceph-base"), "--create", "--addv", "a", f"[v2:127.0.0.1:{first}]", "--fsid", fsid]
-    run([*make, monmap], environment=environment)
-    mkfs = ["--mkfs", "-i", "a", "--monmap", str(monmap), "--keyring", str(mon)]
-    run([binary("ceph-mon", "ceph-mon"), *mkfs], environment=environment)
-    mon.replace(folder / "mon.a.keyring")
-
-
-def _make_osd(folder: Path, environment: dict[str, str], ask: Any) -> None:
-    identity = str(uuid.uuid4())
-    made = run([binary("ceph-authtool", "ceph-common"), "--gen-print-key"], environment=environment).strip()
-    ask("osd", "new", identity, "-i", "-", text=json.dumps({"cephx_secret": made}))
-    (folder / "osd.0.keyring").write_text(f"[osd.0]\n\tkey = {made}\n")
-    run([binary("ceph-osd", "ceph-osd"), "-i", "0", "--mkfs", "--osd-uuid", identity], environment=environment)
 
 
 # MLflow
@@ -272,7 +170,7 @@ def start_mlflow(place: "Place") -> Running:
         MLFLOW_DISABLE_TELEMETRY="true",
         **place.s3_environment(),
     )
-    make_buckets(place)
+    ceph.make_buckets(BUCKETS, place.s3_environment())
     return start(
         "mlflow",
         [
@@ -286,41 +184,16 @@ def start_mlflow(place: "Place") -> Running:
     )
 
 
-def make_user(place: "Place") -> None:
-    """The user of the jobs, beside the administrator."""
-    answer = http_status(
-        f"http://127.0.0.1:{place.port('mlflow')}/api/2.0/mlflow/users/create",
-        user="admin",
-        password=place.secrets["mlflow_admin_password"],
-        body={"username": "adaconv", "password": place.secrets["mlflow_user_password"]},
-    )
-    if answer not in (200, 400):  # 400: there already
-        raise StackError(f"MLflow answered {answer} when it was asked for a user; see {place.logs / 'mlflow.log'}")
-
-
-def make_buckets(place: "Place") -> None:
-    """Buckets that forget uploads which nobody finishes: a killed writer leaves one, and it costs."""
-    import boto3
-    from botocore.exceptions import ClientError
-
-    environment = place.s3_environment()
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
-    there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-    rule = {"ID": "unfinished", "Status": "Enabled", "Filter": {"Prefix": ""}}
-    rule["AbortIncompleteMultipartUpload"] = {"DaysAfterInitiation": 1}
-    for name in BUCKETS:
-        try:
-            if name not in there:
-                client.create_bucket(Bucket=name)
-            client.put_bucket_lifecycle_configuration(Bucket=name, LifecycleConfiguration={"Rules": [rule]})
-        except ClientError as error:
-            raise StackError(f"the S3 server does not make bucket {name}: {error}") from error
+def make_jobs_user(place: "Place") -> None:
+    try:
+        make_user(
+            f"http://127.0.0.1:{place.port('mlflow')}",
+            admin_password=place.secrets["mlflow_admin_password"],
+            name="adaconv",
+            password=place.secrets["mlflow_user_password"],
+        )
+    except OSError as error:
+        raise StackError(f"MLflow does not make a user: {error}; see {place.logs / 'mlflow.log'}") from error
 
 
 # Ray

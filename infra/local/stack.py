@@ -110,9 +110,9 @@ class Stack:
         place = self.place = self.place or self._make_place(base_port)
         wanted: dict[str, Callable[[], Running]] = {
             "postgres": lambda: services.start_postgres(place),
-            "ceph-mon": lambda: services.start_ceph(place, "ceph-mon"),
-            "ceph-osd": lambda: services.start_ceph(place, "ceph-osd"),
-            "s3": lambda: services.start_ceph(place, "s3"),
+            "ceph-mon": lambda: services.start_s3(place, "ceph-mon"),
+            "ceph-osd": lambda: services.start_s3(place, "ceph-osd"),
+            "s3": lambda: services.start_s3(place, "s3"),
             "mlflow": lambda: services.start_mlflow(place),
             "ray": lambda: services.start_ray(place, num_cpus=num_cpus, num_gpus=num_gpus),
         }
@@ -125,7 +125,7 @@ class Stack:
             self.running[name] = start()
             self._note()
             say(f"{name}: up, process {self.running[name].pid}")
-        services.make_user(place)
+        services.make_jobs_user(place)
         say(f"MLflow http://127.0.0.1:{place.port('mlflow')}, Ray dashboard http://127.0.0.1:{place.port('dashboard')}")
         say(f'eval "$(python -m infra.local env --folder {self.folder})"')
 

@@ -1,6 +1,6 @@
 """Grafana's dashboard as code: prints adaconv.json, which lies beside it and is what Grafana reads.
 
-    python -m infra.monitoring.dashboard > infra/monitoring/grafana/dashboards/adaconv.json
+python -m infra.monitoring.dashboard > infra/monitoring/grafana/dashboards/adaconv.json
 """
 
 import json
