@@ -1,13 +1,14 @@
 """The cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
 
 import logging
+import math
 import os
 import secrets
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from adaconv.errors import ClusterError
@@ -92,7 +93,7 @@ def quiet_ray_data() -> None:
 
 
 def require_resources(**needed: float) -> None:
-    """Refuse now what would otherwise wait for ever.
+    """Refuse now what would otherwise wait for ever, or wait for nodes that come when they are asked for.
 
     Args:
         needed: totals over the cluster, as in `CPU=4, GPU=2`.
@@ -102,17 +103,16 @@ def require_resources(**needed: float) -> None:
     """
     import ray
 
-    there = ray.cluster_resources()
-    missing = [
-        f"{amount:g} {name} needed, {there.get(name, 0):g} in the cluster"
-        for name, amount in needed.items()
-        if amount > there.get(name, 0)
-    ]
-    if missing:
-        raise ClusterError(
-            f"the job needs more than the cluster has: {'; '.join(missing)}. "
-            "Lower --scaling.num-workers or the resources per worker, or add nodes"
-        )
+    def missing() -> str:
+        there = ray.cluster_resources()
+        short = [
+            f"{amount:g} {name} needed, {there.get(name, 0):g} in the cluster"
+            for name, amount in needed.items()
+            if amount > there.get(name, 0)
+        ]
+        return f"the job needs more than the cluster has: {'; '.join(short)}" if short else ""
+
+    _wait_for(missing, [{name: 1.0} for name, amount in needed.items() for _ in range(math.ceil(amount))])
 
 
 def require_workers(count: int, resources: Mapping[str, float]) -> None:
@@ -123,18 +123,43 @@ def require_workers(count: int, resources: Mapping[str, float]) -> None:
     """
     import ray
 
-    fit = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = {name: node["Resources"].get(name, 0) for name in resources}
-            told = ", ".join(f"{amount:g} {name}" for name, amount in there.items())
-            # Fractions of a resource add up with rounding.
-            number = min(int(there[name] / amount + 1e-6) for name, amount in resources.items() if amount)
-            fit[f"{node['NodeManagerAddress']} ({told})"] = number
-    if sum(fit.values()) < count:
+    def missing() -> str:
+        fit = {}
+        for node in ray.nodes():
+            if node["Alive"]:
+                there = {name: node["Resources"].get(name, 0) for name in resources}
+                told = ", ".join(f"{amount:g} {name}" for name, amount in there.items())
+                # Fractions of a resource add up with rounding.
+                number = min(int(there[name] / amount + 1e-6) for name, amount in resources.items() if amount)
+                fit[f"{node['NodeManagerAddress']} ({told})"] = number
+        if sum(fit.values()) >= count:
+            return ""
         each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-        raise ClusterError(
-            f"{count} workers of {each} needed, {sum(fit.values())} fit: "
-            + ("; ".join(f"{number} on {node}" for node, number in fit.items()) or "there are no nodes")
-            + ". Lower --scaling.num-workers or the resources per worker, or add nodes"
+        return f"{count} workers of {each} needed, {sum(fit.values())} fit: " + (
+            "; ".join(f"{number} on {node}" for node, number in fit.items()) or "there are no nodes"
         )
+
+    _wait_for(missing, [dict(resources)] * count)
+
+
+def _wait_for(missing: Callable[[], str], bundles: list[dict[str, float]]) -> None:
+    """Until nothing is missing. A cluster that grows with its work has little at first: its autoscaler is asked for the
+    bundles, and has ADACONV_CLUSTER_PATIENCE seconds (0).
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    patience = float(os.environ.get("ADACONV_CLUSTER_PATIENCE", "0"))
+    deadline, asked = time.monotonic() + patience, False
+    while what := missing():
+        if time.monotonic() >= deadline:
+            raise ClusterError(
+                f"{what}. Lower --scaling.num-workers or the resources per worker, or add nodes; where nodes come when "
+                f"they are asked for, set ADACONV_CLUSTER_PATIENCE to the seconds that takes ({patience:g} now)"
+            )
+        if not asked:
+            log.info("waiting %g s for nodes: %s", patience, what)
+            request_resources(bundles=bundles)
+            asked = True
+        time.sleep(1)
+    if asked:  # the job holds its nodes by itself from here on, and lets them go with its end
+        request_resources(bundles=[])

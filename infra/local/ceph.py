@@ -60,7 +60,7 @@ rgw frontends = beast endpoint={address}:{s3}
 
 @dataclass(frozen=True)
 class Site:
-    """Where it lies and listens: S3 at `address` and `port`; Ceph itself on loopback, ten ports from `inner_port` on."""
+    """Where it lies and listens: S3 at `address` and `port`; Ceph itself on loopback, from `inner_port` on."""
 
     folder: Path
     logs: Path

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 RAY = Path(sys.executable).with_name("ray")
 PORT = 6379
 
@@ -70,8 +72,11 @@ class Host:
 
     def inside(self, *command: str) -> list[str]:
         """A command line that runs in the machine."""
-        (first,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return ["nsenter", "--target", first, "--all", "--", *map(str, command)]
+        deadline = time.monotonic() + 10
+        while not (first := psutil.Process(self.process.pid).children()):
+            assert time.monotonic() < deadline, self.log.read_text()[-2000:]
+            time.sleep(0.02)
+        return ["nsenter", "--target", str(first[0].pid), "--all", "--", *map(str, command)]
 
     def power_off(self) -> None:
         """At once: nothing is flushed and nobody is told."""
@@ -105,9 +110,13 @@ class Site:
             **environment,
         }
         self.driver_environment = {**self.environment, "RAY_ADDRESS": f"{self.head.address}:{PORT}"}
-        for number in range(len(self.hosts)):
-            self.switch_on(number)
-        self.wait_for_nodes(workers + 1)
+        try:
+            for number in range(len(self.hosts)):
+                self.switch_on(number)
+            self.wait_for_nodes(workers + 1)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def head(self) -> Host:

@@ -1,0 +1,96 @@
+"""infra/aws as Ray and EC2 would take it, without either."""
+
+import copy
+import logging
+from pathlib import Path
+
+import boto3
+import botocore.session
+import jsonschema
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+from moto import mock_aws
+
+FILE = Path(__file__).parents[2] / "infra" / "aws" / "cluster.yaml"
+
+
+@pytest.fixture
+def config():
+    return yaml.safe_load(FILE.read_text())
+
+
+@pytest.fixture
+def aws(monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    with mock_aws():
+        yield boto3.client("ec2", region_name="eu-central-1")
+
+
+def validated(config):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    whole = prepare_config(copy.deepcopy(config))
+    validate_config(whole)
+    return whole
+
+
+def test_ray_takes_the_file(config):
+    whole = validated(config)
+    assert whole["head_node_type"] in whole["available_node_types"]
+
+
+@pytest.mark.parametrize("path", [("max_worker",), ("available_node_types", "cpu", "max_worker"), ("auth", "ssh_usr")])
+def test_ray_refuses_a_misspelt_field(config, path):
+    place = config
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        validated(config)
+
+
+def problems(node_config):
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    return ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node_config}, shape).generate_report()
+
+
+def test_ec2_takes_every_node(config):
+    for name, node in config["available_node_types"].items():
+        assert not problems(node["node_config"]), name
+
+
+def test_ec2_refuses_a_misspelt_field(config):
+    node = config["available_node_types"]["gpu-spot"]["node_config"]
+    assert "Unknown parameter" in problems({**node, "InstanceTyp": "g6e.4xlarge"})
+    assert "SpotInstanceTyp" in problems({**node, "InstanceMarketOptions": {"SpotOptions": {"SpotInstanceTyp": "x"}}})
+
+
+def test_gpu_nodes_are_known_as_such(config, aws):
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    logging.getLogger("botocore").setLevel(logging.ERROR)
+    filled = AWSNodeProvider.fillout_available_node_types_resources(validated(config))["available_node_types"]
+    assert filled["head"]["resources"]["CPU"] == 0
+    for name in ("gpu-spot", "gpu-ondemand"):
+        assert (filled[name]["resources"]["GPU"], filled[name]["resources"]["CPU"]) == (1, 16)
+        assert "accelerator_type:L40S" in filled[name]["resources"]
+    assert "GPU" not in filled["cpu"]["resources"]
+
+
+def test_spot_is_spot_and_the_head_is_not(config):
+    types = config["available_node_types"].items()
+    markets = {name: "InstanceMarketOptions" in node["node_config"] for name, node in types}
+    assert markets == {"head": False, "cpu": False, "gpu-spot": True, "gpu-ondemand": False}
+
+
+def test_nodes_are_closed(config):
+    """No open ports, no role with all rights, metadata by token alone, encrypted disks, the dashboard on loopback."""
+    assert config["provider"]["security_group"]["IpPermissions"] == []
+    assert all("--dashboard-host=127.0.0.1" in line for line in config["head_start_ray_commands"] if "--head" in line)
+    for node in config["available_node_types"].values():
+        assert node["node_config"]["IamInstanceProfile"]["Name"].startswith("adaconv-ray-")
+        assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+        assert all(disk["Ebs"]["Encrypted"] for disk in node["node_config"]["BlockDeviceMappings"])
