@@ -12,3 +12,5 @@ class DoctorConfig(Config):
     """VGG-19 weights that a training is to use; see `encoder.weights` of pipelines/train.py."""
     working_dir: str = "."
     """Folder that `ray job submit --working-dir` is to send."""
+    cluster: bool = False
+    """Ask every node of the cluster too: software, disk, GPUs, clock, and whether it reaches output and tracking."""

@@ -73,6 +73,8 @@ def ray_cluster(config: DoctorConfig) -> Iterator[Finding]:
         with connect():
             import ray
 
+            if config.cluster:
+                yield from _nodes(config)
             resources = ray.cluster_resources()
             yield Finding(
                 "ok",
@@ -81,6 +83,18 @@ def ray_cluster(config: DoctorConfig) -> Iterator[Finding]:
             )
     except ClusterError as error:
         yield Finding("FAIL", str(error), "unset RAY_ADDRESS for a local cluster, or start one with ray start --head")
+
+
+def _nodes(config: DoctorConfig) -> Iterator[Finding]:
+    """Every node of the connected cluster."""
+    from adaconv import storage
+    from adaconv.orchestration import cluster_doctor
+
+    output = storage.absolute(config.output)
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    found = list(cluster_doctor.reports(output=output, tracking_uri=uri))
+    for level, what, do in cluster_doctor.judged(found, now=time.time()):
+        yield Finding(level, what, do)
 
 
 def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
