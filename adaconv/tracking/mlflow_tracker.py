@@ -8,6 +8,7 @@ rank 0   MlflowTracker: metrics, images and checkpoints through a spool on disk 
 import logging
 import math
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,12 @@ def default_uri(uri: str | None, output: Path) -> str:
         raise TrackingError(
             f"tracking.uri {uri}: MLflow no longer keeps runs in folders; use sqlite:////absolute/path.db or the "
             "http:// address of a server"
+        )
+    if re.match(r"[^/]+://[^/@]*:[^/@]+@", uri):
+        raise TrackingError(
+            f"tracking.uri {uri.partition('://')[0]}://…@{uri.rpartition('@')[2]} carries a password, which would be "
+            "printed and kept with runs; give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a "
+            "database's by an MLflow server in front of it"
         )
     return uri
 

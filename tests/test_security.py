@@ -1,0 +1,261 @@
+"""What comes from a shared place may mean harm: pickles, paths that climb, pictures that unfold, passwords in URIs."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import boto3
+import mlflow
+import pytest
+
+from adaconv import checkpoint, storage
+from adaconv.data.loader import SampleReader
+from adaconv.data.verify import verify_shard
+from adaconv.errors import CheckpointError, TrackingError
+from adaconv.stylize.outputs import pack_name, slug
+from adaconv.tracking.mlflow_tracker import default_uri
+from adaconv.tracking.registry import resolve_model
+from tests.helpers import build_version, save_checkpoint
+from tests.servers import S3Server
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
+
+
+# Pickles
+
+
+@pytest.fixture
+def saved(tmp_path):
+    _, uri = save_checkpoint(tmp_path / "run")
+    return Path(uri)
+
+
+def replace_file(folder, name, data):
+    """As somebody would who can write there: the hashes agree."""
+    (folder / name).write_bytes(data)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_the_bomb_goes_off_where_it_is_let(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "went-off")))
+    assert (tmp_path / "went-off").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's, before it refuses
+@pytest.mark.parametrize("how", ["plain", "torch"])
+def test_a_pickle_in_a_checkpoint_is_refused(saved, tmp_path, how):
+    import torch
+
+    mark, held = tmp_path / "went-off", io.BytesIO()
+    if how == "torch":
+        torch.save({"step": 7, "optimizer": Bomb(mark)}, held)
+    else:
+        pickle.dump(Bomb(mark), held)
+    for name, load in (("trainer.pt", checkpoint.load_trainer), ("model.safetensors", checkpoint.load_network)):
+        replace_file(saved, name, held.getvalue())
+        folder = checkpoint.fetch(str(saved))
+        with pytest.raises((CheckpointError, pickle.UnpicklingError)):
+            load(folder)
+    assert not mark.exists()
+
+
+def test_a_pickled_model_of_the_registry_is_not_unpickled(tmp_path):
+    """Another's model under a name that a job is given: MLflow itself would run it."""
+    uri, mark = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "went-off"
+    client = mlflow.MlflowClient(uri)
+    run = client.create_run(client.create_experiment("x", artifact_location=str(tmp_path / "artifacts")))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "python_model.pkl").write_bytes(pickle.dumps(Bomb(mark)))
+    (model / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: mlflow.pyfunc.model\n")
+    client.log_artifacts(run.info.run_id, str(model), "evil")
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        resolve_model(f"runs:/{run.info.run_id}/evil", tracking_uri=uri)
+    assert not mark.exists()
+
+
+# Paths that climb
+
+
+def evil_zip(path, image):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("../../climbed.jpg", "/climbed.jpg", "a/../../climbed.jpg", "..\\climbed.jpg", "good.jpg"):
+            archive.writestr(name, image + name.encode())  # bytes of their own, so that none is a duplicate
+    return path
+
+
+def test_members_of_a_zip_never_leave_the_output(tmp_path, photos):
+    from adaconv.data.sources import iter_images
+
+    (tmp_path / "in").mkdir()
+    source = evil_zip(tmp_path / "in" / "evil.zip", next(photos.glob("*.jpg")).read_bytes())
+    before = tree(tmp_path)
+    version = build_version(source, str(tmp_path / "in" / "deep" / "data"))
+    found = [image.source for image in iter_images((str(source),))]
+    assert found == ["/climbed.jpg", "good.jpg"]  # names are labels; those that climb are passed over, as hidden ones
+    assert version.books["found"] == 2
+    made = tree(tmp_path) - before
+    assert all(path.startswith("in/deep") for path in made)
+    assert not [path for path in made if "climbed" in path]
+    for shard in version.shards:
+        with tarfile.open(version.shard_uri(shard.name)) as tar:
+            assert all("/" not in name and ".." not in name for name in tar.getnames())
+
+
+def test_members_of_a_tar_never_leave_it(tmp_path, photos):
+    """A shard is read by offsets; whatever its members are called, nothing is unpacked."""
+    version = build_version(photos, str(tmp_path / "deep" / "data"))
+    shard, uri = version.shards[0], Path(version.shard_uri(version.shards[0].name))
+    evil = io.BytesIO()
+    with tarfile.open(fileobj=evil, mode="w") as tar:
+        for name in ("../../climbed.jpg", "/tmp/climbed.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 100_000
+            tar.addfile(member, io.BytesIO(bytes(100_000)))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    uri.write_bytes(evil.getvalue())
+    before = tree(tmp_path)
+    reader = SampleReader(version)
+    assert verify_shard(version.root, shard, lambda: [r for r in version.rows() if r["shard"] == shard.name])
+    reader.read(0)
+    assert tree(tmp_path) == before
+
+
+def test_a_shards_name_never_leaves_the_cache(tmp_path, photos, monkeypatch):
+    """A version on S3, consistent in itself, whose shard is called ../../../climbed."""
+    server = S3Server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    storage._local.__dict__.clear()
+    try:
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="evil")
+        climbing = "data/shards/../../../../climbed.tar"
+        client.put_object(Bucket="evil", Key=climbing, Body=b"payload")
+        cache = tmp_path / "some" / "deep" / "cache"
+        with pytest.raises(PermissionError, match="would leave the cache folder"):
+            storage.local_copy(f"s3://evil/{climbing}", cache_dir=str(cache))
+        assert not list(tmp_path.rglob("climbed*"))
+        client.put_object(Bucket="evil", Key="data/shards/good.tar", Body=b"payload")
+        assert storage.local_copy("s3://evil/data/shards/good.tar", cache_dir=str(cache)).read_bytes() == b"payload"
+    finally:
+        server.stop()
+        storage._local.__dict__.clear()
+
+
+@pytest.mark.parametrize(
+    "source", ["../../x.jpg", "/etc/passwd", "a/../../../b.png", "..", "x\0y.jpg", "..\\..\\x.jpg"]
+)
+def test_names_of_outputs_stay_in_their_folder(source):
+    for name in (slug(source), pack_name(source, "0" * 64).removeprefix("styles/")):
+        assert "/" not in name
+        assert "\\" not in name
+        assert "\0" not in name
+        assert not name.startswith(".")
+
+
+# Pictures that unfold
+
+
+def png_bomb(side):
+    """A few kilobytes that would be `side` x `side` pixels."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 3 * side)
+    pixels = b"".join(packer.compress(row) for _ in range(min(side, 2000))) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+INGEST = """
+import resource, sys
+from adaconv.config.shard import RecipeConfig
+from adaconv.data.ingest import Refusal, ingest, look
+from adaconv.images import ImageError, decode
+data, before = open(sys.argv[1], "rb").read(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+recipe = RecipeConfig()
+refused = [look(data, recipe), ingest(data, 'bomb.png', recipe)]
+assert all(isinstance(answer, Refusal) for answer in refused), refused
+assert {answer.reason for answer in refused} == {"too_many_pixels"}, refused
+try:
+    decode(data)
+except ImageError as error:
+    assert error.reason == "too_many_pixels"
+else:
+    raise SystemExit("decoded")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("side", [12_000, 60_000])
+def test_a_pixel_bomb_is_refused_in_little_memory(tmp_path, side):
+    """Sharding and stylizing judge it by its header: 432 MB and 10.8 GB of pixels are never made."""
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(png_bomb(side))
+    assert bomb.stat().st_size < 400_000
+    done = subprocess.run(
+        [sys.executable, "-c", INGEST, str(bomb)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 30_000  # kB
+
+
+def test_a_bomb_in_a_zip_is_read_no_further_than_it_says(tmp_path, photos):
+    """A member that unfolds to more than the archive's directory tells is refused; memory holds what was told."""
+    from adaconv.data.sources import iter_images, read_found
+    from adaconv.images import ImageError
+
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", bytes(50_000_000))
+    data = path.read_bytes()
+    said = (50_000_000).to_bytes(4, "little")
+    path.write_bytes(data.replace(said, (1000).to_bytes(4, "little")))
+    (found,) = iter_images((str(path),))
+    with pytest.raises(ImageError) as refused:
+        read_found(found)
+    assert refused.value.reason in ("crc_mismatch", "deflate_error")
+
+
+# Passwords
+
+
+def test_a_password_in_the_tracking_uri_is_refused_without_repeating_it(tmp_path):
+    for uri in ("http://me:hunter2@127.0.0.1:5000", "postgresql+psycopg://me:hunter2@db/mlflow"):
+        with pytest.raises(TrackingError) as refused:
+            default_uri(uri, tmp_path)
+        assert "carries a password" in str(refused.value)
+        assert "hunter2" not in str(refused.value)
+    assert default_uri("http://127.0.0.1:5000", tmp_path) == "http://127.0.0.1:5000"
