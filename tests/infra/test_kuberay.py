@@ -89,7 +89,7 @@ def test_a_misspelt_field_fails_wherever_it_is(objects):
     accepted, tried = [], 0
     for found in objects:
         paths = [path for path in fields(found) if not FREE & set(path[:-1]) and isinstance(path[-1], str)]
-        for path in paths[:: 1 + len(paths) // 20]:
+        for path in paths[:: 1 + len(paths) // 9]:
             if path[0] in ("apiVersion", "kind") or (found["kind"] in SCHEMAS and path[0] == "metadata"):
                 continue
             wrong = copy.deepcopy(found)
@@ -103,7 +103,7 @@ def test_a_misspelt_field_fails_wherever_it_is(objects):
                 accepted.append((found["kind"], *path))
             except (jsonschema.ValidationError, kubernetes_validate.ValidationError):
                 continue
-    assert tried > 100
+    assert tried > 60
     assert not accepted
 
 
