@@ -204,6 +204,7 @@ def start_ray(place: "Place", *, num_cpus: int | None, num_gpus: int | None) -> 
     cpus = num_cpus or max(4, os.cpu_count() or 1)
     client = place.client_environment()
     environment = place.environment(**{name: client[name] for name in client if name != "RAY_API_SERVER_ADDRESS"})
+    environment["RAY_metrics_report_interval_ms"] = "2000"  # jobs on one machine are short
     shutil.rmtree(place.ray_folder, ignore_errors=True)
     place.ray_folder.mkdir(mode=0o700)
     port = place.port("dashboard")

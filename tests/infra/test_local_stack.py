@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -19,6 +21,7 @@ from adaconv import storage
 from infra.local.processes import stop
 from infra.local.services import http_status, stop_service
 from infra.local.stack import Stack
+from infra.monitoring.dashboard import dashboard
 from tests.servers import REPO
 
 pytestmark = [
@@ -58,20 +61,37 @@ def is_loopback(address):
     return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
 
 
-@contextmanager
-def watched_listeners(stack):
-    """Looks every second, for workers come and go."""
-    seen, over = set(), threading.Event()
+def metrics(stack):
+    """Names of the metrics that Ray's exporters serve, as Prometheus would find them."""
+    found = set()
+    with suppress(OSError, ValueError):
+        targets = json.loads((stack.place.ray_folder / "prom_metrics_service_discovery.json").read_text())
+        for address in targets[0]["targets"]:
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+                found |= set(re.findall(r"^(ray_\w+)", answer.read().decode(), re.MULTILINE))
+    return found
 
-    def look():
-        while not over.wait(1):
-            seen.update(listeners(stack))
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    yield seen
-    over.set()
-    thread.join()
+class Watch:
+    """What is listened at and what is counted, looked at every second, for workers come and go."""
+
+    def __init__(self, stack):
+        self.addresses, self.metrics = set(), set()
+        self._stack, self._over = stack, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self):
+        while not self._over.wait(1):
+            self.addresses |= listeners(self._stack)
+            self.metrics |= metrics(self._stack)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
 
 
 class Site:
@@ -123,7 +143,7 @@ def site():
 def flow(site, photos, paintings):
     """Raw images to stylized ones, by jobs; the addresses that were listened at meanwhile."""
     where = "s3://adaconv/flow"
-    with watched_listeners(site.stack) as seen, pytest.MonkeyPatch.context() as patch:
+    with Watch(site.stack) as seen, pytest.MonkeyPatch.context() as patch:
         for name, value in site.environment.items():
             patch.setenv(name, value)
         storage._local.__dict__.clear()
@@ -162,9 +182,20 @@ def test_every_pipeline_runs_as_a_job_on_it(flow):
 
 def test_nothing_listens_beyond_loopback_but_torchs_own(site, flow):
     _, seen = flow
-    assert {name for _, name in seen} >= {"postgres", "radosgw", "gcs_server", "raylet"}
+    assert {name for _, name in seen.addresses} >= {"postgres", "radosgw", "gcs_server", "raylet"}
     # While ranks train together, torch's rendezvous store listens everywhere, and can be told nothing else.
-    assert {one for one in seen if not is_loopback(one[0])} <= {("::", "ray::RayTrainWorker")}
+    assert {one for one in seen.addresses if not is_loopback(one[0])} <= {("::", "ray::RayTrainWorker")}
+
+
+def test_what_the_dashboard_shows_is_counted(flow):
+    _, seen = flow
+    asked = {
+        name
+        for panel in dashboard()["panels"]
+        for one in panel["targets"]
+        for name in re.findall(r"ray_\w+", one["expr"])
+    }
+    assert asked - seen.metrics <= {"ray_node_gpus_utilization"}  # there is none here
 
 
 def test_a_request_without_its_password_is_refused(site, flow):

@@ -183,3 +183,42 @@ def test_sharding_survives_a_lost_node_byte_for_byte(site, images, sharded, shar
         bring_back(site, lost, how)
     assert hashes_of(output) == sharded
     print(f"sharding, {how}: node{lost}, {time.monotonic() - began:.0f} s")
+
+
+# Nodes that come, and nodes that are asked
+
+
+REQUIRE = """
+from adaconv.orchestration.cluster import connect
+with connect():
+    from adaconv.orchestration.cluster import require_resources
+    require_resources(CPU=3)
+    print("there are 3")
+"""
+
+
+def test_a_job_waits_for_nodes_that_come_and_else_is_refused(site, shared):
+    site.hosts[2].power_off()
+    site.wait_for_nodes(2)
+    try:
+        refused = site.drive(sys.executable, "-c", REQUIRE, log=shared / "refused.log")
+        assert refused.wait(60) == 1
+        assert "3 CPU needed, 2 in the cluster" in (shared / "refused.log").read_text()
+        patient = ("env", "ADACONV_CLUSTER_PATIENCE=90", sys.executable, "-c", REQUIRE)
+        waits = site.drive(*patient, log=shared / "waits.log")
+        time.sleep(12)
+        assert waits.poll() is None, (shared / "waits.log").read_text()
+    finally:
+        site.switch_on(2)
+    assert waits.wait(90) == 0, (shared / "waits.log").read_text()
+    site.wait_for_nodes(3)
+
+
+def test_the_doctor_asks_every_node(site, shared):
+    doctor = [sys.executable, str(REPO / "pipelines" / "doctor.py"), "--cluster", "--output", str(shared / "out")]
+    log = shared / "doctor.log"
+    driver = site.drive(*doctor, "--encoder-weights", "seeded:0", "--working-dir", str(REPO / "conf"), log=log)
+    assert driver.wait(120) == 0, log.read_text()
+    assert "3 nodes answer; Python" in log.read_text()
+    for host in site.hosts:
+        assert f"node {host.address} ({host.name}): " in log.read_text()
