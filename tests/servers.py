@@ -75,7 +75,8 @@ from adaconv.orchestration.cluster import connect
 with connect():
     import ray
     address = ray.get_runtime_context().gcs_address
-    told = {n: os.environ[n] for n in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")} | {"RAY_ADDRESS": address}
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    told = {name: os.environ[name] for name in names} | {"RAY_ADDRESS": address}
     print(json.dumps(told), flush=True)
     sys.stdin.read()
 """

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -324,3 +325,23 @@ def test_a_backup_of_mlflow_is_restored(site, kept, tmp_path):
     site.call("up")
     site.stack = Stack(site.folder)
     assert_is_kept(kept)
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Debian's package prometheus")
+def test_prometheus_is_restarted_beside_it_and_finds_ray(site, kept):
+    site.call("up", "--prometheus")
+    site.stack = Stack(site.folder)
+    assert all(is_loopback(address) for address, name in listeners(site.stack) if name == "prometheus")
+    api = f"http://127.0.0.1:{site.stack.place.port('prometheus')}/api/v1"
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(f"{api}/query?query=up", timeout=5) as answer:
+            found = json.loads(answer.read())["data"]["result"]
+        if found and all(one["value"][1] == "1" for one in found):
+            break
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+    with urllib.request.urlopen(f"{api}/rules", timeout=5) as answer:
+        (group,) = json.loads(answer.read())["data"]["groups"]
+    assert len(group["rules"]) == 7
+    assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
