@@ -138,7 +138,7 @@ class Stack:
         if self.place:
             self._note()
             shutil.rmtree(self.place.ray_folder, ignore_errors=True)
-        if purge:
+        if purge and self.place:  # never a folder that is somebody else's
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def status(self) -> dict[str, str]:
@@ -156,6 +156,8 @@ class Stack:
 
     def _make_place(self, base_port: int) -> Place:
         services.refuse_taken_ports(range(base_port, base_port + 20))
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise StackError(f"expected an empty folder, or one of an earlier `up`, found other files in {self.folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
         # Others may pass through, to the folder that belongs to PostgreSQL's user; they can list or read nothing.
         self.folder.chmod(0o711)
