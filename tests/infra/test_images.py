@@ -40,17 +40,21 @@ def buildah(*arguments, check=True, timeout=280):
 
 @pytest.fixture(scope="module", autouse=True)
 def store(tmp_path_factory):
-    """Images of the tests lie in a folder of their own."""
-    folder = tmp_path_factory.mktemp("images")
+    """Images of the tests lie in a folder of their own; ADACONV_IMAGE_STORE names one that stays, with its base."""
+    kept = os.environ.get("ADACONV_IMAGE_STORE")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("images")
     global STORAGE
     STORAGE = ("--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "vfs")
     yield
-    shutil.rmtree(folder, ignore_errors=True)
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def base(store, tmp_path_factory):
     """A minimal Debian with Python; it trusts whom this machine trusts, so that packages come the same way."""
+    if buildah("inspect", "--type", "image", BASE, check=False).returncode == 0:
+        return BASE
     root = tmp_path_factory.mktemp("debian") / "root"
     packages = "ca-certificates,python3,python3-venv"
     subprocess.run(
