@@ -147,6 +147,7 @@ def test_the_operators_own_rules_hold(objects):
         assert len(name) <= 47
         assert spec["rayVersion"] == ray.__version__
         assert spec["autoscalerOptions"]["version"] == "v2"
+        assert spec["autoscalerOptions"]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         for group in spec["workerGroupSpecs"]:
             assert group["minReplicas"] <= group["maxReplicas"]
     for name, group in groups(objects):
@@ -197,8 +198,9 @@ def test_everything_is_closed_but_what_is_opened(objects):
     assert policies["deny"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
     (rule,) = policies["postgres"]["spec"]["ingress"]
     assert rule["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "mlflow"}}}]
-    egress = policies["ray"]["spec"]["egress"]
-    assert egress == [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}}]}]
+    outside, inside = policies["ray"]["spec"]["egress"]
+    assert outside == {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}}]}
+    assert inside == {"to": [{"namespaceSelector": {}}]}
     pods = of_kind(objects, "Deployment", "StatefulSet", "Job").values()
     labels = [pod["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"] for pod in pods]
     assert sorted(labels) == ["mlflow", "mlflow-user", "postgres"]
