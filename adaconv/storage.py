@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -161,6 +162,28 @@ def publish_file(path: Path, uri: str) -> None:
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_for(folder: str) -> Iterator[Path]:
+    """A local file to write what `publish_written` then publishes below a folder, on the same disk where it is one."""
+    beside = Path(folder if is_local(folder) else tempfile.gettempdir())
+    beside.mkdir(parents=True, exist_ok=True)
+    path = beside / f".written.tmp-{uuid.uuid4().hex}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def publish_written(path: Path, uri: str) -> None:
+    """Move a file of `file_for` to where readers see all of it or none; a copy would cost as much as writing it."""
+    if not is_local(uri):
+        publish_file(path, uri)
+        return
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    path.replace(uri)
 
 
 def publish_directory(source: Path, uri: str, *, last: str) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,8 +42,8 @@ def write_shard(
         the shard, or None if every image was refused; and a manifest row for each image.
     """
     rows = []
-    with tempfile.TemporaryDirectory(prefix="adaconv-shard-") as scratch:
-        path = Path(scratch) / "shard.tar"
+    folder = storage.join(root, "shards")
+    with storage.file_for(folder) as path:
         with tarfile.open(path, "w") as tar:
             read = read_ahead([candidate.found for candidate in plan.candidates])
             for candidate, data in zip(plan.candidates, read, strict=True):
@@ -55,7 +54,7 @@ def write_shard(
         if not samples:
             return None, rows
         shard = _measure(path, samples)
-        storage.publish_file(path, storage.join(root, "shards", shard.name))
+        storage.publish_written(path, storage.join(folder, shard.name))
     return shard, rows
 
 
@@ -68,9 +67,9 @@ def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
     Raises:
         DatasetError: the old shard is not what its rows say.
     """
-    old = storage.join(root, "shards", rows[0]["shard"])
-    with tempfile.TemporaryDirectory(prefix="adaconv-shard-") as scratch:
-        path = Path(scratch) / "shard.tar"
+    folder = storage.join(root, "shards")
+    old = storage.join(folder, rows[0]["shard"])
+    with storage.file_for(folder) as path:
         with path.open("wb") as tar:
             for row in rows:
                 span = storage.read_range(old, row["offset"] - HEADER_BYTES, row["span"])
@@ -80,7 +79,7 @@ def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
             tar.write(bytes(2 * tarfile.BLOCKSIZE))
             tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
         shard = _measure(path, rows)
-        storage.publish_file(path, storage.join(root, "shards", shard.name))
+        storage.publish_written(path, storage.join(folder, shard.name))
     return shard
 
 

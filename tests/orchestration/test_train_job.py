@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load
 
 from adaconv import checkpoint, storage
-from tests.servers import REPO
+from tests.servers import REPO, ray_cluster
 
 pytestmark = pytest.mark.ray
 STEPS = 24
@@ -32,6 +32,15 @@ trainer.PlacementGroupCleanerCallback = functools.partial(
 )
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+DRAIN = """
+import sys
+import ray
+from ray.scripts.scripts import main
+ray.init(log_to_driver=False)
+(node,) = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+main(["drain-node", "--address", ray.get_runtime_context().gcs_address, "--node-id", node, *sys.argv[1:]])
 """
 
 
@@ -258,3 +267,29 @@ def test_random_kills_change_no_batch(training, unbroken, case):
         assert code == 0, training.text()[-3000:]
     used = {line["ranks"] for line in training.lines()}
     compare(training, unbroken, same_ranks=used == {2})
+
+
+@pytest.mark.slow
+def test_a_notice_that_a_node_goes_leads_to_a_checkpoint(s3, content_version, style_version, tmp_path):
+    """Ray is told as a cloud would tell it, with a deadline; the run saves at once and goes on."""
+    with ray_cluster({**s3.environment, "RAY_worker_niceness": "0"}) as cluster:
+        training = Training(cluster, content_version, style_version, tmp_path)
+        training.start("--train.steps", 100_000, "--checkpoint.every-steps", 100_000, workers=2).wait_for_step(5)
+        told = (
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "spot",
+            "--deadline-remaining-seconds",
+            90,
+        )
+        subprocess.run([sys.executable, "-c", DRAIN, *map(str, told)], env=cluster.environment, check=True, timeout=60)
+        deadline = time.monotonic() + 20
+        while not checkpoint.steps_in(training.checkpoints) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        (saved,) = checkpoint.steps_in(training.checkpoints)
+        training.wait_for_step(saved + 20)
+        assert max(line["step"] for line in training.lines()) >= saved + 20
+        assert "checkpoint before a node goes" in training.text()
+        kill(training.process)
+        training.process.wait(20)
