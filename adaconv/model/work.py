@@ -18,10 +18,13 @@ class Size:
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
     descriptor_channels: int = 512
     side: int = 256
+    predicted_groups: tuple[int, int, int, int] | None = None
 
     @property
     def groups(self) -> tuple[int, int, int, int]:
-        """Of the adaptive convolutions, coarsest first: 1, 2, 4 and 8 channels each."""
+        """Of the adaptive convolutions, coarsest first; those of the paper have 1, 2, 4 and 8 channels each."""
+        if self.predicted_groups:
+            return self.predicted_groups
         one, two, three, four = self.widths
         return four, three // 2, two // 4, one // 8
 

@@ -98,8 +98,13 @@ def plan_step(
 def size_of(config: TrainConfig) -> work.Size:
     """What the FLOP counts need to know of a configuration."""
     one, two, three, four = config.encoder.widths
+    first, second, third, fourth = config.model.groups
     return work.Size(
-        config.model.architecture, (one, two, three, four), config.model.descriptor_channels, config.data.crop
+        config.model.architecture,
+        (one, two, three, four),
+        config.model.descriptor_channels,
+        config.data.crop,
+        (first, second, third, fourth),
     )
 
 

