@@ -6,6 +6,7 @@ import random
 import shutil
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -196,3 +197,15 @@ def test_a_damaged_image_is_named(content_version, style_version, tmp_path):
     dataset = pairs(version, style_version)
     with pytest.raises(DatasetError, match=r"content sample [0-9a-f]{32} cannot be decoded"):
         dataset[0]
+
+
+def test_memory_does_not_grow_with_epochs(content_version, style_version):
+    dataset = pairs(content_version, style_version)
+    steps_of_an_epoch = len(SampleReader(content_version).keys) // 6
+    process, used = psutil.Process(), []
+    for epoch in range(40):
+        for step in range(epoch * steps_of_an_epoch, (epoch + 1) * steps_of_an_epoch):
+            dataset[step]
+        used.append(process.memory_info().rss)
+    assert used[-1] - used[10] < 4 * 2**20  # a batch has 37 kB: 30 epochs of leaked ones would be as much
+    assert len(process.open_files()) < 50
