@@ -216,6 +216,42 @@ def remove(uri: str) -> None:
         _patiently(uri, lambda: _filesystem(uri).rm_file(uri))
 
 
+def abandoned_uploads(uri: str, *, older_than_hours: float) -> list[Entry]:
+    """Large objects below a prefix of which parts were sent, and then no more: they take room, and nobody lists them.
+
+    `stamp` is the upload's id; none on a disk, and where a server does not tell.
+    """
+    if is_local(uri):
+        return []
+    scheme, _, path = uri.rstrip("/").partition("://")
+    bucket, _, prefix = path.partition("/")
+    limit, found = time.time() - older_than_hours * 3600, []
+    more: dict[str, str] = {}
+    while True:
+        page = _patiently(
+            uri,
+            lambda: _filesystem(uri).call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more),  # noqa: B023
+        )
+        for upload in page.get("Uploads", ()):
+            key, begun = upload["Key"], upload["Initiated"].timestamp()
+            if begun <= limit:
+                entry = Entry(f"{scheme}://{bucket}/{key}", key[len(prefix) + 1 :], 0, upload["UploadId"], begun)
+                found.append(entry)
+        if not page.get("IsTruncated"):
+            return found
+        more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def abort_upload(upload: Entry) -> None:
+    bucket, _, key = upload.uri.partition("://")[2].partition("/")
+    _patiently(
+        upload.uri,
+        lambda: _filesystem(upload.uri).call_s3(
+            "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.stamp
+        ),
+    )
+
+
 def remove_directory(uri: str, *, first: str | None = None) -> None:
     """Remove a folder, beginning with the file that says that it is whole, where there is one."""
     if first is not None:

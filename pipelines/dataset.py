@@ -126,7 +126,12 @@ def gc(config: GcConfig) -> dict[str, Any]:
 
     garbage = find_garbage(config.dataset, keep_last=config.keep_last, older_than_hours=config.older_than_hours)
     collect(garbage)
-    return {"versions_deleted": list(garbage.versions), "files_deleted": len(garbage.files), "bytes": garbage.bytes}
+    return {
+        "versions_deleted": list(garbage.versions),
+        "files_deleted": len(garbage.files),
+        "bytes": garbage.bytes,
+        "uploads_aborted": len(garbage.uploads),
+    }
 
 
 def plan_gc(config: GcConfig) -> str:
@@ -134,7 +139,8 @@ def plan_gc(config: GcConfig) -> str:
 
     garbage = find_garbage(config.dataset, keep_last=config.keep_last, older_than_hours=config.older_than_hours)
     what = f"versions {', '.join(garbage.versions) or 'none'}; {len(garbage.files)} files, {garbage.bytes / 1e6:.1f} MB"
-    return "\n".join([f"to delete: {what}", *(entry.path for entry in garbage.files)])
+    uploads = [f"{entry.path} (an upload that never ended)" for entry in garbage.uploads]
+    return "\n".join([f"to delete: {what}", *(entry.path for entry in garbage.files), *uploads])
 
 
 def plan_remove(config: RemoveConfig) -> str:

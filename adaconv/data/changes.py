@@ -133,10 +133,14 @@ _ORDER = ("versions", "manifests", "builds", "work", "shards")
 
 @dataclass(frozen=True)
 class Garbage:
-    """What goes: versions, and files by URI with their bytes. Versions go first, so that none is left half there."""
+    """What goes: versions, and files by URI with their bytes. Versions go first, so that none is left half there.
+
+    `uploads`: to an object store, that were begun and never ended.
+    """
 
     versions: tuple[str, ...]
     files: tuple[storage.Entry, ...]
+    uploads: tuple[storage.Entry, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -179,7 +183,9 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
         for entry in files
         if entry.path in of_dropped or (entry.changed <= limit and not _builds_a_kept_one(entry, kept))
     ]
-    return Garbage(dropped, tuple(sorted(garbage, key=lambda e: (_ORDER.index(e.path.partition("/")[0]), e.path))))
+    files = sorted(garbage, key=lambda e: (_ORDER.index(e.path.partition("/")[0]), e.path))
+    uploads = storage.abandoned_uploads(root, older_than_hours=older_than_hours)
+    return Garbage(dropped, tuple(files), tuple(upload for upload in uploads if upload.path.startswith(ours)))
 
 
 def _builds_a_kept_one(entry: storage.Entry, kept: Sequence[str]) -> bool:
@@ -192,3 +198,5 @@ def collect(garbage: Garbage, told: Callable[[storage.Entry], None] = lambda ent
     for entry in garbage.files:
         storage.remove(entry.uri)
         told(entry)
+    for upload in garbage.uploads:
+        storage.abort_upload(upload)

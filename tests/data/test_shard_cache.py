@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adaconv import storage
+from adaconv.data.changes import Garbage, collect, find_garbage
 from adaconv.data.loader import Geometry, PairDataset, SampleReader, make_loader, prefetching
 from adaconv.data.manifest import open_version
 from adaconv.data.shard_cache import ShardCache, ShardPrefetcher
@@ -135,6 +136,20 @@ def test_coming_shards_are_fetched_ahead_and_no_more_than_asked(remote, tmp_path
     prefetcher.follow(10)
     assert wait_for(4) == {shard.name for _, shard in shards[:4]}
     prefetcher.close()
+
+
+def test_uploads_that_never_ended_are_collected(remote):
+    client = boto3.client("s3")
+    bucket = remote.root.split("/")[2]
+    for key in ("photos/shards/begun.tar", "other/begun.tar"):
+        upload = client.create_multipart_upload(Bucket=bucket, Key=key)
+        part = {"Bucket": bucket, "Key": key, "UploadId": upload["UploadId"], "PartNumber": 1}
+        client.upload_part(**part, Body=b"x" * 100)
+    garbage = find_garbage(remote.root, keep_last=None, older_than_hours=1)  # this server dates every upload 2010
+    assert [entry.path for entry in garbage.uploads] == ["shards/begun.tar"]
+    collect(Garbage((), (), garbage.uploads))
+    left = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert [upload["Key"] for upload in left] == ["other/begun.tar"]
 
 
 def test_a_loader_over_s3_gives_the_batches_of_the_disk(remote, content_version, tmp_path):
