@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
 import torch
@@ -126,6 +127,12 @@ class Training:
     def weights(self):
         return load(storage.read_bytes(storage.join(self.checkpoints, checkpoint.name_of(STEPS), "model.safetensors")))
 
+    def losses(self):
+        """Step and loss, as MLflow has them."""
+        client = mlflow.MlflowClient(f"sqlite:///{self.output}/mlflow.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("adaconv").experiment_id])
+        return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
+
     def text(self):
         return self.log.read_text()
 
@@ -153,10 +160,10 @@ def compare(training, unbroken, *, same_ranks):
     ours, wanted = training.weights(), unbroken.weights()
     if same_ranks:
         assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
-    else:
-        apart = torch.cat([(ours[name] - wanted[name]).abs().flatten() for name in wanted])
-        assert apart.max() < STEPS * 1e-4  # what Adam may make of rounding in STEPS steps of 1e-4
-        assert (apart > 1e-4).float().mean() < 0.02
+        return
+    # Sums over ranks round otherwise, and Adam makes a whole step of any gradient, so single weights drift apart.
+    assert [step for step, _ in training.losses()] == [step for step, _ in unbroken.losses()]
+    assert dict(training.losses()) == pytest.approx(dict(unbroken.losses()), rel=1e-2)
 
 
 def break_off(training, rng, *, workers, more=()):
