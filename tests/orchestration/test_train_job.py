@@ -204,6 +204,7 @@ def test_a_lost_driver_and_another_number_of_ranks_change_no_batch(training, unb
     compare(training, unbroken, same_ranks=False)
 
 
+@pytest.mark.slow
 def test_an_error_in_the_data_ends_the_run_at_once_with_its_cause(training, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(training.content.root, damaged)
@@ -218,6 +219,7 @@ def test_an_error_in_the_data_ends_the_run_at_once_with_its_cause(training, tmp_
     assert time.monotonic() - began < 100
 
 
+@pytest.mark.slow
 def test_shards_and_checkpoints_on_s3_outlive_a_server_that_is_gone_for_a_while(training, unbroken, s3, bucket):
     for name, version in (("content", training.content), ("style", training.style)):
         root = storage.join(bucket, name)
