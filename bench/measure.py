@@ -107,7 +107,7 @@ def _process(side: Side) -> Iterator[Callable[[], tuple[float, int]]]:
     """Asked, it does one round and answers with its seconds and the process's peak of memory so far."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_answer, args=(there, side), daemon=True)
-    with _environment(side.environment):
+    with environment_of_children(side.environment):
         process.start()
     there.close()
 
@@ -137,7 +137,7 @@ def _answer(connection: Connection, side: Side) -> None:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_of_children(values: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(values)
     try:

@@ -51,6 +51,8 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"load/{name}": ("load", {"against": name}) for name in ("webdataset", "ray_data", "one_image")},
     "ddp": ("ddp", {}),
     "shard": ("shard", {}),
+    "tracking/step_p99": ("tracking", {}),
+    "tracking/step_cpu": ("tracking", {}),
 }
 
 

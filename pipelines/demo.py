@@ -96,6 +96,7 @@ def execute(config: DemoConfig) -> dict[str, Any]:
         "run_id": _result(root / "runs")["run_id"],
         "model": _result(root / "model")["model"],
         "gallery": _result(root / "stylized")["gallery"],
+        "samples_over_time": str(Path(_result(root / "runs")["run"]) / "time-machine.html"),
         "mlflow_ui": f"mlflow ui --backend-store-uri sqlite:///{root / 'mlflow.db'} --port 5000",
     }
 

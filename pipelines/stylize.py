@@ -31,8 +31,8 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.data.sources import list_images
     from adaconv.orchestration.cluster import connect
-    from adaconv.tracking.mlflow_tracker import default_uri
     from adaconv.tracking.registry import resolve_model
+    from adaconv.tracking.runs import default_uri
 
     list_images(config.content, flag="--content")  # a typo is answered before a cluster is started
     list_images(config.style, flag="--style")

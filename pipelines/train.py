@@ -8,7 +8,7 @@ The same command again takes up a run that was broken off, from its newest check
 import hashlib
 import json
 import logging
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -43,7 +43,9 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.data.manifest import open_version
     from adaconv.errors import Interrupted
     from adaconv.orchestration.cluster import connect
-    from adaconv.tracking.mlflow_tracker import close_run, default_uri, open_run
+    from adaconv.tracking.mlflow_tracker import close_run, open_run
+    from adaconv.tracking.results import hand_over, keep_results
+    from adaconv.tracking.runs import default_uri
     from adaconv.training.plan import describe
 
     config = config.model_copy(
@@ -63,6 +65,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if done >= config.train.steps:
         log.info("%s has its %d steps already; nothing to do", run_folder, done)
         newest = checkpoint.steps_in(checkpoints)[done]
+        hand_over(local / "spool", checkpoints=checkpoints)
         run_id = checkpoint.load_meta(checkpoint.fetch(newest)).get("run_id")
         return {**result, "run_id": run_id, "step": done, "checkpoint": newest, "finished": True}
 
@@ -80,7 +83,6 @@ def execute(config: TrainConfig) -> dict[str, Any]:
             "adaconv.folder": run_folder,
             "adaconv.content_hash": content.root_hash,
             "adaconv.style_hash": style.root_hash,
-            **_git_tags(),
         },
         datasets={"content": (pinned["content"], content.root_hash), "style": (pinned["style"], style.root_hash)},
         config_yaml=to_yaml(config),
@@ -91,9 +93,8 @@ def execute(config: TrainConfig) -> dict[str, Any]:
         with connect():
             from adaconv.orchestration.train_job import run_train_job
 
-            meta = {"run_id": tracker.run_id, "tracking_uri": tracking_uri}
-            outcome = run_train_job(config, run_folder=run_folder, tracker=tracker, meta=meta)
-    except KeyboardInterrupt:
+            outcome = run_train_job(config, run_folder=run_folder, tracker=tracker, meta=tracker.reference())
+    except (KeyboardInterrupt, Interrupted):
         close_run(tracker, "KILLED")
         raise
     except BaseException as error:
@@ -102,8 +103,15 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if not outcome["finished"]:
         close_run(tracker, "KILLED")
         raise Interrupted(f"stopped at step {outcome['step']} with a checkpoint; the same command goes on from there")
-    close_run(tracker, "FINISHED")
+    if close_run(tracker, "FINISHED"):
+        result |= keep_results(tracker, checkpoints=checkpoints)
     return {**result, "run_id": tracker.run_id, **outcome}
+
+
+def _end(_signal: int, _frame: object) -> None:
+    from adaconv.errors import Interrupted
+
+    raise Interrupted("stopped before training began; the same command begins it")
 
 
 def _run_name(config: TrainConfig, *root_hashes: str) -> str:
@@ -122,23 +130,12 @@ def _unused(output: str, name: str) -> str:
     return next(candidate for candidate in names if candidate not in taken)
 
 
-def _git_tags() -> dict[str, str]:
-    """Commit and whether files differ from it; nothing where the code does not lie in a checkout."""
-
-    def git(*arguments: str) -> str:
-        answer = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        )
-        return answer.stdout.strip()
-
-    try:
-        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain")))}
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(TrainConfig, argv, prog="pipelines/train.py", doc=__doc__, plan=plan, execute=execute)
+    before = signal.signal(signal.SIGTERM, _end)  # until the ranks are there, and can be asked for a checkpoint
+    try:
+        return cli.run(TrainConfig, argv, prog="pipelines/train.py", doc=__doc__, plan=plan, execute=execute)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ FORBIDDEN = {
     "training": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "checkpoint": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "stylize": {"ray", "mlflow", "webdataset", "pydantic"},
-    "tracking": {"ray", "webdataset", "adaconv.!tracking,checkpoint,storage,errors"},
+    "tracking": {"ray", "webdataset", "adaconv.!tracking,checkpoint,storage,errors,images,stylize"},
     "orchestration": {"mlflow"},
 }
 # Only these rooms may name these libraries.

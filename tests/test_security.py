@@ -22,8 +22,8 @@ from adaconv.data.manifest import _text_of, open_version
 from adaconv.data.verify import verify_shard
 from adaconv.errors import CheckpointError, DatasetError, TrackingError
 from adaconv.stylize.outputs import pack_name, slug
-from adaconv.tracking.mlflow_tracker import default_uri
 from adaconv.tracking.registry import resolve_model
+from adaconv.tracking.runs import default_uri
 from tests.helpers import build_version, save_checkpoint
 
 

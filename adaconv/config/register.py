@@ -1,4 +1,6 @@
-"""Configuration of pipelines/register.py: a checkpoint to a named model version."""
+"""Configuration of pipelines/register.py: a checkpoint to a named model version, and aliases from one to another."""
+
+from pydantic import model_validator
 
 from adaconv.config.base import Config
 
@@ -9,14 +11,23 @@ class RegisterTrackingConfig(Config):
 
 
 class RegisterConfig(Config):
-    model: str
-    """Checkpoint folder (local or s3://), or a folder of runs or of one run, whose newest checkpoint is taken."""
+    model: str | None = None
+    """Checkpoint folder (local or s3://); a folder of runs or of one run, whose newest checkpoint is taken; or a
+    version that is there, models:/NAME@ALIAS or models:/NAME/VERSION, that an alias is moved to."""
     name: str = "adaconv"
-    """Registered model that gets a new version."""
+    """Registered model that the version belongs to."""
     alias: str | None = "candidate"
-    """Alias that is moved to the new version; `champion` is the one that jobs use."""
+    """Alias that is moved to the version; `champion` is the one that jobs use."""
+    rollback: str | None = None
+    """Instead of --model: an alias that is moved back to the version that it named before."""
     reason: str = ""
-    """Why the alias moves; kept with the version."""
+    """Why the alias moves; kept with the version and in the alias's history."""
     output: str | None = None
     """Folder for result.json; None writes none."""
     tracking: RegisterTrackingConfig = RegisterTrackingConfig()
+
+    @model_validator(mode="after")
+    def _says_which_version(self) -> "RegisterConfig":
+        if (self.model is None) == (self.rollback is None):
+            raise ValueError("give either --model, or --rollback with the alias to move back")
+        return self

@@ -99,7 +99,7 @@ def _try_storage(output: str) -> str:
 
 
 def _try_tracking(uri: str | None) -> str:
-    from adaconv.tracking.mlflow_tracker import ping
+    from adaconv.tracking.runs import ping
 
     if not uri or not uri.startswith("http"):
         return ""

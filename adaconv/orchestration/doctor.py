@@ -125,10 +125,10 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def tracking(config: DoctorConfig) -> Iterator[Finding]:
-    """The tracking backend answers; nothing is written."""
+    """The tracking backend answers; runs that dead processes left RUNNING are ended."""
     from adaconv import storage
     from adaconv.errors import TrackingError
-    from adaconv.tracking.mlflow_tracker import default_uri, ping
+    from adaconv.tracking.runs import client_of, default_uri, ping, reap
 
     try:
         local = Path(config.output) if storage.is_local(config.output) else Path.cwd()
@@ -137,6 +137,9 @@ def tracking(config: DoctorConfig) -> Iterator[Finding]:
             yield Finding("ok", f"tracking: {uri} is made by the first run; one machine only, a server serves a team")
             return
         yield Finding("ok", f"tracking: {uri} answers, {ping(uri)} experiments")
+        for dead in reap(client_of(uri)):
+            said = f"run {dead.name} ({dead.run_id}) was left RUNNING and is FAILED now: {dead.why}"
+            yield Finding("note", said, "the command that started it takes it up again")
     except TrackingError as error:
         yield Finding("FAIL", str(error), "start the server, or give --tracking-uri sqlite:////absolute/path.db")
 

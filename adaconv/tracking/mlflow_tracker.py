@@ -3,64 +3,60 @@
 driver   open_run() makes the run, or finds it again by its tag -> MlflowTracker, which travels to the first rank
          close_run() ends it with its true status
 rank 0   MlflowTracker: metrics, images and checkpoints through a spool on disk (spool.py)
+later    sync() hands over what an outage left in a spool
+
+Nobody waits for the server. Where it is down when a run is opened, whoever first reaches it makes the run; where it is
+down when a run ends, the status waits in the spool behind the metrics.
 """
 
+import getpass
+import json
 import logging
 import math
 import os
-import re
+import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric, RunTag
 from numpy.typing import NDArray
 from PIL import Image
 
 from adaconv.errors import TrackingError
-from adaconv.tracking.spool import Record, Spool
+from adaconv.tracking import provenance
+from adaconv.tracking.runs import (
+    ALIVE_TAG,
+    PROCESS_TAG,
+    RunDescription,
+    change_params,
+    client_of,
+    find_run,
+    is_permanent,
+    iso,
+    make_or_find,
+    process_here,
+    set_status,
+)
+from adaconv.tracking.spool import Record, Refused, Spool
+from adaconv.tracking.system_metrics import SystemMetrics
 from adaconv.tracking.tracker import flatten
 
 log = logging.getLogger(__name__)
 
-IDENTITY_TAG = "adaconv.run"
-_LONGEST_PARAM, _PARAMS_AT_ONCE, _LONGEST_DIGEST = 6000, 100, 36  # MLflow's limits
-_METRICS_AT_ONCE = 1000
+CHECKPOINTS_FILE = "checkpoints.json"
+_METRICS_AT_ONCE = 1000  # MLflow's limit
+_START_PATIENCE_SECONDS, _END_PATIENCE_SECONDS = 60.0, 30.0
+_BEAT_SECONDS = 60.0
+_UI_SIDE = 256  # of the small copy of a picture that MLflow's pages show
 
-
-def client_of(uri: str) -> MlflowClient:
-    # MLflow's own retries would hold a thread for minutes; the spool retries for as long as it takes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Some of MLflow looks at the process's own setting, whatever the client was told.
-    mlflow.set_tracking_uri(uri)
-    return MlflowClient(uri)
-
-
-def default_uri(uri: str | None, output: Path) -> str:
-    """The tracking URI to use: the one given, else MLFLOW_TRACKING_URI, else a SQLite file in the output folder."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
-        return f"sqlite:///{output / 'mlflow.db'}"
-    if uri.startswith("file:") or "://" not in uri:
-        raise TrackingError(
-            f"tracking.uri {uri}: MLflow no longer keeps runs in folders; use sqlite:////absolute/path.db or the "
-            "http:// address of a server"
-        )
-    if re.match(r"[^/]+://[^/@]*:[^/@]+@", uri):
-        raise TrackingError(
-            f"tracking.uri {uri.partition('://')[0]}://…@{uri.rpartition('@')[2]} carries a password, which would be "
-            "printed and kept with runs; give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a "
-            "database's by an MLflow server in front of it"
-        )
-    return uri
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def open_run(
@@ -76,172 +72,353 @@ def open_run(
 ) -> "MlflowTracker":
     """Make the run of this name, or take up the one that exists.
 
+    Where the server does not answer the training goes on: the run is made when it does.
+
     Args:
         uri: of the tracking server or database.
         experiment: made if need be.
         name: of the run; runs are found again by it, through a tag.
-        params: nested configuration, logged when the run is made: MLflow's parameters cannot change.
+        params: nested configuration, logged when the run is made; what a later start changes becomes tags.
         tags: further tags, also renewed when a run is taken up.
         datasets: context (`content`, `style`) to (source URI, root hash).
         config_yaml: kept as the artifact `config.yaml`.
         spool_directory: where the first rank keeps what is not handed over yet.
 
     Raises:
-        TrackingError: the server or database cannot be reached or refuses.
+        TrackingError: the server answers and refuses: credentials, a deleted run or experiment, no MLflow at all.
+    """
+    code = Path(__file__).parent
+    flat = flatten(params)
+    description = RunDescription(
+        experiment=experiment,
+        name=name,
+        params=flat,
+        tags={
+            **tags,
+            **provenance.git_tags(code),
+            "mlflow.source.name": "pipelines/train.py",
+            "mlflow.user": getpass.getuser(),
+        },
+        datasets=datasets,
+        files={"config.yaml": config_yaml, **provenance.files(code)},
+        started_ms=int(time.time() * 1000),
+        # A database has no place for artifacts of its own, and MLflow's default is the folder it happens to run in.
+        artifact_root=(spool_directory.parents[1] / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None,
+    )
+    tracker = MlflowTracker(uri, description, spool_directory)
+    try:
+        tracker.status(
+            "RUNNING", params=flat, tags={**description.tags, PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
+        )
+        problem = tracker.wait_for_server(timeout_seconds=_START_PATIENCE_SECONDS)
+    except OSError as error:
+        raise TrackingError(f"cannot keep a spool in {spool_directory}: {error}") from error
+    finally:
+        tracker.close()
+    if is_permanent(problem):
+        raise TrackingError(f"cannot open a run at {uri}: {problem}; pipelines/doctor.py checks tracking") from problem
+    if problem:
+        log.warning(
+            "tracking: %s does not answer; training goes on, and the run is made when it does. Until then everything "
+            "is kept in %s. The answer was: %s",
+            *(uri, spool_directory, problem),
+        )
+    tracker.start_heartbeat()
+    return tracker
+
+
+def close_run(tracker: "MlflowTracker", status: Status, *, error: str | None = None) -> bool:
+    """End the run with its true status; an outage is a warning, not the end of a finished training.
+
+    Returns:
+        whether everything is handed over, the status as well.
+    """
+    tracker.stop_heartbeat()
+    try:
+        tracker.status(status, error=error)
+        left = tracker.flush(timeout_seconds=_END_PATIENCE_SECONDS)
+    except OSError as problem:
+        log.warning("tracking: run %s could not be marked %s: %s", tracker.description.name, status, problem)
+        return False
+    finally:
+        tracker.close()
+    if left:
+        log.warning(
+            "tracking: %d records wait in %s; the next start of this run, or python pipelines/runs.py sync --runs %s, "
+            "hands them over",
+            *(left, tracker.spool, tracker.spool.parents[1]),
+        )
+    return not left
+
+
+def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: float = 300) -> tuple["MlflowTracker", int]:
+    """Hand over what waits in the spool of a run that is not going on.
+
+    Args:
+        spool_directory: of a run, as open_run made it.
+        uri: of a tracking server, where it is another one by now.
+        timeout_seconds: for all of it.
+
+    Returns:
+        the run's tracker, and how many records are left.
+
+    Raises:
+        TrackingError: the run is going on, the server refuses, or what lies there is no spool.
     """
     try:
-        client = client_of(uri)
-        experiment_id = _experiment(client, uri, experiment, spool_directory.parents[1])
-        run_id = _find(client, experiment_id, name)
-        if run_id is None:
-            run = client.create_run(experiment_id, run_name=name, tags={IDENTITY_TAG: name, **tags})
-            run_id = str(run.info.run_id)
-            flat = [Param(key, value[:_LONGEST_PARAM]) for key, value in flatten(params).items()]
-            for first in range(0, len(flat), _PARAMS_AT_ONCE):
-                client.log_batch(run_id, params=flat[first : first + _PARAMS_AT_ONCE])
-            client.log_inputs(run_id, [_dataset(context, *found) for context, found in datasets.items()])
-            client.log_text(run_id, config_yaml, "config.yaml")
-        else:
-            client.update_run(run_id, status="RUNNING")
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"cannot open a run at {uri}: {error}; pipelines/doctor.py checks tracking") from error
-    return MlflowTracker(uri, run_id, experiment_id, spool_directory)
-
-
-def close_run(
-    tracker: "MlflowTracker", status: Literal["FINISHED", "FAILED", "KILLED"], *, error: str | None = None
-) -> None:
-    """End the run with its true status; an outage is a warning, not the end of a finished training."""
-    left = tracker.flush(timeout_seconds=30)
-    tracker.close()
-    if left:
-        log.warning("tracking: %d records wait in %s; the next start of this run hands them over", left, tracker.spool)
-    try:
-        client = client_of(tracker.uri)
-        if error:
-            client.set_tag(tracker.run_id, "adaconv.error", error[:4000])
-        client.set_terminated(tracker.run_id, status)
-    except (MlflowException, OSError) as problem:
-        log.warning("tracking: run %s could not be marked %s: %s", tracker.run_id, status, problem)
-
-
-def _experiment(client: MlflowClient, uri: str, name: str, output: Path) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        # A database has no place for artifacts of its own, and MLflow's default is the folder it happens to run in.
-        location = (output / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-        return str(client.create_experiment(name, artifact_location=location))
-    if found.lifecycle_stage != "active":
-        raise TrackingError(f"experiment '{name}' at {uri} is deleted; restore it or choose --tracking.experiment")
-    return str(found.experiment_id)
-
-
-def _find(client: MlflowClient, experiment_id: str, name: str) -> str | None:
-    found = client.search_runs(
-        [experiment_id], f"tags.`{IDENTITY_TAG}` = '{name}'", run_view_type=ViewType.ACTIVE_ONLY, max_results=1
-    )
-    return str(found[0].info.run_id) if found else None
-
-
-def _dataset(context: str, source: str, root_hash: str) -> DatasetInput:
-    dataset = Dataset(name=context, digest=root_hash[:_LONGEST_DIGEST], source_type="adaconv", source=source)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+        told = json.loads((spool_directory / "run.json").read_text())
+        tracker = MlflowTracker(uri or told["uri"], RunDescription(**told["description"]), spool_directory)
+        tracker.take_over()
+        left = tracker.flush(timeout_seconds=timeout_seconds)
+        problem = tracker.problem
+        tracker.close()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrackingError(f"cannot hand over {spool_directory}: {error}") from error
+    if left and is_permanent(problem):
+        raise TrackingError(f"{tracker.uri} refuses what {spool_directory} holds: {problem}")
+    return tracker, left
 
 
 class MlflowTracker:
-    """A run that exists, told about from one process at a time. Pickles to its address; threads start on first use."""
+    """A run, told about from one process at a time. Pickles to its address; threads start on first use."""
 
-    def __init__(self, uri: str, run_id: str, experiment_id: str, spool_directory: Path) -> None:
-        self.uri, self.run_id, self.experiment_id, self.spool = uri, run_id, experiment_id, spool_directory
+    def __init__(self, uri: str, description: RunDescription, spool_directory: Path) -> None:
+        self.uri, self.description, self.spool = uri, description, spool_directory
+        self.run_id: str | None = None  # until the server was reached
+        self._start()
+
+    def _start(self) -> None:
         self._spool: Spool | None = None
         self._client: MlflowClient | None = None
-        self._last_step: dict[str, int] = {}
+        self._system: SystemMetrics | None = None
+        self._heart: threading.Event | None = None
+        self._step = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_spool": None, "_client": None, "_last_step": {}}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def reference(self) -> dict[str, str | None]:
+        """What a checkpoint keeps, so that its run is found again."""
+        told = self.description
+        return {"run_id": self.run_id, "run": told.name, "experiment": told.experiment, "tracking_uri": self.uri}
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
-        # JSON has no NaN; MLflow has.
-        self._open().append("metrics", step, {k: v if math.isfinite(v) else str(v) for k, v in values.items()})
+        self._step = step
+        if self._system is None:
+            self._system = SystemMetrics(lambda found: self._tell("metrics", self._step, _finite(found)))
+        self._tell("metrics", step, _finite(values))
 
     def image(self, key: str, pixels: NDArray[np.uint8], *, step: int) -> None:
-        spool, file = self._open(), f"{uuid.uuid4().hex}.png"
-        Image.fromarray(pixels).save(spool.images / file)
-        spool.append("image", step, {"key": key, "file": file})
+        spool, name = self._open(), uuid.uuid4().hex
+        try:
+            Image.fromarray(pixels).save(spool.images / f"{name}.png", compress_level=1)
+        except OSError as error:
+            log.warning("tracking: picture %s of step %d is lost: %s", key, step, error)
+            return
+        self._tell("image", step, {"key": key, "file": f"{name}.png"})
 
     def checkpoint(self, uri: str, *, step: int) -> None:
-        self._open().append("tags", step, {"adaconv.checkpoint": uri, "adaconv.checkpoint_step": str(step)})
+        self._tell("checkpoint", step, {"uri": uri})
+
+    def take_over(self) -> None:
+        """Become the one process that tells this run.
+
+        Raises:
+            BlockingIOError: another one does.
+        """
+        self._spool = Spool(self.spool, self._deliver)
+
+    def status(self, status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"], **more: Any) -> None:
+        """Say how the run is; kept in order with everything else that was told."""
+        self._tell("status", 0, {"status": status, **more})
 
     def flush(self, *, timeout_seconds: float) -> int:
         return self._open().flush(timeout_seconds=timeout_seconds)
 
+    def wait_for_server(self, *, timeout_seconds: float) -> Exception | None:
+        """Hand over until nothing is left, or until the first failure, which is returned."""
+        spool, deadline = self._open(), time.monotonic() + timeout_seconds
+        while spool.flush(timeout_seconds=0.2):
+            if spool.problem or time.monotonic() > deadline:
+                return spool.problem or TimeoutError(f"no answer in {timeout_seconds:.0f} s")
+        return None
+
+    @property
+    def problem(self) -> Exception | None:
+        return self._open().problem
+
     def close(self) -> None:
+        if self._system is not None:
+            self._system.stop()
+            self._system = None
         if self._spool is not None:
             self._spool.close()
             self._spool = None
 
+    def start_heartbeat(self) -> None:
+        """Sign every minute that this process, the driver, is alive; a thread does."""
+        self._heart = threading.Event()
+        threading.Thread(target=self._beat, args=(self._heart,), name="tracking-heartbeat", daemon=True).start()
+
+    def stop_heartbeat(self) -> None:
+        if self._heart is not None:
+            self._heart.set()
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(_BEAT_SECONDS):
+            try:
+                client = client_of(self.uri)
+                self.run_id = self.run_id or find_run(client, self.description.experiment, self.description.name)
+                if self.run_id:
+                    tags = {PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
+                    client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+            except Exception as error:  # an outage; the spool speaks of it
+                log.debug("tracking: no sign of life given: %s", error)
+
+    def _tell(self, kind: Literal["metrics", "image", "checkpoint", "status"], step: int, values: Any) -> None:
+        self._open().append(kind, step, values)
+
     def _open(self) -> Spool:
         if self._spool is None:
-            self._spool = Spool(self.spool, self._deliver)
+            try:
+                self._spool = Spool(self.spool, self._deliver)
+            except BlockingIOError as error:  # a rank before this one hangs: no reason to stop the training
+                self.spool = self.spool.with_name(f"{self.spool.name}-{os.getpid()}")
+                log.warning("tracking: %s; this process tells through %s", error, self.spool)
+                self._spool = Spool(self.spool, self._deliver)
+            described = {"uri": self.uri, "description": asdict(self.description)}
+            aside = self.spool / f"run.json.{os.getpid()}"
+            aside.write_text(json.dumps(described, indent=1))
+            aside.replace(self.spool / "run.json")
         return self._spool
 
     def _deliver(self, records: list[Record]) -> None:
-        """Called from the spool's thread; leaves out what the run has already."""
-        if self._client is None:
-            client = client_of(self.uri)
-            self._last_step = _steps_logged(client, self.run_id)
-            self._client = client
-        fresh: list[Metric] = []
-        last = dict(self._last_step)
-        for record in records:
-            if record.kind == "metrics":
-                for key, value in record.values.items():
-                    if record.step > last.get(key, -1):
-                        last[key] = record.step
-                        fresh.append(Metric(key, float(value), record.timestamp_ms, record.step))
-        for first in range(0, len(fresh), _METRICS_AT_ONCE):
-            self._client.log_batch(self.run_id, metrics=fresh[first : first + _METRICS_AT_ONCE])
-        self._last_step.update({metric.key: metric.step for metric in fresh})
+        """Called from the spool's thread; leaves out what the run has already.
+
+        After a failure nobody knows what arrived: the next call looks again.
+        """
+        try:
+            if self._client is None:
+                client = client_of(self.uri)
+                self.run_id = str(make_or_find(client, self.description).info.run_id)
+                self._logged = _Logged(client, self.run_id)
+                self._client = client
+            self._deliver_to(self._client, self.run_id or "", records)
+        except Exception as error:
+            refused = self._client is not None and getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+            self._client = None
+            if refused:
+                raise Refused(str(error)) from error
+            raise
+
+    def _deliver_to(self, client: MlflowClient, run_id: str, records: list[Record]) -> None:
+        points = [
+            Metric(key, float(value), record.timestamp_ms, record.step)
+            for record in records
+            if record.kind == "metrics"
+            for key, value in record.values.items()
+        ]
+        fresh = {(p.key, p.step): p for p in reversed(points) if not self._logged.has_metric(p.key, p.step)}
+        in_order = sorted(fresh.values(), key=lambda point: point.step)
+        for first in range(0, len(in_order), _METRICS_AT_ONCE):
+            chunk = in_order[first : first + _METRICS_AT_ONCE]
+            client.log_batch(run_id, metrics=chunk)
+            for point in chunk:
+                self._logged.add_metric(point.key, point.step)
         for record in records:
             if record.kind == "image":
-                self._deliver_image(self._client, record)
-            elif record.kind == "tags":
-                tags = [RunTag(key, value) for key, value in record.values.items()]
-                self._client.log_batch(self.run_id, tags=tags)
+                self._deliver_image(client, run_id, record)
+            elif record.kind == "status":
+                self._deliver_status(client, run_id, record)
+        if found := {r.step: r for r in records if r.kind == "checkpoint"}:
+            self._deliver_checkpoints(client, run_id, found)
 
-    def _deliver_image(self, client: MlflowClient, record: Record) -> None:
+    def _deliver_image(self, client: MlflowClient, run_id: str, record: Record) -> None:
+        """As MlflowClient.log_image does, but under names that are the same when it is done again."""
         key, file = record.values["key"], self.spool / "images" / record.values["file"]
-        if record.step > self._last_step.get(f"image:{key}", -1) and file.exists():
-            with Image.open(file) as image:
-                client.log_image(
-                    self.run_id, image, key=key, step=record.step, timestamp=record.timestamp_ms, synchronous=True
-                )
-            self._last_step[f"image:{key}"] = record.step
+        if self._logged.has_image(key, record.step) or not file.exists():
+            return
+        name = f"{key.replace('/', '~')}+step+{record.step}+timestamp+{record.timestamp_ms}+{file.stem}"
+        with tempfile.TemporaryDirectory(prefix="adaconv-image-") as scratch, Image.open(file) as image:
+            small = image.copy()
+            small.thumbnail((_UI_SIDE, _UI_SIDE))
+            small.save(Path(scratch) / f"{name}+compressed.webp")
+            client.log_artifact(run_id, str(Path(scratch) / f"{name}+compressed.webp"), "images")
+            whole = Path(scratch) / f"{name}.png"
+            whole.write_bytes(file.read_bytes())
+            client.log_artifact(run_id, str(whole), "images")  # last: it says that the step is there
+        client.set_tag(run_id, "mlflow.loggedImages", "True")  # MLflow's pages look for images only with it
+        self._logged.images.add((key, record.step))
+
+    def _deliver_status(self, client: MlflowClient, run_id: str, record: Record) -> None:
+        values, when = record.values, record.timestamp_ms
+        set_status(client, run_id, values["status"], when_ms=when, error=values.get("error"))
+        tags = [RunTag(name, value) for name, value in values.get("tags", {}).items()]
+        client.log_batch(run_id, tags=tags)
+        if change_params(client, client.get_run(run_id), values.get("params", {}), when_ms=when):
+            client.log_text(run_id, self.description.files["config.yaml"], f"config-{iso(when).replace(':', '')}.yaml")
+
+    def _deliver_checkpoints(self, client: MlflowClient, run_id: str, records: dict[int, Record]) -> None:
+        """The newest as tags, all of them as an artifact."""
+        told = {one["step"]: one for one in self._logged.checkpoints(client)}
+        told |= {step: {"step": step, "uri": r.values["uri"], "time_ms": r.timestamp_ms} for step, r in records.items()}
+        client.log_text(run_id, json.dumps([told[step] for step in sorted(told)], indent=1), CHECKPOINTS_FILE)
+        newest = records[max(records)]
+        tags = {"adaconv.checkpoint": newest.values["uri"], "adaconv.checkpoint_step": str(newest.step)}
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _steps_logged(client: MlflowClient, run_id: str) -> dict[str, int]:
-    """The last step that the run has of each metric, and of each image series as `image:<key>`."""
-    steps = {
-        key: max(point.step for point in client.get_metric_history(run_id, key))
-        for key in client.get_run(run_id).data.metrics
-    }
-    for artifact in client.list_artifacts(run_id, "images"):
-        # MLflow names them `<key with ~ for />+step+<n>+timestamp+<ms>+<uuid>.png`
-        key, _, rest = Path(artifact.path).name.partition("+step+")
-        if rest:
-            name = "image:" + key.replace("~", "/")
-            steps[name] = max(steps.get(name, -1), int(rest.partition("+")[0]))
-    return steps
+class _Logged:
+    """What a run has: the newest step of each metric at once; all steps of one only when it is told an older step."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+        self._newest = {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
+        self._steps: dict[str, set[int]] = {}
+        self.images = set()
+        for artifact in client.list_artifacts(run_id, "images"):
+            key, _, rest = Path(artifact.path).name.partition("+step+")
+            if rest.endswith(".png"):
+                self.images.add((key.replace("~", "/"), int(rest.partition("+")[0])))
+
+    def has_metric(self, key: str, step: int) -> bool:
+        if key not in self._newest or step > self._newest[key]:
+            return False
+        if key not in self._steps:
+            self._steps[key] = {point.step for point in self._client.get_metric_history(self._run_id, key)}
+        return step in self._steps[key]
+
+    def add_metric(self, key: str, step: int) -> None:
+        self._newest[key] = max(step, self._newest.get(key, step))
+        if key in self._steps:
+            self._steps[key].add(step)
+
+    def has_image(self, key: str, step: int) -> bool:
+        return (key, step) in self.images
+
+    def checkpoints(self, client: MlflowClient) -> list[dict[str, Any]]:
+        return logged_checkpoints(client, self._run_id)
 
 
-def ping(uri: str) -> int:
-    """How many experiments a tracking backend has.
+def logged_checkpoints(client: MlflowClient, run_id: str) -> list[dict[str, Any]]:
+    """Every checkpoint that a run told of: step, uri, time_ms; retention may have removed it since."""
+    if CHECKPOINTS_FILE not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+        return []
+    with tempfile.TemporaryDirectory(prefix="adaconv-checkpoints-") as scratch:
+        found: list[dict[str, Any]] = json.loads(
+            Path(client.download_artifacts(run_id, CHECKPOINTS_FILE, scratch)).read_text()
+        )
+    return found
 
-    Raises:
-        TrackingError: it does not answer.
-    """
-    try:
-        return len(client_of(uri).search_experiments())
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"tracking: {uri} does not answer: {error}") from error
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN; MLflow has."""
+    return {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+
+
+def _now() -> str:
+    return str(int(time.time() * 1000))

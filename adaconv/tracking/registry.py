@@ -1,27 +1,29 @@
-"""Checkpoints to named model versions, and any name of a model back to a local folder."""
+"""Checkpoints to named model versions, aliases with their history, and any name of a model back to a local folder."""
 
-import importlib.metadata
+import contextlib
+import getpass
+import json
 import logging
+import os
 import re
 import tempfile
-import warnings
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlflow
-import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
 
-import adaconv
-from adaconv import checkpoint
+from adaconv import checkpoint, storage
 from adaconv.errors import CheckpointError, TrackingError, UsageError
-from adaconv.tracking.mlflow_tracker import client_of
+from adaconv.tracking.logged_model import card_of, log_model
+from adaconv.tracking.runs import client_of, find_run, iso
 
 log = logging.getLogger(__name__)
 
-_REQUIREMENTS = ("mlflow", "torch", "numpy", "pillow", "safetensors", "fsspec")
+_MOVES_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,101 @@ class RegisteredVersion:
     run_id: str
 
 
-def register(checkpoint_uri: str, *, name: str, alias: str | None, reason: str, tracking_uri: str) -> RegisteredVersion:
-    """Log a checkpoint's model with the run that made it, and give it the next version of a name.
+@dataclass(frozen=True)
+class Move:
+    """One move of an alias: to which version, from which (None: it was new), by whom, why, and how good that was."""
+
+    version: str
+    before: str | None
+    by: str
+    why: str
+    at: str
+    metrics: dict[str, float]
+    rollback: bool = False
+
+
+def register(model: str, *, name: str, alias: str | None, reason: str, tracking_uri: str) -> RegisteredVersion:
+    """Give a checkpoint's model a version of a name, and an alias to the version.
+
+    A checkpoint that has a version of this name already gets no second one; a registered version is only renamed.
 
     Args:
-        checkpoint_uri: a whole checkpoint; its `meta.json` names the run.
+        model: a whole checkpoint, whose `meta.json` names the run; or models:/NAME@ALIAS, models:/NAME/VERSION.
         name: of the registered model.
-        alias: moved to the new version; None moves none.
-        reason: kept as a tag of the version.
+        alias: moved to the version; None moves none.
+        reason: why, kept with the version and in the alias's history.
         tracking_uri: of the server or database that holds the run.
 
     Raises:
         CheckpointError: the checkpoint is not whole, or was not made by a tracked run.
+        UsageError: a version of another name.
         TrackingError: the registry cannot be reached or refuses.
     """
-    folder = checkpoint.fetch(checkpoint_uri)
-    meta = checkpoint.load_meta(folder)
-    run_id = meta.get("run_id")
-    if run_id is None:
-        raise CheckpointError(f"{checkpoint_uri} names no tracking run; register a checkpoint of pipelines/train.py")
     try:
         client = client_of(tracking_uri)
-        status = client.get_run(run_id).info.status
-        logged = _log_model(folder, run_id, step=meta["step"])
-        client.set_terminated(run_id, status)  # logging opened the run again
-        version = mlflow.register_model(logged, name, tags={"checkpoint": checkpoint_uri, "step": str(meta["step"])})
+        if model.startswith("models:/"):
+            version = _version_named(client, model, name)
+        else:
+            version = _version_of_checkpoint(client, model, name)
         if alias:
-            client.set_registered_model_alias(name, alias, version.version)
-            client.set_model_version_tag(name, version.version, f"alias.{alias}.reason", reason or "registered")
+            move_alias(client, name, alias, version, why=reason or "registered")
     except (MlflowException, OSError) as error:
         raise TrackingError(f"cannot register {name} at {tracking_uri}: {error}") from error
     uri = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version.version}"
-    return RegisteredVersion(name, str(version.version), alias, uri, run_id)
+    return RegisteredVersion(name, str(version.version), alias, uri, version.run_id)
+
+
+def rollback(*, name: str, alias: str, reason: str, tracking_uri: str) -> RegisteredVersion:
+    """Move an alias back to where it was before its present version got it; again, one further back.
+
+    Raises:
+        TrackingError: there is no such alias, nothing to go back to, or the registry cannot be reached.
+    """
+    try:
+        client = client_of(tracking_uri)
+        now = str(client.get_model_version_by_alias(name, alias).version)
+        moved = [move for move in history_of(client, name, alias) if move.version == now and not move.rollback]
+        if not moved or moved[-1].before is None:
+            raise TrackingError(
+                f"models:/{name}@{alias} is version {now}, and nothing says what it was before; name a version: "
+                f"pipelines/register.py --model models:/{name}/VERSION --name {name} --alias {alias}"
+            )
+        version = client.get_model_version(name, moved[-1].before)
+        move_alias(client, name, alias, version, why=reason or f"back from version {now}", rollback=True)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"cannot move {name}@{alias} back at {tracking_uri}: {error}") from error
+    return RegisteredVersion(name, str(version.version), alias, f"models:/{name}@{alias}", version.run_id)
+
+
+def move_alias(
+    client: MlflowClient, name: str, alias: str, version: ModelVersion, *, why: str, rollback: bool = False
+) -> None:
+    """Point an alias to a version, and say who did, why, and with which metrics: at the version and in the history."""
+    before = client.get_registered_model(name).aliases.get(alias)
+    if before is not None and str(before) == str(version.version):
+        return
+    move = Move(
+        version=str(version.version),
+        before=None if before is None else str(before),
+        by=os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser(),
+        why=why,
+        at=iso(int(time.time() * 1000)),
+        metrics={key: float(value) for key, value in json.loads(version.tags.get("metrics", "{}")).items()},
+        rollback=rollback,
+    )
+    client.set_registered_model_alias(name, alias, version.version)
+    told = {"reason": move.why, "by": move.by, "at": move.at, "from": move.before or "none"}
+    told["metrics"] = ", ".join(f"{key} {value:.6g}" for key, value in move.metrics.items()) or "none"
+    for key, value in told.items():
+        client.set_model_version_tag(name, version.version, f"alias.{alias}.{key}", value)
+    history = [*history_of(client, name, alias), move][-_MOVES_KEPT:]
+    client.set_registered_model_tag(name, f"alias.{alias}.history", json.dumps([asdict(one) for one in history]))
+
+
+def history_of(client: MlflowClient, name: str, alias: str) -> list[Move]:
+    """Every move of an alias, oldest first."""
+    tags = client.get_registered_model(name).tags
+    return [Move(**move) for move in json.loads(tags.get(f"alias.{alias}.history", "[]"))]
 
 
 def resolve_model(uri: str, *, tracking_uri: str | None) -> tuple[str, Path]:
@@ -108,8 +173,6 @@ def find_checkpoint(path: str) -> str:
     Raises:
         CheckpointError: there is none.
     """
-    from adaconv import storage
-
     if storage.exists(storage.join(path, "meta.json")):
         return path
     runs = [path, *storage.list_directories(path)]
@@ -122,33 +185,35 @@ def find_checkpoint(path: str) -> str:
     return max(found, key=lambda uri: checkpoint.load_meta(checkpoint.fetch(uri))["time"])
 
 
-def _log_model(folder: Path, run_id: str, *, step: int) -> str:
-    """Log the model with its run; returns its models:/ URI."""
-    picture = (-1, -1, -1, 3)
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), picture, name) for name in ("content", "style")]),
-        outputs=Schema([TensorSpec(np.dtype(np.uint8), picture)]),
+def _version_named(client: MlflowClient, uri: str, name: str) -> ModelVersion:
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", uri)
+    if found is None or found[1] != name:
+        raise UsageError(f"expected models:/{name}@ALIAS or models:/{name}/VERSION, found {uri}")
+    return client.get_model_version_by_alias(name, found[2]) if found[2] else client.get_model_version(name, found[3])
+
+
+def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str) -> ModelVersion:
+    folder = checkpoint.fetch(checkpoint_uri)
+    meta = checkpoint.load_meta(folder)
+    run_id = meta.get("run_id") or find_run(client, meta.get("experiment", ""), meta.get("run", ""))
+    if run_id is None:
+        raise CheckpointError(
+            f"{checkpoint_uri} names no tracking run that is known here; register a checkpoint of pipelines/train.py, "
+            "after pipelines/runs.py sync if its server was down"
+        )
+    run = client.get_run(run_id)
+    logged = log_model(client, run, folder, checkpoint_uri=checkpoint_uri)
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if version.source == logged.artifact_location:
+            return version
+    with contextlib.suppress(MlflowException):  # it is there already
+        client.create_registered_model(name, description="AdaConv: a content drawn in a style, pictures in and out.")
+    return client.create_model_version(
+        name,
+        logged.artifact_location,
+        run_id=run_id,
+        model_id=logged.model_id,
+        # The registry forgets which logged model a version is; its params are the metrics at its step.
+        tags={"checkpoint": checkpoint_uri, "step": str(meta["step"]), "metrics": json.dumps(logged.params)},
+        description=card_of(client, logged),
     )
-    package = Path(adaconv.__file__).parent
-    with tempfile.TemporaryDirectory(prefix="adaconv-register-") as scratch:
-        model = Path(scratch) / "model"
-        model.mkdir()
-        checkpoint.copy_model(folder, model)
-        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Add type hints", UserWarning)  # served_model.py says why there are none
-            logged = mlflow.pyfunc.log_model(
-                name="stylizer",
-                python_model=str(package / "tracking" / "served_model.py"),
-                artifacts={"model": str(model)},
-                code_paths=[str(package)],
-                signature=signature,
-                input_example={name: np.zeros((1, 32, 32, 3), np.uint8) for name in ("content", "style")},
-                pip_requirements=[f"{name}=={_release(name)}" for name in _REQUIREMENTS],
-                step=step,
-            )
-    return str(logged.model_uri)
-
-
-def _release(package: str) -> str:
-    """The version without a build tag: `2.13.0`, not `2.13.0+cpu`, which no index holds."""
-    return importlib.metadata.version(package).partition("+")[0]

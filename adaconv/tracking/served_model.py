@@ -1,35 +1,88 @@
 """The registered model as MLflow loads it: from this code and safetensors, with nothing unpickled.
 
-Inputs are pictures of one size each: `content` and `style`, (1, H, W, 3) uint8; the answer is (1, H, W, 3) uint8.
+A row has a `content` and a `style`. Each is the bytes of an image file (in JSON: in base64), or pixels (H, W, 3) uint8;
+a whole column may be an array (n, H, W, 3). The answer is of the kind that the content was: `stylized`, the bytes of a
+PNG, or pixels of the content's size.
 """
 
+import base64
+import binascii
+import io
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from adaconv.checkpoint import load_network
+from adaconv.errors import UsageError
+from adaconv.images import ImageError, decode
+from adaconv.stylize.stylizer import Stylizer
 
 
 class ServedStylizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
-        self.network, self.info = load_network(Path(context.artifacts["model"]))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.stylizer = Stylizer.from_folder(Path(context.artifacts["model"]), device=device)
 
-    # Without type hints: MLflow would check inputs by them instead of by the signature, and knows none for arrays.
+    # Hints would make MLflow check inputs by them instead of by the signature, and it knows none for pictures.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        content, style = (_to_float(np.asarray(model_input[name])) for name in ("content", "style"))
-        with torch.inference_mode():
-            stylized = self.network(content, style)
-        pixels: NDArray[np.uint8] = stylized.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return pixels
+        side = int((params or {}).get("style_side", 256))
+        contents, styles = (_rows(model_input[name]) for name in ("content", "style"))
+        if len(contents) != len(styles):
+            raise UsageError(f"expected as many styles as contents, found {len(styles)} and {len(contents)}")
+        stylized = [
+            self.stylizer.stylize(picture(c, "content"), self.stylizer.style_pack(picture(s, "style"), side=side))
+            for c, s in zip(contents, styles, strict=True)
+        ]
+        if contents and isinstance(contents[0], (bytes, bytearray, str)):
+            return pd.DataFrame({"stylized": [_png(image) for image in stylized]})
+        pixels: list[NDArray[np.uint8]] = [np.asarray(image) for image in stylized]
+        return np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
 
 
-def _to_float(pixels: NDArray[np.uint8]) -> torch.Tensor:
-    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float().div(255)
+def _rows(column: Any) -> list[Any]:
+    """MLflow puts a list of texts, as JSON has it, into one row."""
+    rows: list[Any] = []
+    for value in column:
+        rows += value if isinstance(value, list) and value and isinstance(value[0], (str, bytes)) else [value]
+    return rows
+
+
+def picture(value: Any, name: str) -> Image.Image:
+    """An RGB picture of what a caller gave.
+
+    Raises:
+        UsageError: it is neither an image file nor pixels.
+    """
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value)
+        except binascii.Error as error:
+            raise UsageError(f"{name}: expected an image file in base64, found other text: {error}") from None
+    if isinstance(value, (bytes, bytearray)):
+        try:
+            return decode(bytes(value))
+        except ImageError as error:
+            raise UsageError(f"{name}: {error}") from None
+    pixels = np.asarray(value)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype.kind not in "ui":
+        raise UsageError(
+            f"{name}: expected the bytes of an image file, or pixels (H, W, 3) uint8, found {pixels.dtype} of shape "
+            f"{pixels.shape}; a column of pixels is (n, H, W, 3)"
+        )
+    if pixels.size and (pixels.min() < 0 or pixels.max() > 255):
+        raise UsageError(f"{name}: expected pixels from 0 to 255, found {pixels.min()} to {pixels.max()}")
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 mlflow.models.set_model(ServedStylizer())

@@ -2,33 +2,46 @@
 
     records.jsonl   one record a line, appended and never changed
     drained         how many bytes of it have been handed over
+    refused.jsonl   records that the server will never take, each with its answer
     images/         the pictures that records point to, removed once handed over
+    lock            held by the process that writes and hands over; the kernel lets go of it with the process
 
 A thread hands records over in order. It is idempotent from end to end: what was handed over and not yet noted, or is
 told again after a rollback, is recognised by its step and left out.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
+Kind = Literal["metrics", "image", "checkpoint", "status"]
+
 _LONGEST_WAIT_SECONDS = 60.0
 _RECORDS_AT_ONCE = 500
+_PENDING_AT_MOST = 100_000  # lines kept in memory while the disk takes none
+_OWNER_GOES_SECONDS = 15.0
+_FAILURES_WAITED_FOR = 5
+
+
+class Refused(Exception):
+    """The other side will not take a record, now or later; `str()` is what it answered."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """`values`: metric names and values; or, for an image, its key and the file's name; or tags."""
+    """`values`: metric names and values; an image's key and file; a checkpoint; or the status of the run."""
 
-    kind: Literal["metrics", "image", "tags"]
+    kind: Kind
     step: int
     timestamp_ms: int
     values: dict[str, Any]
@@ -38,44 +51,53 @@ class Spool:
     """Appends records to a folder and hands them to `deliver` from a thread of its own.
 
     Args:
-        directory: made if need be; one writer at a time.
+        directory: made if need be.
         deliver: is handed records in order and raises when the other side did not take them; it must leave out what it
-            took before.
+            took before. `Refused` sets a record aside for good.
         interval_seconds: between two looks at new records.
+
+    Raises:
+        BlockingIOError: another process has the folder and keeps it.
     """
 
     def __init__(
-        self, directory: Path, deliver: Callable[[list[Record]], None], *, interval_seconds: float = 1.0
+        self, directory: Path, deliver: Callable[[list[Record]], None], *, interval_seconds: float = 5.0
     ) -> None:
         self.directory, self._deliver, self._interval_seconds = directory, deliver, interval_seconds
         self.images = directory / "images"
         self.images.mkdir(parents=True, exist_ok=True)
+        self._owner = _own(directory / "lock")
         self._records, self._drained = directory / "records.jsonl", directory / "drained"
         self._drop_torn_line()
-        self._file = self._records.open("ab")
+        self._file = self._records.open("ab", buffering=0)
+        self._size = self._file.tell()
+        self._pending: list[bytes] = []
         self._offset = int(self._drained.read_text()) if self._drained.exists() else 0
         self._lock, self._wake, self._stop = threading.Lock(), threading.Event(), threading.Event()
-        self._outage = False
+        self.problem: Exception | None = None
+        self._failures = 0
         self._thread = threading.Thread(target=self._run, name="tracking-spool", daemon=True)
         self._thread.start()
 
-    def append(self, kind: Literal["metrics", "image", "tags"], step: int, values: dict[str, Any]) -> None:
-        """Keep a record; it is on disk, not yet synced, when this returns."""
+    def append(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        """Keep a record: on disk, not yet synced, when this returns; in memory while the disk is full."""
         line = {"kind": kind, "step": step, "timestamp_ms": int(time.time() * 1000), "values": values}
         with self._lock:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
+            self._pending.append(json.dumps(line).encode() + b"\n")
+            self._write_pending()
 
     def left(self) -> int:
         """Records that have not been handed over."""
         with self._records.open("rb") as file:
             file.seek(self._offset)
-            return sum(1 for _ in file)
+            return sum(1 for _ in file) + len(self._pending)
 
     def flush(self, *, timeout_seconds: float) -> int:
-        """Hand over what is there; returns how many records are left when the time is up."""
-        deadline = time.monotonic() + timeout_seconds
-        while self.left() and time.monotonic() < deadline:
+        """Hand over what is there; returns how many records are left when the time is up, or the other side has
+        failed so often meanwhile that nobody should wait for it.
+        """
+        deadline, failures = time.monotonic() + timeout_seconds, self._failures
+        while self.left() and time.monotonic() < deadline and self._failures < failures + _FAILURES_WAITED_FOR:
             self._wake.set()
             time.sleep(0.05)
         return self.left()
@@ -86,6 +108,22 @@ class Spool:
         self._wake.set()
         self._thread.join(timeout=_LONGEST_WAIT_SECONDS)
         self._file.close()
+        os.close(self._owner)
+
+    def _write_pending(self) -> None:
+        data = b"".join(self._pending)
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(f"{self._records}: the disk took only a part")
+        except OSError as error:  # a full disk is no reason to stop training
+            with contextlib.suppress(OSError):
+                os.truncate(self._records, self._size)
+            if len(self._pending) == 1:
+                log.warning("tracking: cannot write to %s: %s; records wait in memory", self._records, error)
+            del self._pending[:-_PENDING_AT_MOST]
+        else:
+            self._size += len(data)
+            self._pending.clear()
 
     def _drop_torn_line(self) -> None:
         """A kill may have cut the last line short; nothing was promised for it."""
@@ -104,25 +142,33 @@ class Spool:
                 while self._drain_some():
                     pass
                 wait = self._interval_seconds
-                if self._outage:
+                if self.problem:
                     log.info("tracking: the server answers again; all records are handed over")
-                self._outage = False
+                self.problem = None
             except Exception as error:  # whatever it is, training goes on and the records stay
                 wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
-                if not self._outage:
+                if not self.problem:
                     log.warning(
                         "tracking: records are kept in %s until the server takes them: %s", self.directory, error
                     )
-                self._outage = True
+                self.problem = error
+                self._failures += 1
 
     def _drain_some(self) -> bool:
+        if self._pending:
+            with self._lock:
+                self._write_pending()
         with self._records.open("rb") as file:
             file.seek(self._offset)
             lines = [line for _, line in zip(range(_RECORDS_AT_ONCE), file, strict=False) if line.endswith(b"\n")]
         if not lines:
             return False
-        records = [Record(**json.loads(line)) for line in lines]
-        self._deliver(records)
+        records = [record for line in lines if (record := _parse(line)) is not None]
+        try:
+            self._deliver(records)
+        except Refused:
+            for record in records:
+                self._deliver_or_set_aside(record)
         self._offset += sum(map(len, lines))
         aside = self._drained.with_suffix(".tmp")
         aside.write_text(str(self._offset))
@@ -131,3 +177,34 @@ class Spool:
             if record.kind == "image":
                 (self.images / record.values["file"]).unlink(missing_ok=True)
         return True
+
+    def _deliver_or_set_aside(self, record: Record) -> None:
+        try:
+            self._deliver([record])
+        except Refused as error:
+            log.warning("tracking: the server refuses a record of step %d: %s", record.step, error)
+            with (self.directory / "refused.jsonl").open("a") as file:
+                file.write(json.dumps({**asdict(record), "answer": str(error)}) + "\n")
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        return Record(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        log.warning("tracking: passing over a damaged record (%s): %.80r", error, line)
+        return None
+
+
+def _own(path: Path) -> int:
+    """Lock a file for this process; one that is being killed may take a moment to let go."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + _OWNER_GOES_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise BlockingIOError(f"{path}: another process tells this run; it must end first") from None
+            time.sleep(0.1)

@@ -1,8 +1,10 @@
 """What a user can get wrong is answered in one clear line, with exit code 1 or 2 and no traceback."""
 
+import http.server
 import importlib
 import os
 import stat
+import threading
 
 import pytest
 
@@ -122,11 +124,25 @@ def test_a_damaged_checkpoint_is_named(capsys, folders):
     assert "model.safetensors is not the file that was saved" in err
 
 
-def test_a_tracking_server_that_is_not_there_is_said_soon(capsys, content_version, style_version, tmp_path):
+def test_a_tracking_server_that_is_none_is_said_soon(capsys, content_version, style_version, tmp_path):
+    """Some other server listens there: it answers, so this is no outage that a training could outlast."""
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{other.server_port}"
     argv = ("--content", content_version.root, "--style", style_version.root, "--output", tmp_path)
-    code, err = answer(capsys, "train", *argv, "--tracking.uri", "http://127.0.0.1:9")
+    code, err = answer(capsys, "train", *argv, "--tracking.uri", uri)
+    other.shutdown()
+    other.server_close()
     assert code == 1
-    assert "http://127.0.0.1:9" in err
+    assert f"cannot open a run at {uri}" in err
+
+
+def test_a_password_in_a_tracking_uri_is_refused_and_not_repeated(capsys, content_version, style_version, tmp_path):
+    argv = ("--content", content_version.root, "--style", style_version.root, "--output", tmp_path)
+    code, err = answer(capsys, "train", *argv, "--tracking.uri", "http://ann:secret@127.0.0.1:9")
+    assert code == 1
+    assert "give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in err
+    assert "secret" not in err
 
 
 @pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])

@@ -52,6 +52,7 @@ def test_the_demo_ends_with_its_results(demo):
     assert list(result["seconds_of"]) == ["shard photographs", "shard paintings", "train", "register", "stylize"]
     assert "mlflow ui --backend-store-uri" in done.stdout
     assert Path(result["gallery"]).exists()
+    assert Path(result["samples_over_time"]).exists()
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -85,7 +86,11 @@ def test_one_finished_run_holds_curves_grids_and_lineage(demo):
     assert run.data.tags["adaconv.content_hash"] == open_version(str(root / "data" / "photos")).root_hash
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"content", "style"}
     images = [f.path for f in client.list_artifacts(run.info.run_id, "images")]
-    assert any("grid" in path and "step+0" in path.replace("%", "+") for path in images)
+    assert any("grid" in path and "step+0" in path for path in images)
+    files = {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "environment.txt", "checkpoints.json", "time-machine.html"} <= files
+    models = client.search_logged_models([run.info.experiment_id])
+    assert {model.tags["adaconv.roles"] for model in models} == {"best,last"}  # registered as it is
 
 
 LOAD = """

@@ -1,14 +1,11 @@
 """One training is one MLflow run, on a real database and a real server."""
 
-import contextlib
 import math
-import os
 import pickle
-import socket
+import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +13,22 @@ import pytest
 from mlflow import MlflowClient
 
 from adaconv.errors import TrackingError
-from adaconv.tracking.mlflow_tracker import close_run, default_uri, open_run
+from adaconv.tracking import mlflow_tracker
+from adaconv.tracking import spool as spool_module
+from adaconv.tracking.mlflow_tracker import close_run, logged_checkpoints, open_run, sync
+from adaconv.tracking.runs import client_of, default_uri, make_or_find, reap
+from tests.servers import MlflowServer
+
+SLOW = pytest.mark.slow
 
 
-def start(uri: str, folder: Path, name: str = "run-1"):
+def start(uri: str, folder: Path, name: str = "run-1", **train):
     return open_run(
         uri=uri,
         experiment="test",
         name=name,
-        params={"train": {"steps": 4, "long": "x" * 7000}, "model": {"name": "tiny"}},
-        tags={"git.commit": "abc"},
+        params={"train": {"steps": 4, "long": "x" * 7000, **train}, "model": {"name": "tiny", "groups": [1, 2]}},
+        tags={"adaconv.content_hash": "f" * 64},
         datasets={"content": ("/data/photos@v1", "f" * 64)},
         config_yaml="train: {steps: 4}\n",
         spool_directory=folder / "run-1" / "spool",
@@ -46,15 +49,25 @@ def test_a_run_keeps_what_training_tells_and_ends_with_its_status(tmp_path, data
     for step in (1, 2, 3):
         tracker.metrics({"train/loss": 1 / step, "train/odd": math.nan}, step=step)
     tracker.image("samples/grid", np.zeros((8, 8, 3), np.uint8), step=2)
+    tracker.checkpoint("/runs/step-00000001", step=1)
     tracker.checkpoint("/runs/step-00000003", step=3)
-    close_run(tracker, "FINISHED")
+    assert close_run(tracker, "FINISHED")
 
     run = MlflowClient(database).get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert points(database, tracker.run_id, "train/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert len(points(database, tracker.run_id, "train/odd")) == 3
     assert run.data.params["train.steps"] == "4"
+    assert run.data.params["model.groups"] == "[1, 2]"
     assert len(run.data.params["train.long"]) == 6000
+    assert run.data.params["train.long"].endswith("…")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert run.data.tags["git.commit"] == run.data.tags["mlflow.source.git.commit"] == commit
+    assert run.data.tags["git.dirty"] in ("True", "False")
+    client = MlflowClient(database)
+    assert Path(client.download_artifacts(tracker.run_id, "config.yaml")).read_text() == "train: {steps: 4}\n"
+    assert "torch==" in Path(client.download_artifacts(tracker.run_id, "environment.txt")).read_text()
+    assert [one["step"] for one in logged_checkpoints(client, tracker.run_id)] == [1, 3]
     assert run.data.tags["adaconv.checkpoint"] == "/runs/step-00000003"
     assert run.inputs.dataset_inputs[0].dataset.digest == "f" * 36
     artifacts = MlflowClient(database).list_artifacts(tracker.run_id, "images")
@@ -111,64 +124,232 @@ def test_where_runs_go_is_said_or_found(tmp_path, monkeypatch):
     assert default_uri("sqlite:////x.db", tmp_path) == "sqlite:////x.db"
     with pytest.raises(TrackingError, match="no longer keeps runs in folders"):
         default_uri("./mlruns", tmp_path)
+    with pytest.raises(TrackingError, match="in MLFLOW_TRACKING_USERNAME"):
+        default_uri("https://ann:secret@example.org/mlflow", tmp_path)
+    assert default_uri("https://example.org/a:b@c", tmp_path) == "https://example.org/a:b@c"
 
 
-def test_a_server_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    with pytest.raises(TrackingError, match=r"cannot open a run at http://127\.0\.0\.1:9"):
-        start("http://127.0.0.1:9", tmp_path)
+def test_what_a_later_start_changes_is_told_as_tags(tmp_path, database):
+    close_run(start(database, tmp_path, workers=2), "KILLED")
+    close_run(start(database, tmp_path, workers=4), "FAILED", error="lost")
+    last = start(database, tmp_path, workers=8)
+    close_run(last, "FINISHED")
+    run = MlflowClient(database).get_run(last.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.workers"] == "2"
+    told = run.data.tags["changed.train.workers"]
+    assert told.startswith("2 -> 4 at 20")
+    assert "; -> 8 at 20" in told
+    assert [name for name in run.data.tags if name.startswith("changed.")] == ["changed.train.workers"]
+    assert "adaconv.error" not in run.data.tags  # of the start that failed
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A real MLflow server on loopback that can be stopped and started: (uri, start, stop)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri, processes = f"http://127.0.0.1:{port}", []
+def test_steps_older_than_the_newest_fill_the_gaps_only(tmp_path, database):
+    """Another machine's spool comes late: what nobody told yet is logged, what is there is not."""
+    tracker = start(database, tmp_path)
+    for step in (10, 11, 12):
+        tracker.metrics({"train/loss": float(step)}, step=step)
+    tracker.flush(timeout_seconds=20)
+    tracker.close()
+    late = start(database, tmp_path / "elsewhere")
+    for step in (8, 9, 10, 11):
+        late.metrics({"train/loss": -1.0, "train/other": 1.0}, step=step)
+    close_run(late, "FINISHED")
+    assert sorted(points(database, late.run_id, "train/loss")) == [(8, -1), (9, -1), (10, 10), (11, 11), (12, 12)]
+    assert [step for step, _ in points(database, late.run_id, "train/other")] == [8, 9, 10, 11]
 
-    def up() -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-                   "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
-                   "--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"]  # fmt: skip
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (tmp_path / "server.log").open("ab") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=1):
-                return
-            time.sleep(0.3)
-        raise AssertionError((tmp_path / "server.log").read_text())
 
-    def down() -> None:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            process.wait()
-        processes.clear()
+def test_an_answer_that_was_lost_is_no_second_point(tmp_path, database, monkeypatch):
+    """The server took metrics, a picture and a run, and the client never heard so."""
+    tracker = start(database, tmp_path)
+    lost = {"create_run", "log_batch", "log_artifact", "set_tag"}
 
-    up()
-    yield uri, up, down
-    down()
+    def losing(name):
+        method = getattr(MlflowClient, name)
+
+        def call(self, *arguments, **more):
+            answer = method(self, *arguments, **more)
+            if name in lost:
+                lost.remove(name)
+                raise ConnectionError("no answer")
+            return answer
+
+        return call
+
+    for name in tuple(lost):
+        monkeypatch.setattr(MlflowClient, name, losing(name))
+    fresh = start(database, tmp_path, name="run-2")
+    for step in range(5):
+        fresh.metrics({"train/loss": float(step)}, step=step)
+    fresh.image("samples/grid", np.zeros((8, 8, 3), np.uint8), step=2)
+    assert fresh.flush(timeout_seconds=30) == 0
+    close_run(fresh, "FINISHED")
+    close_run(tracker, "FINISHED")
+    assert not lost
+    client = MlflowClient(database)
+    assert points(database, fresh.run_id, "train/loss") == [(step, float(step)) for step in range(5)]
+    assert len(client.list_artifacts(fresh.run_id, "images")) == 2  # the picture, and its small copy
+    runs = client.search_runs([client.get_run(fresh.run_id).info.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["run-1", "run-2"]
+
+
+def test_two_that_make_a_run_at_once_keep_the_same_one(tmp_path, database):
+    tracker = start(database, tmp_path)
+    client = client_of(database)
+    mine = client.get_run(tracker.run_id)
+    client.create_run(mine.info.experiment_id, tags={"adaconv.run": "run-1"})  # a ghost, as a retried request leaves it
+    client.delete_run(tracker.run_id)
+    again = make_or_find(client, tracker.description)
+    assert again.info.run_id != tracker.run_id
+    client.restore_run(tracker.run_id)
+    assert make_or_find(client, tracker.description).info.run_id == tracker.run_id
+
+
+def test_a_deleted_run_is_not_silently_made_anew(tmp_path, database):
+    tracker = start(database, tmp_path)
+    close_run(tracker, "FINISHED")
+    MlflowClient(database).delete_run(tracker.run_id)
+    with pytest.raises(TrackingError, match="is deleted in MLflow; restore it there"):
+        start(database, tmp_path)
+
+
+def test_a_metric_that_mlflow_never_takes_does_not_hold_up_the_others(tmp_path, database):
+    tracker = start(database, tmp_path)
+    tracker.metrics({"train/loss": 1.0}, step=1)
+    tracker.metrics({"no?good": 1.0}, step=1)
+    tracker.metrics({"train/loss": 2.0}, step=2)
+    assert tracker.flush(timeout_seconds=30) == 0
+    close_run(tracker, "FINISHED")
+    assert points(database, tracker.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert "no?good" in (tracker.spool / "refused.jsonl").read_text()
+
+
+HOLD_RUN = """
+import sys, time
+from pathlib import Path
+from tests.tracking.test_mlflow_tracker import start
+start(sys.argv[1], Path(sys.argv[2]))
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_run_whose_process_was_killed_is_reaped_and_a_living_one_is_not(tmp_path, database):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD_RUN, database, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "open\n"
+    living = start(database, tmp_path, name="run-2")
+    client = client_of(database)
+    assert reap(client) == []
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    [dead] = reap(client)
+    assert dead.name == "run-1"
+    run = client.get_run(dead.run_id)
+    assert run.info.status == "FAILED"
+    assert f"its process {process.pid} on this machine is dead" in run.data.tags["adaconv.error"]
+    assert client.get_run(living.run_id).info.status == "RUNNING"
+    again = start(database, tmp_path)  # taken up: the same run, no longer failed
+    assert again.run_id == dead.run_id
+    run = client.get_run(dead.run_id)
+    assert (run.info.status, run.data.tags.get("adaconv.error")) == ("RUNNING", None)
+    close_run(again, "FINISHED")
+    close_run(living, "FINISHED")
+
+
+def test_a_run_of_another_machine_is_dead_after_fifteen_silent_minutes(tmp_path, database):
+    tracker = start(database, tmp_path)
+    tracker.stop_heartbeat()
+    client = client_of(database)
+    client.set_tag(tracker.run_id, "adaconv.process", "elsewhere/0/0 1 1.00")
+    assert reap(client, now=time.time() + 14 * 60) == []
+    [dead] = reap(client, now=time.time() + 16 * 60)
+    assert dead.why == "no sign of life for 16 minutes"
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path, server, monkeypatch):
-    """Metrics told while the server is down arrive when it is back, each once."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    uri, up, down = server
-    tracker = start(uri, tmp_path)
-    tracker.metrics({"train/loss": 1.0}, step=1)
-    assert tracker.flush(timeout_seconds=30) == 0
-    down()
-    began = time.monotonic()
-    for step in range(2, 200):
-        tracker.metrics({"train/loss": float(step)}, step=step)
-    assert time.monotonic() - began < 5
-    assert tracker.flush(timeout_seconds=1) > 0
-    up()
-    assert tracker.flush(timeout_seconds=90) == 0
+def test_a_server_that_is_down_from_start_to_end_gets_everything_later(tmp_path, monkeypatch):
+    """Nothing is known of the server until long after the end: one run, every step, the true status and time."""
+    monkeypatch.setattr(mlflow_tracker, "_END_PATIENCE_SECONDS", 2)
+    server = MlflowServer(tmp_path / "server")  # not started
+    began_ms = time.time() * 1000
+    tracker = start(server.uri, tmp_path)
+    assert tracker.run_id is None
+    rank = pickle.loads(pickle.dumps(tracker))
+    for step in range(1, 30):
+        rank.metrics({"train/loss": float(step)}, step=step)
+    rank.image("samples/grid", np.zeros((8, 8, 3), np.uint8), step=10)
+    rank.close()
+    tracker.start_heartbeat()
+    assert not close_run(tracker, "FAILED", error="a reason")
+    ended_ms = time.time() * 1000
+    server.start()
+    try:
+        synced, left = sync(tracker.spool, timeout_seconds=60)
+        assert left == 0
+        run = MlflowClient(server.uri).get_run(synced.run_id)
+        assert (run.info.status, run.data.tags["adaconv.error"]) == ("FAILED", "a reason")
+        assert began_ms - 1000 < run.info.start_time < run.info.end_time < ended_ms
+        assert points(server.uri, synced.run_id, "train/loss") == [(step, float(step)) for step in range(1, 30)]
+        assert sync(tracker.spool)[1] == 0
+        assert len(MlflowClient(server.uri).search_runs([run.info.experiment_id])) == 1
+    finally:
+        server.kill()
+
+
+def test_a_rank_that_hangs_stops_neither_its_successor_nor_the_run(tmp_path, database, monkeypatch):
+    """It still holds the spool; the next rank tells through another one. Handing over waits for whoever tells."""
+    monkeypatch.setattr(spool_module, "_OWNER_GOES_SECONDS", 0.2)
+    tracker = start(database, tmp_path)
+    hanging, successor = (pickle.loads(pickle.dumps(tracker)) for _ in range(2))
+    hanging.metrics({"train/loss": 1.0}, step=1)
+    successor.metrics({"train/loss": 1.0}, step=1)
+    successor.metrics({"train/loss": 2.0}, step=2)
+    with pytest.raises(TrackingError, match="another process tells this run"):
+        sync(tracker.spool)
+    assert hanging.flush(timeout_seconds=20) == 0
+    assert successor.flush(timeout_seconds=20) == 0
+    hanging.close()
+    successor.close()
     close_run(tracker, "FINISHED")
-    assert points(uri, tracker.run_id, "train/loss") == [(step, float(step)) for step in range(1, 200)]
-    assert MlflowClient(uri).get_run(tracker.run_id).info.status == "FINISHED"
+    assert {step for step, _ in points(database, tracker.run_id, "train/loss")} == {1, 2}
+
+
+@pytest.mark.parametrize("when", [pytest.param("start", marks=SLOW), "middle", pytest.param("end", marks=SLOW)])
+def test_a_locked_database_is_waited_for(tmp_path, database, monkeypatch, when):
+    """Another process holds SQLite's lock for longer than its clients wait and than we do."""
+    monkeypatch.setattr(mlflow_tracker, "_START_PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(mlflow_tracker, "_END_PATIENCE_SECONDS", 1)
+    close_run(start(database, tmp_path, name="run-0"), "FINISHED")
+    lock = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+
+    def told(tracker):
+        for step in range(100):
+            tracker.metrics({"train/loss": float(step)}, step=step)
+
+    if when == "start":
+        lock.execute("BEGIN EXCLUSIVE")
+    tracker = start(database, tmp_path)
+    assert (tracker.run_id is None) == (when == "start")
+    if when == "middle":
+        lock.execute("BEGIN EXCLUSIVE")
+    began = time.monotonic()
+    told(tracker)
+    assert time.monotonic() - began < 2
+    if when == "end":
+        assert tracker.flush(timeout_seconds=60) == 0
+        lock.execute("BEGIN EXCLUSIVE")
+        assert not close_run(tracker, "FINISHED")
+    lock.execute("ROLLBACK")
+    lock.close()
+    if when == "end":
+        assert sync(tracker.spool)[1] == 0
+    else:
+        assert tracker.flush(timeout_seconds=60) == 0
+        assert close_run(tracker, "FINISHED")
+    client = MlflowClient(database)
+    [run] = client.search_runs(["1"], "tags.`adaconv.run` = 'run-1'")
+    assert run.info.status == "FINISHED"
+    assert points(database, run.info.run_id, "train/loss") == [(step, float(step)) for step in range(100)]

@@ -3,7 +3,10 @@
 import json
 import threading
 
-from adaconv.tracking.spool import Record, Spool
+import pytest
+
+from adaconv.tracking import spool as spool_module
+from adaconv.tracking.spool import Record, Refused, Spool
 
 
 class Server:
@@ -83,3 +86,66 @@ def test_appending_does_not_wait_for_a_server_that_hangs(tmp_path):
     released.set()
     assert spool.flush(timeout_seconds=10) == 0
     spool.close()
+
+
+def test_a_full_disk_stops_nobody_and_loses_nothing(tmp_path):
+    """Writes fail for a while, one of them half-way; every record arrives in order."""
+    server = Server()
+    spool = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    file, full = spool._file, True
+
+    class Disk:
+        def write(self, data):
+            if full:
+                file.write(data[: len(data) // 2])
+                raise OSError(28, "No space left on device")
+            return file.write(data)
+
+        def close(self):
+            file.close()
+
+    spool._file = Disk()
+    for step in range(10):
+        spool.append("metrics", step, {"loss": 0.5})
+    full = False
+    spool.append("metrics", 10, {"loss": 0.5})
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert server.steps == list(range(11))
+
+
+def test_a_record_that_is_refused_for_good_is_set_aside_alone(tmp_path):
+    taken = []
+
+    def deliver(records):
+        if any(record.step == 3 for record in records):
+            raise Refused("no such thing")
+        taken.extend(record.step for record in records)
+
+    spool = Spool(tmp_path, deliver, interval_seconds=60)
+    for step in range(6):
+        spool.append("metrics", step, {"loss": 0.5})
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert taken == [0, 1, 2, 4, 5]
+    refused = json.loads((tmp_path / "refused.jsonl").read_text())
+    assert (refused["step"], refused["answer"]) == (3, "no such thing")
+
+
+def test_a_damaged_line_is_passed_over(tmp_path):
+    server = Server()
+    (tmp_path / "records.jsonl").write_text("\x00\x00 nonsense\n")
+    spool = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    spool.append("metrics", 1, {"loss": 0.5})
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert server.steps == [1]
+
+
+def test_a_folder_has_one_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(spool_module, "_OWNER_GOES_SECONDS", 0.2)
+    first = Spool(tmp_path, lambda records: None)
+    with pytest.raises(BlockingIOError, match="another process tells this run"):
+        Spool(tmp_path, lambda records: None)
+    first.close()
+    Spool(tmp_path, lambda records: None).close()

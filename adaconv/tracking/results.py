@@ -1,0 +1,132 @@
+"""What is made of a run when it has ended: its page, and models of its last and best checkpoints."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from adaconv import checkpoint, storage
+from adaconv.errors import AdaConvError, TrackingError
+from adaconv.tracking import time_machine
+from adaconv.tracking.logged_model import give_roles, log_model
+from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
+from adaconv.tracking.runs import IDENTITY_TAG, client_of
+
+log = logging.getLogger(__name__)
+
+_SMOOTHED_POINTS = 20
+
+
+def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
+    """Make the run's page and log the models of its last and best checkpoints; older ones of the kind are deleted.
+
+    None of it is worth the training's end: what goes wrong is a warning, and `pipelines/runs.py sync` does it again.
+
+    Args:
+        tracker: of a run that has ended and is handed over.
+        checkpoints: folder of the run's checkpoints.
+
+    Returns:
+        page (a local file or None) and models, role to URI.
+    """
+    page, models = None, {}
+    try:
+        client = client_of(tracker.uri)
+        run = client.get_run(tracker.run_id)
+        page = keep_page(client, run, local=tracker.spool.parent)
+        models = keep_models(client, run, checkpoints)
+    except (MlflowException, OSError, AdaConvError) as error:
+        log.warning("tracking: the page or the models of run %s are missing: %s", tracker.description.name, error)
+    return {"page": page, "models": models}
+
+
+def hand_over(spool: Path, *, checkpoints: str) -> int:
+    """Hand over what an outage left in a spool, if anything; returns how many records are left."""
+    if not (spool / "run.json").exists() or not _waiting(spool):
+        return 0
+    tracker, left = sync(spool)
+    if left:
+        log.warning("tracking: %s does not answer; %d records wait in %s", tracker.uri, left, spool)
+    else:
+        log.info("tracking: handed over what waited in %s", spool)
+        keep_results(tracker, checkpoints=checkpoints)
+    return left
+
+
+def keep_page(client: MlflowClient, run: Run, *, local: Path | None = None) -> str | None:
+    """The run's page, as its artifact and as a local file; None where it logged no sample grid."""
+    page = time_machine.render(client, [run])
+    if page is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="adaconv-page-") as scratch:
+        folder = local or Path(scratch)
+        storage.publish_bytes(str(folder / time_machine.PAGE_FILE), page.encode())
+        client.log_artifact(run.info.run_id, str(folder / time_machine.PAGE_FILE))
+    return str(folder / time_machine.PAGE_FILE) if local else None
+
+
+def keep_models(client: MlflowClient, run: Run, checkpoints: str) -> dict[str, str]:
+    """Models of the last and the best checkpoint that are there: role to models:/ URI."""
+    there = checkpoint.steps_in(checkpoints)
+    if not there:
+        return {}
+    roles: dict[int, list[str]] = {}
+    for role, step in (("best", best_step(client, run, there)), ("last", max(there))):
+        roles.setdefault(step, []).append(role)
+    ids = {}
+    for step, named in roles.items():
+        model = log_model(client, run, checkpoint.fetch(there[step]), checkpoint_uri=there[step], roles=",".join(named))
+        ids[model.model_id] = ",".join(named)
+    give_roles(client, run, ids)
+    return {role: f"models:/{model_id}" for model_id, named in ids.items() for role in named.split(",")}
+
+
+def best_step(client: MlflowClient, run: Run, there: dict[int, str]) -> int:
+    """The checkpoint with the lowest score: `score` in its meta.json, else the mean of the training losses before it.
+
+    Args:
+        client: of the server.
+        run: that made them.
+        there: step to URI.
+    """
+    scores = {}
+    for step, uri in there.items():
+        score = json.loads(storage.read_bytes(storage.join(uri, "meta.json"))).get("score")
+        if score is not None:
+            scores[step] = float(score)
+    if not scores and "train/loss" in run.data.metrics:
+        points = client.get_metric_history(run.info.run_id, "train/loss")
+        for step in there:
+            before = [point for point in points if point.step <= step][-_SMOOTHED_POINTS:]
+            if before:
+                scores[step] = sum(point.value for point in before) / len(before)
+    return min(scores, key=lambda step: (scores[step], -step)) if scores else max(there)
+
+
+def find(client: MlflowClient, run: str) -> Run:
+    """A run by its id or by its name.
+
+    Raises:
+        TrackingError: there is none, or more than one of this name.
+    """
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    try:
+        return client.get_run(run)
+    except MlflowException:
+        quote = '"' if "'" in run else "'"
+        found = client.search_runs(experiments, f"tags.`{IDENTITY_TAG}` = {quote}{run}{quote}")
+    if len(found) != 1:
+        ids = ", ".join(one.info.run_id for one in found) or "none"
+        raise TrackingError(f"expected one run with id or name {run}, found {ids}")
+    return found[0]
+
+
+def _waiting(spool: Path) -> bool:
+    records, drained = spool / "records.jsonl", spool / "drained"
+    done = int(drained.read_text()) if drained.exists() else 0
+    return records.exists() and records.stat().st_size > done

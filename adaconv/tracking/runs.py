@@ -1,0 +1,309 @@
+"""Runs as MLflow keeps them: made once, found again by a tag, completed, changed, ended, and reaped where nobody did.
+
+Every function here may be repeated: what is there already is left as it is.
+"""
+
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlflow
+import psutil
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+from adaconv.errors import TrackingError
+
+log = logging.getLogger(__name__)
+
+IDENTITY_TAG = "adaconv.run"
+ERROR_TAG, STATUS_TIME_TAG = "adaconv.error", "adaconv.status_time"
+PROCESS_TAG, ALIVE_TAG = "adaconv.process", "adaconv.alive"
+_LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST, _AT_ONCE = 6000, 5000, 36, 100  # MLflow's limits, with room in tags
+_SILENT_SECONDS = 15 * 60.0  # of a run on another machine, after which it counts as dead
+# Answers that will be the same the second time.
+_PERMANENT = {
+    *("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND", "NOT_FOUND", "INVALID_STATE"),
+    *("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"),
+}
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """All that makes a run what it is, so that any process can make it, or find it again.
+
+    Args:
+        experiment: made if need be.
+        name: of the run; it is found again by it, through a tag.
+        params: dotted names to texts.
+        tags: more of them.
+        datasets: context (`content`, `style`) to (source URI, root hash).
+        files: artifacts, name to text; `config.yaml` is the resolved configuration.
+        started_ms: when it began, which may be long before the server hears of it.
+        artifact_root: where a new experiment keeps artifacts; None leaves that to the server.
+    """
+
+    experiment: str
+    name: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    datasets: Mapping[str, tuple[str, str]]
+    files: Mapping[str, str]
+    started_ms: int
+    artifact_root: str | None = None
+
+
+@dataclass(frozen=True)
+class Reaped:
+    run_id: str
+    name: str
+    why: str
+
+
+def client_of(uri: str) -> MlflowClient:
+    # MLflow's own retries would hold a thread for minutes; the spool retries for as long as it takes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the spool speaks of an outage, once
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Some of MLflow looks at the process's own setting, whatever the client was told.
+    mlflow.set_tracking_uri(uri)
+    return MlflowClient(uri)
+
+
+def default_uri(uri: str | None, output: Path) -> str:
+    """The tracking URI to use: the one given, else MLFLOW_TRACKING_URI, else a SQLite file in the output folder.
+
+    Raises:
+        TrackingError: a folder, which MLflow no longer takes, or it carries a password.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        return f"sqlite:///{output / 'mlflow.db'}"
+    if uri.startswith("file:") or "://" not in uri:
+        raise TrackingError(
+            f"tracking.uri {uri}: MLflow no longer keeps runs in folders; use sqlite:////absolute/path.db or the "
+            "http:// address of a server"
+        )
+    if re.match(r"[^/]+://[^/@]*:[^/@]+@", uri):
+        raise TrackingError(
+            f"tracking.uri {uri.partition('://')[0]}://…@{uri.rpartition('@')[2]} carries a password, which would be "
+            "printed and kept with runs; give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a "
+            "database's by an MLflow server in front of it"
+        )
+    return uri
+
+
+def is_permanent(error: BaseException | None) -> bool:
+    """Whether the server answered, and will answer so again; anything else is an outage."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _PERMANENT
+    return isinstance(error, TrackingError)
+
+
+def make_or_find(client: MlflowClient, description: RunDescription) -> Run:
+    """The run of this name, made if need be, with all that belongs to it.
+
+    Raises:
+        MlflowException: the server does not answer, or refuses.
+        TrackingError: the experiment or the run is deleted.
+    """
+    experiment_id = _experiment(client, description)
+    found = _runs_named(client, experiment_id, description.name)
+    if not found:
+        _refuse_deleted(client, experiment_id, description.name)
+        client.create_run(
+            experiment_id,
+            start_time=description.started_ms,
+            run_name=description.name,
+            tags={IDENTITY_TAG: description.name, **description.tags},
+        )
+        # A request that was answered too late was made again by the client, and two processes may have been here at
+        # once: all of them keep the oldest.
+        found = _runs_named(client, experiment_id, description.name)
+        for ghost in found[1:]:
+            try:
+                client.delete_run(ghost.info.run_id)
+            except MlflowException as error:
+                if not is_permanent(error):  # someone else was faster
+                    raise
+    _complete(client, found[0], description)
+    return found[0]
+
+
+def find_run(client: MlflowClient, experiment: str, name: str) -> str | None:
+    """The id of the run of this name, if there is one."""
+    found = client.get_experiment_by_name(experiment)
+    runs = _runs_named(client, found.experiment_id, name) if found else []
+    return str(runs[0].info.run_id) if runs else None
+
+
+def change_params(client: MlflowClient, run: Run, params: Mapping[str, str], *, when_ms: int) -> bool:
+    """Tell as tags what a later start changed, for MLflow's parameters cannot change: `changed.NAME`: `old -> new at
+    TIME`, one after the other. Returns whether something did.
+    """
+    tags = []
+    for name, value in params.items():
+        before = run.data.params.get(name)
+        told = run.data.tags.get(f"changed.{name}", "")
+        now = told.rpartition("-> ")[2].rpartition(" at ")[0] if told else before
+        value = _short(value, 1000)
+        if before is not None and _short(str(now), 1000) != value:
+            text = f"{told}; -> {value}" if told else f"{_short(before, 1000)} -> {value}"
+            tags.append(RunTag(f"changed.{name}", f"{text} at {iso(when_ms)}"[-_LONGEST_TAG:]))
+    for first in range(0, len(tags), _AT_ONCE):
+        client.log_batch(run.info.run_id, tags=tags[first : first + _AT_ONCE])
+    return bool(tags)
+
+
+def set_status(client: MlflowClient, run_id: str, status: str, *, when_ms: int, error: str | None) -> None:
+    """Say how it is with a run, unless something later was said: what waited in a spool does not undo it."""
+    tags = client.get_run(run_id).data.tags
+    if when_ms < int(tags.get(STATUS_TIME_TAG, "0")):
+        return
+    if status == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, status, end_time=when_ms)
+    if error:
+        client.set_tag(run_id, ERROR_TAG, _short(error, _LONGEST_TAG))
+    elif ERROR_TAG in tags:
+        client.delete_tag(run_id, ERROR_TAG)
+    client.set_tag(run_id, STATUS_TIME_TAG, str(when_ms))
+
+
+def process_here() -> str:
+    """This process, as others on this machine can look for it: machine, process id, time of its start."""
+    process = psutil.Process()
+    return f"{_machine()} {process.pid} {process.create_time():.2f}"
+
+
+def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
+    """End what is left RUNNING by processes that are dead: as FAILED, at the last sign of life.
+
+    A process of this machine is looked for; of another one, 15 minutes without a sign count as death.
+    """
+    now = now or time.time()
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    reaped = []
+    for run in client.search_runs(
+        experiments, "attributes.status = 'RUNNING'", run_view_type=ViewType.ACTIVE_ONLY, max_results=1000
+    ):
+        tags = run.data.tags
+        if IDENTITY_TAG not in tags or (why := _why_dead(run, now)) is None:
+            continue
+        alive_ms = max(int(tags.get(ALIVE_TAG, "0")), run.info.start_time)
+        client.set_terminated(run.info.run_id, "FAILED", end_time=alive_ms)
+        client.set_tag(run.info.run_id, ERROR_TAG, f"{why}; the same command takes the run up again")
+        reaped.append(Reaped(run.info.run_id, tags[IDENTITY_TAG], why))
+    return reaped
+
+
+def ping(uri: str) -> int:
+    """How many experiments a tracking backend has.
+
+    Raises:
+        TrackingError: it does not answer.
+    """
+    try:
+        return len(client_of(uri).search_experiments())
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"tracking: {uri} does not answer: {error}") from error
+
+
+def iso(when_ms: int) -> str:
+    return datetime.fromtimestamp(when_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _experiment(client: MlflowClient, description: RunDescription) -> str:
+    name = description.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=description.artifact_root))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process made it in between
+                raise
+            found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage != "active":
+        raise TrackingError(f"experiment '{name}' is deleted; restore it or choose another --tracking.experiment")
+    return str(found.experiment_id)
+
+
+def _runs_named(
+    client: MlflowClient, experiment_id: str, name: str, view: ViewType = ViewType.ACTIVE_ONLY
+) -> list[Run]:
+    """Oldest first."""
+    quote = '"' if "'" in name else "'"
+    found = client.search_runs(
+        [experiment_id], f"tags.`{IDENTITY_TAG}` = {quote}{name}{quote}", run_view_type=view, max_results=100
+    )
+    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _refuse_deleted(client: MlflowClient, experiment_id: str, name: str) -> None:
+    """A run that somebody deleted is not silently made anew."""
+    deleted = _runs_named(client, experiment_id, name, ViewType.DELETED_ONLY)
+    if deleted:
+        raise TrackingError(
+            f"run '{name}' ({deleted[0].info.run_id}) is deleted in MLflow; restore it there, or start another run "
+            "with --resume none or --name"
+        )
+
+
+def _complete(client: MlflowClient, run: Run, description: RunDescription) -> None:
+    """Log what the run lacks of its description; a process may have died in the middle of doing so."""
+    run_id = run.info.run_id
+    missing = [Param(k, _short(v, _LONGEST_PARAM)) for k, v in description.params.items() if k not in run.data.params]
+    for first in range(0, len(missing), _AT_ONCE):
+        client.log_batch(run_id, params=missing[first : first + _AT_ONCE])
+    inputs = [] if run.inputs is None else run.inputs.dataset_inputs
+    there = {(found.dataset.name, found.dataset.digest) for found in inputs}
+    wanted = [_dataset(context, *found) for context, found in description.datasets.items()]
+    if new := [one for one in wanted if (one.dataset.name, one.dataset.digest) not in there]:
+        client.log_inputs(run_id, new)
+    files = {artifact.path for artifact in client.list_artifacts(run_id)}
+    for name, text in description.files.items():
+        if name not in files:
+            client.log_text(run_id, text, name)
+
+
+def _dataset(context: str, source: str, root_hash: str) -> DatasetInput:
+    dataset = Dataset(name=context, digest=root_hash[:_LONGEST_DIGEST], source_type="adaconv", source=source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _why_dead(run: Run, now: float) -> str | None:
+    machine, _, process = run.data.tags.get(PROCESS_TAG, "").partition(" ")
+    pid, _, created = process.partition(" ")
+    if machine == _machine() and pid.isdigit():
+        try:
+            if f"{psutil.Process(int(pid)).create_time():.2f}" == created:
+                return None
+        except psutil.NoSuchProcess:
+            pass
+        return f"its process {pid} on this machine is dead"
+    silent = now - max(int(run.data.tags.get(ALIVE_TAG, "0")), run.info.start_time) / 1000
+    return f"no sign of life for {silent / 60:.0f} minutes" if silent > _SILENT_SECONDS else None
+
+
+def _machine() -> str:
+    """Where process ids mean the same: this boot of this host, and this container of it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        space = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        boot = space = "0"
+    return f"{socket.gethostname()}/{boot}/{space}"
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

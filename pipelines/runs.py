@@ -1,0 +1,103 @@
+"""What is done with runs that have ended.
+
+    python pipelines/runs.py sync --runs runs/          hands over what an outage of the tracking server left on disk
+    python pipelines/runs.py page --run NAME --output pages/    samples at every step, as one HTML page; --against NAME
+    python pipelines/runs.py reap                       ends what is RUNNING though its process is dead
+
+Each takes --help, --config and --dry-run as every pipeline does.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adaconv import cli
+from adaconv.config.base import Config
+from adaconv.config.runs import PageConfig, ReapConfig, SyncConfig
+
+
+def sync(config: SyncConfig) -> dict[str, Any]:
+    from adaconv import storage
+    from adaconv.tracking.mlflow_tracker import sync
+    from adaconv.tracking.results import keep_results
+
+    left, ids = 0, {}
+    for spool in _spools(config):
+        tracker, waiting = sync(spool, uri=config.tracking_uri, timeout_seconds=config.timeout_seconds)
+        left += waiting
+        if not waiting:
+            ids[tracker.description.name] = tracker.run_id
+            folder = tracker.description.tags.get("adaconv.folder", str(spool.parent))
+            keep_results(tracker, checkpoints=storage.join(folder, "checkpoints"))
+    result = {"runs": ids, "left": left}
+    if left:
+        why = f"{left} records are not handed over: the server did not take them in time; the same command goes on"
+        return {**result, "status": "failed", "error": why}
+    return result
+
+
+def page(config: PageConfig) -> dict[str, Any]:
+    from adaconv import storage
+    from adaconv.errors import TrackingError
+    from adaconv.tracking.results import find
+    from adaconv.tracking.runs import client_of, default_uri
+    from adaconv.tracking.time_machine import PAGE_FILE, render
+
+    client = client_of(default_uri(config.tracking_uri, Path.cwd()))
+    runs = [find(client, name) for name in (config.run, config.against) if name]
+    text = render(client, runs, max_bytes=int(config.max_mb * 1e6))
+    if text is None:
+        raise TrackingError(f"run {config.run} has logged no sample grids, so there is nothing to show")
+    where = storage.join(storage.absolute(config.output), PAGE_FILE)
+    storage.publish_bytes(where, text.encode())
+    return {"page": where, "bytes": len(text.encode()), "runs": [run.info.run_id for run in runs]}
+
+
+def reap(config: ReapConfig) -> dict[str, Any]:
+    from adaconv.tracking.runs import client_of, default_uri, reap
+
+    reaped = reap(client_of(default_uri(config.tracking_uri, Path.cwd())))
+    return {"reaped": [{"run_id": one.run_id, "name": one.name, "why": one.why} for one in reaped]}
+
+
+def _spools(config: SyncConfig) -> list[Path]:
+    folder = cli.require_directory(config.runs, "--runs")
+    return sorted(path.parent for pattern in ("spool*", "*/spool*") for path in folder.glob(f"{pattern}/run.json"))
+
+
+def plan_sync(config: SyncConfig) -> str:
+    spools = _spools(config)
+    return "\n".join(f"hand over what waits in {spool}" for spool in spools) or f"no spools below {config.runs}"
+
+
+class Command(NamedTuple):
+    config: type[Config]
+    execute: Callable[[Any], dict[str, Any]]
+    plan: Callable[[Any], str]
+
+
+COMMANDS = {
+    "sync": Command(SyncConfig, sync, plan_sync),
+    "page": Command(PageConfig, page, lambda c: f"time-machine.html of run {c.run} in {c.output}"),
+    "reap": Command(ReapConfig, reap, lambda c: "end what is RUNNING though its process is dead"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in ("-h", "--help"):
+        print(f"usage: pipelines/runs.py {{{','.join(COMMANDS)}}} [--config FILE] [flags]\n\n{__doc__}")
+        return 0
+    if name not in COMMANDS:
+        found = f"found {name!r}" if name else "found none"
+        print(f"pipelines/runs.py: error: expected a command, one of {', '.join(COMMANDS)}; {found}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    prog = f"pipelines/runs.py {name}"
+    return cli.run(command.config, rest, prog=prog, doc=__doc__, plan=command.plan, execute=command.execute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Models of a run: what MLflow and people need of them, aliases with their history, the best and the last kept."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from adaconv import checkpoint
+from adaconv.errors import CheckpointError, TrackingError, UsageError
+from adaconv.stylize.stylizer import Stylizer
+from adaconv.tracking.mlflow_tracker import close_run, open_run
+from adaconv.tracking.registry import history_of, register, resolve_model, rollback
+from adaconv.tracking.results import best_step, keep_models
+from tests.helpers import save_checkpoint
+from tests.tracking.grids import grid_of
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with three checkpoints, of which the second has the lowest losses: uri, tracker, folder."""
+    root = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    tracker = open_run(
+        uri=uri,
+        experiment="test",
+        name="run-1",
+        params={"data": {"crop": 32}, "encoder": {"weights": "seeded:0"}, "train": {"learning_rate": 1e-3}},
+        tags={"adaconv.content_hash": "c" * 64, "adaconv.style_hash": "5" * 64},
+        datasets={"content": ("/data/photos@v1", "c" * 64), "style": ("/data/paintings@v2", "5" * 64)},
+        config_yaml="",
+        spool_directory=root / "run-1" / "spool",
+    )
+    folder = root / "run-1" / "checkpoints"
+    for step, loss in ((100, 3.0), (200, 1.0), (300, 2.0)):
+        for before in range(step - 99, step + 1, 11):
+            tracker.metrics({"train/loss": loss, "perf/images_per_second": 7.0}, step=before)
+        tracker.image("samples/grid", grid_of(3, 2, side=32, step=step), step=step)
+        _, checkpoint_uri = save_checkpoint(folder, step, **tracker.reference())
+        tracker.checkpoint(checkpoint_uri, step=step)
+    assert close_run(tracker, "FINISHED")
+    return uri, tracker, folder
+
+
+@pytest.fixture(scope="module")
+def versions(trained):
+    """A version of each checkpoint; each was the champion in its turn."""
+    uri, _, folder = trained
+    return [
+        register(found, name="adaconv", alias="champion", reason=f"step {step}", tracking_uri=uri)
+        for step, found in checkpoint.steps_in(str(folder)).items()
+    ]
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_version_says_what_it_is(trained, versions):
+    uri, tracker, _ = trained
+    client = MlflowClient(uri)
+    version = client.get_model_version_by_alias("adaconv", "champion")
+    assert str(version.version) == versions[-1].version
+    assert version.run_id == tracker.run_id
+    card = version.description
+    for words in (
+        *("step 300", "`/data/photos@v1` | `" + "c" * 64, "train/loss | 2", "train.learning_rate | 0.001"),
+        *(
+            "US 12,340,440 B2",
+            "for tests and offline runs, not for quality",
+            "See `sample_grid.jpg` of the model's files",
+        ),
+    ):
+        assert words in card, words
+    local = mlflow.artifacts.download_artifacts("models:/adaconv@champion", tracking_uri=uri)
+    names = {path.name for path in Path(local).iterdir()}
+    assert {"MODEL_CARD.md", "sample_grid.jpg", "requirements.txt", "input_example.json", "MLmodel"} <= names
+    assert not list(Path(local).rglob("*.pkl"))
+    pins = (Path(local) / "requirements.txt").read_text().split()
+    assert all(pin.count("==") == 1 and "+" not in pin for pin in pins)
+    assert {pin.partition("==")[0] for pin in pins} >= {"torch", "mlflow", "safetensors"}
+    assert MlflowClient(uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_model_takes_pixels_or_image_files_and_gives_the_same_picture(trained, versions):
+    uri, _, folder = trained
+    mlflow.set_tracking_uri(uri)
+    model = mlflow.pyfunc.load_model("models:/adaconv@champion")
+    rng = np.random.default_rng(0)
+    content, style = (rng.integers(0, 256, (1, *size, 3), np.uint8) for size in ((40, 56), (48, 32)))
+    stylizer = Stylizer.from_folder(folder / "step-00000300")
+    expected = np.asarray(stylizer.stylize(Image.fromarray(content[0]), stylizer.style_pack(Image.fromarray(style[0]))))
+    by_pixels = model.predict({"content": content, "style": style})
+    assert (by_pixels.shape, by_pixels.dtype) == ((1, 40, 56, 3), np.uint8)
+    files = {"content": png(content[0]), "style": png(style[0])}
+    by_bytes = model.predict(pd.DataFrame([files]))["stylized"][0]
+    text = {name: base64.b64encode(data).decode() for name, data in files.items()}
+    by_text = model.predict(text)["stylized"][0]
+    assert by_text == by_bytes
+    for found in (by_pixels[0], np.asarray(Image.open(io.BytesIO(by_bytes)))):
+        np.testing.assert_array_equal(found, expected)
+    example = model.predict(model.input_example)["stylized"][0]
+    assert Image.open(io.BytesIO(example)).size == (64, 64)
+    for wrong, words in (
+        ({"content": [b"GIF9"], "style": [b"x"]}, "content: not_an_image"),
+        ({"content": content[:, :, :, :2], "style": style}, "pixels (H, W, 3) uint8"),
+        ({"content": content.astype(float), "style": style}, "found float64"),
+        ({"content": content.astype(int) + 256, "style": style}, "pixels from 0 to 255"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(words)):
+            model.predict(wrong)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="style"):
+        model.predict({"content": content})
+
+
+def test_a_champion_goes_back_step_by_step_and_every_move_is_told(trained, versions):
+    uri, _, _ = trained
+    client = MlflowClient(uri)
+    first, second, third = (version.version for version in versions)
+
+    def champion():
+        return str(client.get_model_version_by_alias("adaconv", "champion").version)
+
+    assert rollback(name="adaconv", alias="champion", reason="halos", tracking_uri=uri).version == second
+    assert champion() == second
+    tags = client.get_model_version("adaconv", second).tags
+    assert tags["alias.champion.reason"] == "halos"
+    assert tags["alias.champion.from"] == third
+    assert "train/loss 1" in tags["alias.champion.metrics"]
+    assert tags["alias.champion.by"]
+    assert rollback(name="adaconv", alias="champion", reason="", tracking_uri=uri).version == first
+    with pytest.raises(TrackingError, match=f"is version {first}, and nothing says what it was before"):
+        rollback(name="adaconv", alias="champion", reason="", tracking_uri=uri)
+    named = register(f"models:/adaconv/{third}", name="adaconv", alias="champion", reason="again", tracking_uri=uri)
+    assert champion() == named.version == third
+    assert rollback(name="adaconv", alias="champion", reason="", tracking_uri=uri).version == first
+    told = [(move.before, move.version, move.rollback) for move in history_of(client, "adaconv", "champion")]
+    assert told == [
+        (None, first, False), (first, second, False), (second, third, False),
+        (third, second, True), (second, first, True), (first, third, False), (third, first, True),
+    ]  # fmt: skip
+    assert len(client.search_model_versions("name = 'adaconv'")) == 3  # moves make no versions
+
+
+def test_the_same_checkpoint_gets_no_second_version(trained, versions):
+    uri, _, folder = trained
+    again = register(str(folder / "step-00000200"), name="adaconv", alias="candidate", reason="", tracking_uri=uri)
+    assert again.version == versions[1].version
+    exact, local = resolve_model("models:/adaconv@candidate", tracking_uri=uri)
+    assert exact == f"models:/adaconv/{again.version}"
+    assert checkpoint.load_network(local)[1].step == 200
+
+
+def test_what_cannot_be_registered_is_said(trained, tmp_path):
+    uri, _, _ = trained
+    _, unknown = save_checkpoint(tmp_path / "checkpoints", run_id=None)
+    with pytest.raises(CheckpointError, match="names no tracking run that is known here"):
+        register(unknown, name="adaconv", alias=None, reason="", tracking_uri=uri)
+    with pytest.raises(TrackingError, match="alias nosuch not found"):
+        register("models:/adaconv@nosuch", name="adaconv", alias="champion", reason="", tracking_uri=uri)
+    with pytest.raises(UsageError, match="expected models:/other@ALIAS"):
+        register("models:/adaconv/1", name="other", alias="champion", reason="", tracking_uri=uri)
+
+
+def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path):
+    """A run in three parts: models follow its checkpoints, and what is registered stays."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    folder = tmp_path / "run" / "checkpoints"
+
+    def part(*steps_and_losses):
+        tracker = open_run(
+            uri=uri, experiment="test", name="run", params={}, tags={}, datasets={}, config_yaml="",
+            spool_directory=tmp_path / "run" / "spool",
+        )  # fmt: skip
+        for step, loss in steps_and_losses:
+            for before in range(20):
+                tracker.metrics({"train/loss": loss}, step=step - before)
+            save_checkpoint(folder, step, **tracker.reference())
+        close_run(tracker, "FINISHED")
+        client = MlflowClient(uri)
+        run = client.get_run(tracker.run_id)
+        kept = keep_models(client, run, str(folder))
+        models = client.search_logged_models([run.info.experiment_id])
+        return client, run, kept, {model.tags["adaconv.step"]: model.tags["adaconv.roles"] for model in models}
+
+    client, run, kept, roles = part((100, 2.0), (200, 1.0), (300, 1.5))
+    assert roles == {"200": "best", "300": "last"}
+    assert set(kept) == {"best", "last"}
+    register(str(folder / "step-00000300"), name="kept", alias=None, reason="", tracking_uri=uri)
+    _, _, _, roles = part((400, 0.5))
+    assert roles == {"300": "last", "400": "best,last"}  # 200 went, 300 has a version
+    weights = list((tmp_path / "mlartifacts").rglob("model.safetensors"))
+    assert len(weights) == 2
+    with_score = json.loads((folder / "step-00000100" / "meta.json").read_text()) | {"score": 0.1}
+    (folder / "step-00000100" / "meta.json").write_text(json.dumps(with_score))
+    assert best_step(client, run, checkpoint.steps_in(str(folder))) == 100

@@ -1,0 +1,135 @@
+"""A run's samples over time on one page: every cell where it belongs, small, and without a single request."""
+
+import base64
+import http.server
+import io
+import json
+import re
+import threading
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from adaconv.tracking.mlflow_tracker import close_run, open_run
+from adaconv.tracking.time_machine import render
+from pipelines import runs
+from tests.tracking.browser import CHROMIUM, chromium
+from tests.tracking.grids import colour_of, grid_of
+
+
+def run_with(root, name, grids, *, crop):
+    tracker = open_run(
+        uri=f"sqlite:///{root / 'mlflow.db'}",
+        experiment="test",
+        name=name,
+        params={"data": {"crop": crop}},
+        tags={},
+        datasets={},
+        config_yaml="",
+        spool_directory=root / name / "spool",
+    )
+    for step, grid in grids.items():
+        tracker.metrics({"train/loss": 10 / (1 + step)}, step=step)
+        tracker.image("samples/grid", grid, step=step)
+    tracker.checkpoint(f"/runs/{name}/checkpoints/step-00000100", step=100)
+    assert close_run(tracker, "FINISHED")
+    return tracker
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pages")
+    steps = (0, 100, 200)
+    for name, side in (("first", 32), ("second", 48)):
+        run_with(root, name, {step: grid_of(3, 2, side=side, step=step) for step in steps}, crop=side)
+    return root, f"sqlite:///{root / 'mlflow.db'}"
+
+
+def page_of(root, uri, capsys, *more):
+    argv = ["page", "--run", "first", "--output", str(root / "out"), "--tracking-uri", uri, *more]
+    assert runs.main(argv) == 0, capsys.readouterr().err
+    return root / "out" / "time-machine.html"
+
+
+def data_of(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def picture(text):
+    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+
+
+def close_to(pixel, colour):
+    return all(abs(a - b) <= 12 for a, b in zip(pixel, colour, strict=True))
+
+
+def test_every_cell_lies_where_it_belongs(two, capsys):
+    root, uri = two
+    first, second = data_of(page_of(root, uri, capsys, "--against", "second").read_text())
+    assert (first["name"], second["name"]) == ("first", "second")
+    for run, side in ((first, 32), (second, 48)):
+        assert (run["rows"], run["columns"]) == (3, 2)
+        assert [frame["step"] for frame in run["frames"]] == [0, 100, 200]
+        assert close_to(picture(run["contents"][2]).getpixel((9, 9)), colour_of(3, 0, 0))
+        assert close_to(picture(run["styles"][1]).getpixel((9, 9)), colour_of(0, 2, 0))
+        for frame in run["frames"]:
+            sheet = picture(frame["sheet"])
+            assert sheet.size == (2 * side, 3 * side)
+            for row in range(3):
+                for column in range(2):
+                    middle = sheet.getpixel((column * side + side // 2, row * side + side // 2))
+                    assert close_to(middle, colour_of(row + 1, column + 1, frame["step"]))
+        assert run["frames"][0]["checkpoint"] is None
+        assert run["frames"][2]["checkpoint"]["href"] == f"file:///runs/{run['name']}/checkpoints/step-00000100"
+        assert [step for step, _ in run["loss"]] == [0, 100, 200]
+
+
+def test_a_series_that_is_no_grid_of_known_cells_is_one_picture(tmp_path):
+    tracker = run_with(tmp_path, "odd", {0: grid_of(3, 2, side=32, step=0)[:50, :70]}, crop=32)
+    client = MlflowClient(tracker.uri)
+    [run] = data_of(render(client, [client.get_run(tracker.run_id)]))
+    assert (run["rows"], run["columns"], run["styles"]) == (1, 1, [])
+    assert picture(run["frames"][0]["sheet"]).size == (70, 50)
+
+
+def test_a_run_that_does_not_exist_is_said(two, capsys):
+    root, uri = two
+    argv = ["page", "--run", "third", "--output", str(root), "--tracking-uri", uri]
+    assert runs.main(argv) == 1
+    assert "expected one run with id or name third, found none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_hundred_steps_of_64_cells_open_offline_in_at_most_20_mb(tmp_path, capsys):
+    """Noisy cells of 128 px, which compress worse than pictures do. Every request would meet a proxy that notes it."""
+    asked = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(403)
+
+        do_CONNECT = do_POST = do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    grids = {step: grid_of(8, 8, side=128, step=step, noise=40) for step in range(0, 1000, 10)}
+    tracker = run_with(tmp_path, "first", grids, crop=128)
+    page = page_of(tmp_path, tracker.uri, capsys)
+    assert 1e6 < page.stat().st_size <= 20e6
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    through = (f"--proxy-server=127.0.0.1:{proxy.server_port}", "--proxy-bypass-list=<-loopback>")
+    dom = chromium(*through, "--dump-dom", f"{page.as_uri()}#step=500", budget_ms=8000)
+    proxy.shutdown()
+    proxy.server_close()
+    # Chromium itself may ask for its own servers; the page is a file, so whatever it asked for would be there too.
+    assert not [path for path in asked if "google" not in path and "gvt1" not in path], asked
+    assert dom.count('class="cell"') == 64
+    assert dom.count('class="style"') == dom.count('class="content"') == 8
+    assert ">step 500</output>" in dom
+    assert "step-00000100" in dom
+    assert "blob:" in dom
