@@ -140,6 +140,109 @@ def site():
     assert not family(site.stack)
 
 
+def test_up_again_changes_nothing(site):
+    before = dict(site.stack.running)
+    assert site.call("up").count("runs already") == len(before)
+    assert Stack(site.folder).running == before
+
+
+def test_secrets_are_for_their_owner_alone(site):
+    for name in ("secrets.json", "stack.json", "mlflow-auth.ini"):
+        assert (site.folder / name).stat().st_mode & 0o077 == 0, name
+    commands = [" ".join(process.cmdline()) for process in family(site.stack)]
+    assert not [line for line in commands for value in site.stack.place.secrets.values() if value in line]
+
+
+def test_a_job_without_the_token_does_not_start(site):
+    stranger = {**site.environment, "RAY_AUTH_MODE": "disabled"}
+    del stranger["RAY_AUTH_TOKEN"]
+    done = site.submit("python", "-c", "print('inside')", environment=stranger, code=1)
+    assert "inside" not in done.stdout
+
+
+@pytest.fixture
+def kept(site, monkeypatch):
+    """A run with a metric and an artifact, and an object, by the clients alone: the run's id."""
+    for name, value in site.environment.items():
+        monkeypatch.setenv(name, value)
+    storage._local.__dict__.clear()
+    storage.publish_bytes("s3://adaconv/kept", b"kept")
+    client = mlflow.MlflowClient(site.environment["MLFLOW_TRACKING_URI"])
+    run = client.create_run(client.create_experiment(f"kept-{secrets.token_hex(3)}"))
+    client.log_metric(run.info.run_id, "train/loss", 0.5, step=3)
+    client.log_text(run.info.run_id, "a text", "note.txt")
+    client.set_terminated(run.info.run_id)
+    yield run.info.run_id
+    storage._local.__dict__.clear()
+
+
+def assert_is_kept(run_id):
+    client = mlflow.MlflowClient()
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")] == [(3, 0.5)]
+    assert mlflow.artifacts.load_text(f"{client.get_run(run_id).info.artifact_uri}/note.txt") == "a text"
+    assert storage.read_bytes("s3://adaconv/kept") == b"kept"
+
+
+def test_what_was_stored_is_there_after_a_restart(site, kept):
+    site.call("down")
+    assert not family(site.stack)
+    assert "nothing" in site.call("status", code=1)
+    site.call("up")
+    site.stack = Stack(site.folder)
+    assert_is_kept(kept)
+
+
+def test_a_backup_of_mlflow_is_restored(site, kept, tmp_path):
+    """As docs/operations.md has it: database, then artifacts; lost; back in that order."""
+    place = site.stack.place
+    environment = {**os.environ, "PGPASSWORD": place.secrets["postgres_password"]}
+    server = ["--host", "127.0.0.1", "--port", str(place.port("postgres")), "--username", "adaconv"]
+    folder = max(Path("/usr/lib/postgresql").glob("*/bin"))
+
+    def tool(name, *arguments):
+        subprocess.run([folder / name, *server, *arguments], env=environment, check=True, capture_output=True)
+
+    for database in ("mlflow", "mlflow_auth"):
+        tool("pg_dump", "--format=custom", f"--file={tmp_path / database}", database)
+    artifacts = {entry.uri: storage.read_bytes(entry.uri) for entry in storage.walk("s3://mlflow")}
+    assert artifacts
+
+    stop_service(site.stack.running["mlflow"], stop)
+    for database in ("mlflow", "mlflow_auth"):
+        tool("dropdb", database)
+        tool("createdb", database)
+    for uri in artifacts:
+        storage.remove(uri)
+
+    for database in ("mlflow", "mlflow_auth"):
+        tool("pg_restore", f"--dbname={database}", str(tmp_path / database))
+    for uri, data in artifacts.items():
+        storage.publish_bytes(uri, data)
+    site.call("up")
+    site.stack = Stack(site.folder)
+    assert_is_kept(kept)
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Debian's package prometheus")
+def test_prometheus_is_restarted_beside_it_and_finds_ray(site, kept):
+    site.call("up", "--prometheus")
+    site.stack = Stack(site.folder)
+    assert all(is_loopback(address) for address, name in listeners(site.stack) if name == "prometheus")
+    api = f"http://127.0.0.1:{site.stack.place.port('prometheus')}/api/v1"
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(f"{api}/query?query=up", timeout=5) as answer:
+            found = json.loads(answer.read())["data"]["result"]
+        if found and all(one["value"][1] == "1" for one in found):
+            break
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+    with urllib.request.urlopen(f"{api}/rules", timeout=5) as answer:
+        (group,) = json.loads(answer.read())["data"]["groups"]
+    assert len(group["rules"]) == 7
+    assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
+
+
 @pytest.fixture(scope="module")
 def flow(site, photos, paintings):
     """Raw images to stylized ones, by jobs; the addresses that were listened at meanwhile."""
@@ -225,13 +328,6 @@ def psycopg_connect(site, password):
     return psycopg.connect(host="127.0.0.1", port=port, user="adaconv", password=password, dbname="mlflow")
 
 
-def test_a_job_without_the_token_does_not_start(site):
-    stranger = {**site.environment, "RAY_AUTH_MODE": "disabled"}
-    del stranger["RAY_AUTH_TOKEN"]
-    done = site.submit("python", "-c", "print('inside')", environment=stranger, code=1)
-    assert "inside" not in done.stdout
-
-
 def test_secrets_are_in_no_log_no_run_no_output(site, flow):
     """What jobs printed, what every server and Ray logged, what lies in S3, and what MLflow's database holds."""
     place = site.stack.place
@@ -249,99 +345,3 @@ def test_secrets_are_in_no_log_no_run_no_output(site, flow):
     assert len(written) > 50
     found = {(name, place_of) for place_of, data in written.items() for name, value in hidden.items() if value in data}
     assert not found
-
-
-def test_secrets_are_for_their_owner_alone(site):
-    for name in ("secrets.json", "stack.json", "mlflow-auth.ini"):
-        assert (site.folder / name).stat().st_mode & 0o077 == 0, name
-    commands = [" ".join(process.cmdline()) for process in family(site.stack)]
-    assert not [line for line in commands for value in site.stack.place.secrets.values() if value in line]
-
-
-def test_up_again_changes_nothing(site):
-    before = dict(site.stack.running)
-    assert site.call("up").count("runs already") == len(before)
-    assert Stack(site.folder).running == before
-
-
-@pytest.fixture
-def kept(site, monkeypatch):
-    """A run with a metric and an artifact, and an object, by the clients alone: the run's id."""
-    for name, value in site.environment.items():
-        monkeypatch.setenv(name, value)
-    storage._local.__dict__.clear()
-    storage.publish_bytes("s3://adaconv/kept", b"kept")
-    client = mlflow.MlflowClient(site.environment["MLFLOW_TRACKING_URI"])
-    run = client.create_run(client.create_experiment(f"kept-{secrets.token_hex(3)}"))
-    client.log_metric(run.info.run_id, "train/loss", 0.5, step=3)
-    client.log_text(run.info.run_id, "a text", "note.txt")
-    client.set_terminated(run.info.run_id)
-    yield run.info.run_id
-    storage._local.__dict__.clear()
-
-
-def assert_is_kept(run_id):
-    client = mlflow.MlflowClient()
-    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")] == [(3, 0.5)]
-    assert mlflow.artifacts.load_text(f"{client.get_run(run_id).info.artifact_uri}/note.txt") == "a text"
-    assert storage.read_bytes("s3://adaconv/kept") == b"kept"
-
-
-def test_what_was_stored_is_there_after_a_restart(site, kept):
-    site.call("down")
-    assert not family(site.stack)
-    assert "nothing" in site.call("status", code=1)
-    site.call("up")
-    site.stack = Stack(site.folder)
-    assert_is_kept(kept)
-
-
-def test_a_backup_of_mlflow_is_restored(site, kept, tmp_path):
-    """As docs/operations.md has it: database, then artifacts; lost; back in that order."""
-    place = site.stack.place
-    environment = {**os.environ, "PGPASSWORD": place.secrets["postgres_password"]}
-    server = ["--host", "127.0.0.1", "--port", str(place.port("postgres")), "--username", "adaconv"]
-    folder = max(Path("/usr/lib/postgresql").glob("*/bin"))
-
-    def tool(name, *arguments):
-        subprocess.run([folder / name, *server, *arguments], env=environment, check=True, capture_output=True)
-
-    for database in ("mlflow", "mlflow_auth"):
-        tool("pg_dump", "--format=custom", f"--file={tmp_path / database}", database)
-    artifacts = {entry.uri: storage.read_bytes(entry.uri) for entry in storage.walk("s3://mlflow")}
-    assert artifacts
-
-    stop_service(site.stack.running["mlflow"], stop)
-    for database in ("mlflow", "mlflow_auth"):
-        tool("dropdb", database)
-        tool("createdb", database)
-    for uri in artifacts:
-        storage.remove(uri)
-
-    for database in ("mlflow", "mlflow_auth"):
-        tool("pg_restore", f"--dbname={database}", str(tmp_path / database))
-    for uri, data in artifacts.items():
-        storage.publish_bytes(uri, data)
-    site.call("up")
-    site.stack = Stack(site.folder)
-    assert_is_kept(kept)
-
-
-@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Debian's package prometheus")
-def test_prometheus_is_restarted_beside_it_and_finds_ray(site, kept):
-    site.call("up", "--prometheus")
-    site.stack = Stack(site.folder)
-    assert all(is_loopback(address) for address, name in listeners(site.stack) if name == "prometheus")
-    api = f"http://127.0.0.1:{site.stack.place.port('prometheus')}/api/v1"
-    deadline = time.monotonic() + 60
-    while True:
-        with urllib.request.urlopen(f"{api}/query?query=up", timeout=5) as answer:
-            found = json.loads(answer.read())["data"]["result"]
-        if found and all(one["value"][1] == "1" for one in found):
-            break
-        assert time.monotonic() < deadline, found
-        time.sleep(1)
-    with urllib.request.urlopen(f"{api}/rules", timeout=5) as answer:
-        (group,) = json.loads(answer.read())["data"]["groups"]
-    assert len(group["rules"]) == 7
-    assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
