@@ -37,6 +37,7 @@ from adaconv.model.network import StyleTransferNet, build_network
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+BEST_BY = "probe/loss"  # a function of the weights alone, where a batch's loss would choose by luck
 _PREFIX = "step-"
 
 

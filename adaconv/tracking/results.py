@@ -1,6 +1,5 @@
 """What is made of a run when it has ended: its page, and models of its last and best checkpoints."""
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -18,8 +17,6 @@ from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
 from adaconv.tracking.runs import IDENTITY_TAG, client_of
 
 log = logging.getLogger(__name__)
-
-_SMOOTHED_POINTS = 20
 
 
 def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
@@ -76,36 +73,16 @@ def keep_models(client: MlflowClient, run: Run, checkpoints: str) -> dict[str, s
     if not there:
         return {}
     roles: dict[int, list[str]] = {}
-    for role, step in (("best", best_step(client, run, there)), ("last", max(there))):
+    best = checkpoint.best_step(checkpoints, metric=checkpoint.BEST_BY)
+    for role, step in (("best", max(there) if best is None else best), ("last", max(there))):
         roles.setdefault(step, []).append(role)
     ids = {}
     for step, named in roles.items():
-        model = log_model(client, run, checkpoint.fetch(there[step]), checkpoint_uri=there[step], roles=",".join(named))
+        with checkpoint.fetched(there[step]) as folder:
+            model = log_model(client, run, folder, checkpoint_uri=there[step], roles=",".join(named))
         ids[model.model_id] = ",".join(named)
     give_roles(client, run, ids)
     return {role: f"models:/{model_id}" for model_id, named in ids.items() for role in named.split(",")}
-
-
-def best_step(client: MlflowClient, run: Run, there: dict[int, str]) -> int:
-    """The checkpoint with the lowest score: `score` in its meta.json, else the mean of the training losses before it.
-
-    Args:
-        client: of the server.
-        run: that made them.
-        there: step to URI.
-    """
-    scores = {}
-    for step, uri in there.items():
-        score = json.loads(storage.read_bytes(storage.join(uri, "meta.json"))).get("score")
-        if score is not None:
-            scores[step] = float(score)
-    if not scores and "train/loss" in run.data.metrics:
-        points = client.get_metric_history(run.info.run_id, "train/loss")
-        for step in there:
-            before = [point for point in points if point.step <= step][-_SMOOTHED_POINTS:]
-            if before:
-                scores[step] = sum(point.value for point in before) / len(before)
-    return min(scores, key=lambda step: (scores[step], -step)) if scores else max(there)
 
 
 def find(client: MlflowClient, run: str) -> Run:

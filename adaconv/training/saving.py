@@ -9,8 +9,6 @@ from typing import Any
 from adaconv import checkpoint
 from adaconv.training.state import TrainState
 
-BEST_BY = "probe/loss"
-
 
 class CheckpointWriter:
     """Publishes checkpoints one at a time and in order; training goes on meanwhile, unless one is still being written.
@@ -70,6 +68,6 @@ class CheckpointWriter:
         try:
             uri = checkpoint.save(self._folder, settings=self._settings, encoder_fingerprint=self._fingerprint, **copy)
             self._published.append((copy["step"], uri))
-            checkpoint.keep(self._folder, last=self._keep_last, best=self._keep_best, metric=BEST_BY)
+            checkpoint.keep(self._folder, last=self._keep_last, best=self._keep_best, metric=checkpoint.BEST_BY)
         except BaseException as error:  # for whoever waits
             self._error = error
