@@ -113,7 +113,7 @@ class _AdaptiveConv(torch.autograd.Function):
         norm = torch.linalg.vector_norm(torch.linalg.vector_norm(centred, dim=3, dtype=weight.dtype), dim=2)
         scale = (norm.square() / (height * width) + EPS).rsqrt()  # (B, C)
 
-        wide = _widen(weight * _per_input(scale, weight), x.device)  # (B*C, C/G or 8, k, k)
+        wide = widen(weight * per_input(scale, weight), x.device)  # (B*C, C/G or 8, k, k)
         groups = batch * channels // wide.shape[1]
         out = F.conv2d(padded.flatten(0, 1)[None], wide.to(dtype), bias.flatten().to(dtype), groups=groups)
         ctx.save_for_backward(padded, weight, scale)
@@ -130,8 +130,8 @@ class _AdaptiveConv(torch.autograd.Function):
         batch, channels, height, width = grad.shape
         half, pixels = weight.shape[-1] // 2, height * width
         grad_bias = grad.sum(dim=(2, 3), dtype=weight.dtype)
-        scales = _per_input(scale, weight)
-        wide = _widen(weight * scales, grad.device)
+        scales = per_input(scale, weight)
+        wide = widen(weight * scales, grad.device)
         grad_padded, grad_wide, _ = torch.ops.aten.convolution_backward(
             grad.to(padded.dtype).contiguous().flatten(0, 1)[None],
             padded.flatten(0, 1)[None],
@@ -188,14 +188,14 @@ def _mirrors(padded: Tensor, half: int) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _per_input(scale: Tensor, weight: Tensor) -> Tensor:
+def per_input(scale: Tensor, weight: Tensor) -> Tensor:
     """(B, C) of input channels -> (B, C, C/G, 1, 1), which multiplies the inputs of every output channel."""
     batch, channels, per_group = weight.shape[:3]
     of_group = scale.view(batch, channels // per_group, 1, per_group)
     return of_group.expand(-1, -1, per_group, -1).reshape(batch, channels, per_group, 1, 1)
 
 
-def _widen(weight: Tensor, device: torch.device) -> Tensor:
+def widen(weight: Tensor, device: torch.device) -> Tensor:
     """(B, C, C/G, k, k) -> (B*C, wide, k, k): groups joined, with zeros between them, where that is fast."""
     batch, channels, per_group, *size = weight.shape
     joined = _CPU_GROUP_WIDTH // per_group
@@ -209,7 +209,7 @@ def _widen(weight: Tensor, device: torch.device) -> Tensor:
 
 
 def _narrow(wide: Tensor, shape: torch.Size) -> Tensor:
-    """What `_widen` put in: (B, C, C/G, k, k)."""
+    """What `widen` put in: (B, C, C/G, k, k)."""
     per_group, size = shape[2], shape[3:]
     if wide.shape[1] == per_group:
         return wide.view(shape)

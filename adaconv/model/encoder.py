@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Convolutions between two poolings; the first of each group ends in relu1_1, relu2_1, relu3_1, relu4_1.
-_GROUPS = (2, 2, 4, 1)
+GROUPS = (2, 2, 4, 1)
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -48,7 +48,7 @@ class VGGEncoder(nn.Module):
         self.widths = widths
         self.convs = nn.ModuleList()
         channels = 3
-        for width, count in zip(widths, _GROUPS, strict=True):
+        for width, count in zip(widths, GROUPS, strict=True):
             for _ in range(count):
                 self.convs.append(ReflectConv2d(channels, width))
                 channels = width
@@ -76,7 +76,7 @@ class VGGEncoder(nn.Module):
         """Every convolution's output in order, and whether it is one of the four that are asked for."""
         x = (image - self.mean) / self.std
         convs = iter(self.convs)
-        for group, count in enumerate(_GROUPS):
+        for group, count in enumerate(GROUPS):
             for position in range(count):
                 if group and position == 0:
                     x = F.max_pool2d(x, 2)

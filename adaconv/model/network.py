@@ -20,7 +20,7 @@ from adaconv.model.encoder import ReflectConv2d, VGGEncoder
 
 StyleCode = dict[str, Tensor]
 
-_STRIDE = 8  # of relu4_1
+STRIDE = 8  # of relu4_1
 _SLOPE = 0.01  # of the style encoder's leaky ReLU
 _PREDICTED_SHARE = 0.3  # of the identity, at the start
 
@@ -308,12 +308,22 @@ class StyleTransferNet(nn.Module):
 def _pad_to_stride(image: Tensor, *, smallest_map: int) -> Tensor:
     """Reflect to multiples of 8, and so far that relu4_1 has sides that reflection itself can pad."""
     for axis in (-1, -2):
-        side = image.shape[axis]
-        target = max(smallest_map, -(-side // _STRIDE)) * _STRIDE
+        side, target = image.shape[axis], padded_side(image.shape[axis], smallest_map=smallest_map)
         if target != side:
-            order = torch.arange(target, device=image.device) % max(1, 2 * side - 2)
-            image = image.index_select(axis, torch.where(order < side, order, 2 * side - 2 - order))
+            order = reflected(torch.arange(target, device=image.device), side)
+            image = image.index_select(axis, order)
     return image
+
+
+def padded_side(side: int, *, smallest_map: int) -> int:
+    """Of a picture's side as the encoder sees it."""
+    return max(smallest_map, -(-side // STRIDE)) * STRIDE
+
+
+def reflected(index: Tensor, side: int) -> Tensor:
+    """Where pixels come from that lie beyond a side: mirrored at its ends, as often as it takes."""
+    index = index % max(1, 2 * side - 2)
+    return torch.where(index < side, index, 2 * side - 2 - index)
 
 
 def build_network(

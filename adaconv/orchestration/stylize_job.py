@@ -25,10 +25,11 @@ from adaconv.images import ImageError, decode
 from adaconv.orchestration.cluster import quiet_ray_data, require_resources
 from adaconv.orchestration.metrics import output_counter
 from adaconv.progress import Progress
-from adaconv.stylize.gallery import Picture, render, thumbnail
+from adaconv.stylize.gallery import Picture, render
 from adaconv.stylize.outputs import Recipe, encode, is_whole, pack_name, publish_index, slug
+from adaconv.stylize.pictures import shrink, thumbnail
 from adaconv.stylize.style_pack import StylePack
-from adaconv.stylize.stylizer import Stylizer, shrink
+from adaconv.stylize.stylizer import Stylizer
 
 log = logging.getLogger(__name__)
 

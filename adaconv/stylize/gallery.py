@@ -2,13 +2,10 @@
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
-
-from PIL import Image
 
 _PAGE = (Path(__file__).parent / "gallery.html").read_text(encoding="utf-8")
 
@@ -20,15 +17,6 @@ class Picture:
     thumbnail: bytes
     title: str
     link: str | None = None
-
-
-def thumbnail(image: Image.Image, *, side: int) -> bytes:
-    """JPEG of at most `side` pixels a side."""
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
 
 
 def render(

@@ -1,34 +1,60 @@
 """Everything the decoder needs of a style, predicted once: a safetensors file that only its own model accepts."""
 
+import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from adaconv.errors import UsageError
 from adaconv.model.network import StyleCode
+from adaconv.stylize.blend import mix
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class StylePack:
-    """`code`: tensors with a batch of one. `source_sha256`: of the style's file. `options`: how it was read."""
+    """A style, ready to be applied.
+
+    `code`: tensors with a batch of one. `source`: what it is called. `source_sha256`: of the style's file.
+    `options`: how the style was read. `thumbnail`: a small JPEG of it, or nothing.
+    """
 
     code: StyleCode
     model_digest: str
     source: str
     source_sha256: str
-    options: Mapping[str, int]
+    options: Mapping[str, Any]
+    thumbnail: bytes = b""
 
     @property
     def digest(self) -> str:
         """What the pack is made of, as 64 hex digits: the same style, read the same way by the same model."""
-        made_of = [FORMAT, self.model_digest, self.source_sha256, dict(self.options)]
+        made_of = [self.model_digest, self.source_sha256, dict(self.options)]
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def side(self) -> int:
+        """Pixels of the shorter side at which the style was read; of a mixture, those of its first part."""
+        parts = self.options.get("mixed")
+        return int(parts[0]["options"]["side"] if parts else self.options["side"])
+
+    def require_model(self, digest: str, *, name: str = "") -> None:
+        """Refuse to be used by another model.
+
+        Raises:
+            UsageError: names the pack and both models.
+        """
+        if self.model_digest != digest:
+            raise UsageError(
+                f"the style pack {name or self.source} was made by model {self.model_digest[:12]}, "
+                f"this one is {digest[:12]}; make the pack again from its image"
+            )
 
     def to_bytes(self) -> bytes:
         described = {
@@ -37,6 +63,7 @@ class StylePack:
             "source": self.source,
             "source_sha256": self.source_sha256,
             "options": dict(self.options),
+            "thumbnail": base64.b64encode(self.thumbnail).decode(),
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.code.items()}
         data: bytes = save(tensors, metadata={"style_pack": json.dumps(described, sort_keys=True)})
@@ -58,13 +85,46 @@ class StylePack:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             described = json.loads(header["__metadata__"]["style_pack"])
             code: StyleCode = load(data)
+            if described["format"] != FORMAT:
+                raise UsageError(
+                    f"{name}: expected style pack format {FORMAT}, found {described['format']}; make the pack again"
+                )
+            pack = cls(
+                code,
+                described["model_digest"],
+                described["source"],
+                described["source_sha256"],
+                described["options"],
+                base64.b64decode(described["thumbnail"]),
+            )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{name} is not a style pack: {error}") from error
-        if described["format"] != FORMAT:
-            raise UsageError(f"{name}: expected style pack format {FORMAT}, found {described['format']}")
-        if described["model_digest"] != model_digest:
-            raise UsageError(
-                f"{name} was made by model {described['model_digest'][:12]}, this one is {model_digest[:12]}; "
-                "make the pack again from its image"
-            )
-        return cls(code, model_digest, described["source"], described["source_sha256"], described["options"])
+        pack.require_model(model_digest, name=name)
+        return pack
+
+
+def mix_packs(packs: Sequence[StylePack], weights: Sequence[float] | None = None) -> StylePack:
+    """One pack that does the weighted mean of what others do; equal weights unless told.
+
+    Raises:
+        UsageError: packs of different models, or weights that do not fit.
+    """
+    if not packs:
+        raise UsageError("expected at least one style pack to mix, found none")
+    for pack in packs:
+        pack.require_model(packs[0].model_digest)
+    weights = [1.0] * len(packs) if weights is None else list(weights)
+    code = mix([pack.code for pack in packs], weights)
+    shares = [weight / sum(weights) for weight in weights]
+    parts = [
+        {"source_sha256": pack.source_sha256, "options": dict(pack.options), "share": share}
+        for pack, share in zip(packs, shares, strict=True)
+    ]
+    return StylePack(
+        code,
+        packs[0].model_digest,
+        source=" + ".join(f"{share:.2g} {pack.source}" for pack, share in zip(packs, shares, strict=True)),
+        source_sha256=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+        options={"mixed": parts},
+        thumbnail=packs[0].thumbnail,
+    )

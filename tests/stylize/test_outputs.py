@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from adaconv.stylize.gallery import Picture, render, thumbnail
+from adaconv.stylize.gallery import Picture, render
 from adaconv.stylize.outputs import INDEX, Recipe, encode, is_whole, publish_index, read_recipe, slug
+from adaconv.stylize.pictures import thumbnail
 
 RECIPE = Recipe(
     content="a/cat.jpg",

@@ -9,8 +9,9 @@ from safetensors.torch import save
 from adaconv import checkpoint
 from adaconv.errors import UsageError
 from adaconv.images import to_tensor, to_uint8
+from adaconv.stylize.pictures import shrink
 from adaconv.stylize.style_pack import StylePack
-from adaconv.stylize.stylizer import Stylizer, shrink
+from adaconv.stylize.stylizer import Stylizer
 from tests.helpers import save_checkpoint
 
 

@@ -1,0 +1,112 @@
+"""Pictures as callers have them, and back: PIL, numpy and tensors."""
+
+import io
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaconv.errors import UsageError
+from adaconv.images import to_rgb, to_uint8
+from adaconv.stylize.raster import Raster, Window, tiles
+
+Picture = Image.Image | NDArray[np.uint8] | NDArray[np.float32] | Tensor
+P = TypeVar("P", Image.Image, NDArray[np.uint8], NDArray[np.float32], Tensor)
+
+_WINDOW_SIDE = 1024  # of what is reduced at a time
+
+
+def pixels_of(picture: Picture) -> Tensor:
+    """Any picture as (1, 3, H, W), uint8 or float32 in [0, 1].
+
+    Args:
+        picture: PIL of any mode; numpy (H, W, 3); a tensor (3, H, W) or (1, 3, H, W). Arrays and tensors are uint8, or
+            floating in [0, 1].
+
+    Raises:
+        UsageError: another shape or dtype.
+    """
+    if isinstance(picture, Image.Image):
+        return torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)[None]
+    tensor = picture if isinstance(picture, Tensor) else torch.empty(0)
+    if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3:
+        tensor = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    if tensor.numel():
+        tensor = tensor[None] if tensor.ndim == 3 else tensor
+        if tensor.ndim == 4 and tensor.shape[:2] == (1, 3) and min(tensor.shape) > 0:
+            if tensor.dtype == torch.uint8:
+                return tensor
+            if tensor.is_floating_point():
+                return tensor.float()
+    found = f"{type(picture).__name__} of {tuple(getattr(picture, 'shape', ()))} {getattr(picture, 'dtype', '')}"
+    raise UsageError(
+        f"expected a PIL picture, an array (H, W, 3) or a tensor (3, H, W), uint8 or floating in [0, 1]; found {found}"
+    )
+
+
+def like(picture: P, pixels: Tensor) -> P:
+    """Float pixels (1, 3, H, W), clamped to [0, 1], as the kind of picture that came in."""
+    pixels = pixels.float().clamp(0, 1)
+    made: Any
+    if isinstance(picture, Image.Image):
+        made = Image.fromarray(to_uint8(pixels[0].cpu()))
+    elif isinstance(picture, Tensor):
+        made = pixels if picture.ndim == 4 else pixels[0]
+        made = made.mul(255).round().to(torch.uint8) if picture.dtype == torch.uint8 else made.to(picture)
+    elif picture.dtype == np.uint8:
+        made = to_uint8(pixels[0].cpu())
+    else:
+        made = pixels[0].permute(1, 2, 0).cpu().numpy().astype(picture.dtype)
+    return cast(P, made)
+
+
+def reduced(raster: Raster, side: int) -> Tensor:
+    """A picture scaled until its shorter side has `side` pixels; a large one is never in memory as a whole.
+
+    Returns:
+        (1, 3, h, w) float32 in [0, 1].
+    """
+    factor = max(1, min(raster.height, raster.width) // side)
+    step = max(factor, _WINDOW_SIDE // factor * factor)
+    rows = []
+    for top in range(0, raster.height, step):
+        strip = [w for w in tiles(raster.height, raster.width, step) if w.top == top]
+        rows.append(torch.cat([_box(raster, window, factor) for window in strip], dim=-1))
+    small = torch.cat(rows, dim=-2)
+    short = min(raster.height, raster.width)
+    size = tuple(max(1, round(full * side / short)) for full in (raster.height, raster.width))
+    if size == tuple(small.shape[-2:]):
+        return small
+    return F.interpolate(small, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def thumbnail(image: Image.Image, *, side: int) -> bytes:
+    """JPEG of at most `side` pixels a side."""
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.convert("RGB").save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()
+
+
+def shrink(image: Image.Image, side: int | None) -> Image.Image:
+    """Scaled down until the shorter side has `side` pixels; never enlarged."""
+    if side is None or min(image.size) <= side:
+        return image
+    return image.resize(scaled(image.size, side), Image.Resampling.LANCZOS)
+
+
+def scaled(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height with a shorter side of `side`."""
+    short = min(size)
+    return max(1, round(size[0] * side / short)), max(1, round(size[1] * side / short))
+
+
+def _box(raster: Raster, window: Window, factor: int) -> Tensor:
+    values = raster.read(window)
+    values = values.float().div(255) if values.dtype == torch.uint8 else values.float()
+    return F.avg_pool2d(values, factor, ceil_mode=True)

@@ -1,0 +1,145 @@
+"""Tiles equal the whole frame: any size of picture and tile, both architectures, masks and colours too."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adaconv.errors import UsageError
+from adaconv.model.encoder_weights import load_encoder
+from adaconv.model.network import build_network
+from adaconv.stylize.layers import Moments, Region
+from adaconv.stylize.pictures import reduced
+from adaconv.stylize.raster import FileRaster, MemoryRaster, Window, tiles
+from adaconv.stylize.stylizer import Stylizer
+from adaconv.stylize.tiling import Tiler, plan_tile
+from tests.helpers import TINY_MODEL, TINY_WIDTHS, save_checkpoint
+
+
+def tiny(architecture="adaconv", **settings):
+    torch.manual_seed(0)
+    encoder = load_encoder("seeded:0", widths=TINY_WIDTHS)
+    model = {**TINY_MODEL, **settings} if architecture == "adaconv" else {"architecture": architecture}
+    return build_network(encoder=encoder, **model).to(memory_format=torch.channels_last).eval()
+
+
+def in_tiles(network, picture, code, side, scratch=None):
+    out = torch.full((1, 3, *picture.shape[-2:]), torch.nan)
+    with torch.inference_mode():
+        tiler = Tiler(network, side=side, scratch=scratch)
+        tiler.stylize(MemoryRaster(picture), lambda moments: [Region(code)], MemoryRaster(out).write)
+    return out
+
+
+def smooth(height, width, seed=0):
+    coarse = torch.rand(1, 3, height // 8 + 2, width // 8 + 2, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+
+
+@pytest.mark.parametrize("settings", [{}, {"kernel_size": 5, "descriptor_size": 5}, {"output_activation": "sigmoid"}])
+@pytest.mark.parametrize(("height", "width"), [(200, 136), (203, 131), (41, 300), (17, 16)])
+def test_tiles_equal_the_whole_frame(settings, height, width, tmp_path):
+    network = tiny(**settings)
+    picture = smooth(height, width)
+    with torch.inference_mode():
+        code = network.encode_style(smooth(64, 64, seed=1))
+        whole = network.stylize(picture, code)
+    for side in (None, 64, 72, 128):
+        assert (in_tiles(network, picture, code, side, tmp_path) - whole).abs().max() < 1e-4
+    assert whole.std() > 0.01
+    assert not list(tmp_path.iterdir())
+
+
+def test_adain_in_tiles_equals_the_whole_frame():
+    network = tiny("adain")
+    picture = smooth(203, 131)
+    with torch.inference_mode():
+        code = network.encode_style(smooth(64, 64, seed=1))
+        whole = network.stylize(picture, code)
+    assert (in_tiles(network, picture, code, 64) - whole).abs().max() < 1e-4
+
+
+def test_naive_tiles_do_not(tmp_path):
+    """What is compared can differ: each tile by itself has other statistics, and seams."""
+    network = tiny()
+    picture = smooth(128, 128)
+    with torch.inference_mode():
+        code = network.encode_style(smooth(64, 64, seed=1))
+        whole = network.stylize(picture, code)
+        naive = torch.cat([network.stylize(half, code) for half in picture.split(64, dim=-1)], dim=-1)
+    assert (naive - whole).abs().max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width"), [(1024, 1024), (1027, 1543), (2048, 1531)])
+@pytest.mark.parametrize("side", [256, 576])
+def test_the_papers_network_in_tiles_equals_the_whole_frame(height, width, side):
+    torch.manual_seed(0)
+    network = build_network(encoder=load_encoder("seeded:0")).to(memory_format=torch.channels_last).eval()
+    torch.set_num_threads(2)
+    picture = smooth(height, width) * 0.7 + torch.rand(1, 3, height, width) * 0.3
+    with torch.inference_mode():
+        code = network.encode_style(smooth(256, 256, seed=1))
+        whole = network.stylize(picture, code)
+    difference = (in_tiles(network, picture, code, side) - whole).abs().max()
+    print(f"{height}x{width} in tiles of {side}: at most {difference:.2e} apart")
+    assert difference < 1e-4
+
+
+@pytest.fixture(scope="module")
+def stylizer(tmp_path_factory):
+    return Stylizer.from_folder(save_checkpoint(tmp_path_factory.mktemp("model"))[1])
+
+
+@pytest.mark.parametrize("color", ["style", "luminance", "coral"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_option_works_in_tiles(stylizer, color, masked):
+    content = smooth(150, 131)[0]
+    packs = [stylizer.style_pack(smooth(64, 64, seed=seed)[0], side=32) for seed in (1, 2)]
+    mask = torch.linspace(0, 1, 131).expand(150, 131)
+    how = {"alpha": 0.6, "color": color, "mask": [mask, (1 - mask) * 0.5] if masked else None}
+    whole = stylizer.stylize(content, packs, tile=None, **how)
+    assert (stylizer.stylize(content, packs, tile=64, **how) - whole).abs().max() < 1e-4
+
+
+def test_moments_of_windows_are_those_of_the_whole():
+    values = torch.rand(1, 4, 50, 70) * 3 + 100
+    moments = Moments()
+    for window in tiles(50, 70, 16):
+        moments.add(MemoryRaster(values).read(window))
+    exact = values.double()
+    assert torch.allclose(moments.mean, exact.mean((0, 2, 3)), rtol=1e-7)
+    assert torch.allclose(moments.squares / moments.count, exact.var((0, 2, 3), correction=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_a_file_holds_what_memory_would(tmp_path, dtype):
+    values = (torch.rand(1, 5, 33, 47) * 200).to(dtype)
+    raster = FileRaster(tmp_path / "x", 5, 33, 47, dtype)
+    for window in tiles(33, 47, 16):
+        raster.write(window, MemoryRaster(values).read(window))
+    for window in (Window(0, 33, 0, 47), Window(3, 9, 40, 47), Window(32, 33, 0, 1)):
+        assert torch.equal(raster.read(window), MemoryRaster(values).read(window))
+    raster.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_follows_from_size_and_limit():
+    network = tiny()
+    assert plan_tile(512, 512, network=network, max_memory_gb=4) is None
+    sides = [plan_tile(60_000, 60_000, network=network, max_memory_gb=gb) for gb in (0.6, 1, 2)]
+    assert all(side % 64 == 0 for side in sides)
+    assert sides == sorted(set(sides))
+    assert plan_tile(60_000, 90_000, network=network, max_memory_gb=1) == sides[1]
+    with pytest.raises(UsageError, match=r"max_memory_gb: expected at least 0\.5"):
+        plan_tile(60_000, 60_000, network=network, max_memory_gb=0.4)
+
+
+def test_a_reduced_picture_is_near_pillows():
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((1100, 830), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    found = reduced(MemoryRaster(pixels), 96)[0].permute(1, 2, 0).numpy() * 255
+    wanted = np.asarray(picture.resize((127, 96), Image.Resampling.LANCZOS))
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).mean() < 4
