@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,27 +34,34 @@ class ImageError(AdaConvError):
         self.reason = reason
 
 
-def open_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Look at the header only; nothing is decoded.
+def open_header(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Look at the header only, of bytes or of a file; nothing is decoded.
 
     Raises:
         ImageError: `empty`, `not_an_image`, `damaged_header` or `too_many_pixels`.
     """
-    if not data:
+    if not (data if isinstance(data, bytes) else data.stat().st_size):
         raise ImageError("empty", "the file has no bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded below, by our own limit
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", f"its header claims far more than {max_pixels} pixels") from error
     except (OSError, SyntaxError, ValueError) as error:
-        if data.startswith(_MAGIC):
+        if _start_of(data).startswith(_MAGIC):
             raise ImageError("damaged_header", "it starts like an image and does not go on like one") from error
         raise ImageError("not_an_image", "no image of a known format starts here") from error
     if image.width * image.height > max_pixels:
         raise ImageError("too_many_pixels", f"{image.width}x{image.height} exceeds {max_pixels} pixels")
     return image
+
+
+def _start_of(data: bytes | Path) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    with data.open("rb") as file:
+        return file.read(8)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

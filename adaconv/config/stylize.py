@@ -1,14 +1,18 @@
 """Configuration of pipelines/stylize.py: a model and contents x styles to stylized images."""
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adaconv.config.base import Config
 
 
 class OptionsConfig(Config):
-    """What determines an output's bytes, besides its content, its style and the model: each is part of its name."""
+    """What determines an output's bytes, besides its content, its style and the model: each is part of its name.
+
+    A file of pairs may have a column for any of them but `precision`.
+    """
 
     content_side: int | None = Field(default=None, ge=16)
     """Contents are scaled down until their shorter side has this many pixels; None keeps their size."""
@@ -16,25 +20,50 @@ class OptionsConfig(Config):
     """Styles are scaled until their shorter side has this many pixels: the scale at which brush strokes are read."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` is faster where the hardware has it, with three digits for feature maps; style packs stay float32."""
+    alpha: float = Field(default=1.0, ge=0, le=1)
+    """From 0, the content in its own style, to 1: between them the kernels are faded."""
+    color: Literal["style", "luminance", "coral"] = "style"
+    """Colours of the style; or the content's chroma (`luminance`); or its mean and covariance of colours (`coral`)."""
+    format: Literal["png", "jpeg", "webp", "tiff"] = "png"
+    """Of the outputs' files."""
+    quality: int = Field(default=90, ge=1, le=100)
+    """Of JPEG and WebP."""
+    keep_metadata: bool = False
+    """Keep EXIF and the colour profile of contents; otherwise colours become sRGB and nothing is kept."""
+
+
+class TileConfig(Config):
+    max_memory_gb: float = Field(default=4.0, gt=0)
+    """Memory of an actor (with GPUs: of its GPU), in 10^9 bytes; pictures that would take more are made in tiles."""
+    side: int | None = Field(default=None, ge=64, multiple_of=8)
+    """Make every picture in tiles of this side, in pixels; None tiles only where memory asks for it."""
+    max_megapixels: float = Field(default=80.0, gt=0)
+    """Larger contents are refused by their header."""
+    scratch: str | None = None
+    """Local folder for the maps of tiled pictures, 102 bytes a pixel; None is the system's for temporary files."""
 
 
 class ActorConfig(Config):
-    num_actors: int = Field(default=1, ge=1)
-    """Copies of the model that work side by side."""
+    num_actors: int | None = Field(default=1, ge=1)
+    """Copies of the model that work side by side; None takes as many as CPUs or GPUs, and memory, allow."""
     gpus_per_actor: float = Field(default=0, ge=0)
     """GPUs of each; 0 stylizes on CPUs."""
     cpus_per_actor: float = Field(default=1, gt=0)
     """CPUs that Ray reserves for each."""
     threads_per_actor: int | None = Field(default=None, ge=1)
     """Threads that torch uses in each; None divides the machine's cores among them when on CPUs."""
+    batch_size: int = Field(default=1, ge=1)
+    """Styles that a content is decoded with at once: helps GPUs, not CPUs. Halved where memory runs out."""
 
 
 class GalleryConfig(Config):
-    max_contents: int = Field(default=50, ge=1)
+    max_contents: int = Field(default=500, ge=1)
     """Contents (rows) that the gallery shows; the index always has all."""
-    max_styles: int = Field(default=20, ge=1)
+    max_styles: int = Field(default=100, ge=1)
     """Styles (columns) that the gallery shows."""
-    thumbnail_side: int = Field(default=192, ge=16)
+    max_outputs: int = Field(default=10_000, ge=1)
+    """Outputs that the gallery shows; about 5 kB of the page each."""
+    thumbnail_side: int = Field(default=160, ge=16)
     """Longer side of a picture in the gallery, in pixels; a click opens the full size."""
 
 
@@ -44,19 +73,38 @@ class StylizeTrackingConfig(Config):
 
 
 class StylizeConfig(Config):
-    model: str
+    model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://)."""
-    content: tuple[str, ...] = Field(min_length=1)
-    """Folders of contents, with any folders below them."""
-    style: tuple[str, ...] = Field(min_length=1)
-    """Folders of styles, with any folders below them."""
-    output: str
+    content: tuple[str, ...] = ()
+    """Contents: folders, zips, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
+    style: tuple[str, ...] = ()
+    """Styles: the same, or style packs (FILE.safetensors, or folders of them)."""
+    output: str | None = None
     """Folder or s3://bucket/prefix for images, style packs, index and gallery; run again, it makes what is missing."""
+    pairs: str = "grid"
+    """`grid`: all with all; `zip`: one to one; `random:K`: K styles for each content, by the seed; or a .csv or
+    .parquet file with columns `content`, `style` and any of the options."""
+    seed: int = 0
+    """Of `random:K`."""
+    replay: str | None = None
+    """An output: make it again from its recipe and compare the bytes. Needs --content, and --style unless the pack is
+    where the job left it; --model where the recipe's name of it cannot be resolved."""
     limit_contents: int | None = Field(default=None, ge=1)
     """Take this many contents, evenly spread over the sorted list; None takes all."""
     limit_styles: int | None = Field(default=None, ge=1)
     """Take this many styles, evenly spread over the sorted list; None takes all."""
     options: OptionsConfig = OptionsConfig()
+    tile: TileConfig = TileConfig()
     scaling: ActorConfig = ActorConfig()
     gallery: GalleryConfig = GalleryConfig()
     tracking: StylizeTrackingConfig = StylizeTrackingConfig()
+
+    @model_validator(mode="after")
+    def _complete(self) -> "StylizeConfig":
+        required = ("content",) if self.replay else ("model", "content", "style", "output")
+        missing = [f"--{name}" for name in required if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"required: {', '.join(missing)}; give them as flags or in a --config file")
+        if not re.fullmatch(r"grid|zip|random:[1-9]\d*|.+\.(csv|parquet)", self.pairs):
+            raise ValueError(f"pairs: expected grid, zip, random:K, or a .csv or .parquet file; found {self.pairs}")
+        return self

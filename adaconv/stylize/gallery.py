@@ -1,10 +1,13 @@
-"""A job's outputs as one HTML file: thumbnails are inside, full sizes linked."""
+"""A job's outputs as one HTML file: thumbnails are inside, full sizes linked; nothing is fetched from anywhere."""
 
 import base64
 import html
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 _PAGE = (Path(__file__).parent / "gallery.html").read_text(encoding="utf-8")
@@ -12,11 +15,18 @@ _PAGE = (Path(__file__).parent / "gallery.html").read_text(encoding="utf-8")
 
 @dataclass(frozen=True)
 class Picture:
-    """`thumbnail`: JPEG bytes. `title`: shown below or on hover. `link`: relative path of the full size, if any."""
+    """`thumbnail`: JPEG bytes, or nothing. `title`: shown. `link`: relative path of the full size, if any."""
 
     thumbnail: bytes
     title: str
     link: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an output is not there."""
+
+    reason: str
 
 
 def render(
@@ -25,7 +35,7 @@ def render(
     facts: Mapping[str, str],
     contents: Sequence[Picture],
     styles: Sequence[Picture],
-    cells: Mapping[tuple[int, int], Picture],
+    cells: Mapping[tuple[int, int], Picture | Failure],
     note: str = "",
 ) -> str:
     """The page.
@@ -35,33 +45,34 @@ def render(
         facts: lines below it, such as the model and the books.
         contents: rows.
         styles: columns.
-        cells: stylized pictures by (row, column); one that is not there is shown as failed.
+        cells: outputs by (row, column); a place without one stays empty.
         note: a sentence above the grid, such as what was left out.
     """
-    header = "".join(f'<th scope="col">{_img(style, "style")}</th>' for style in styles)
-    rows = []
-    for down, content in enumerate(contents):
-        row = [f'<th scope="row">{_img(content, "content")}</th>']
-        for across in range(len(styles)):
-            cell = cells.get((down, across))
-            row.append(f"<td>{_img(cell, 'stylized') if cell else '<span class=failed>failed</span>'}</td>")
-        rows.append(f"<tr>{''.join(row)}</tr>")
+    of_row: dict[int, dict[int, Any]] = {}
+    for (row, column), cell in cells.items():
+        of_row.setdefault(row, {})[column] = {"failed": cell.reason} if isinstance(cell, Failure) else _told(cell)
+    rows = (
+        f'<script type="application/json" class="row-data">{_json({**_told(content), "cells": of_row.get(row, {})})}'
+        "</script>"
+        for row, content in enumerate(contents)
+    )
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     parts = {
         "{{title}}": html.escape(title),
         "{{facts}}": listed,
         "{{note}}": html.escape(note),
-        "{{header}}": header,
+        "{{columns}}": _json([_told(style) for style in styles]),
         "{{rows}}": "\n".join(rows),
     }
-    page = _PAGE
-    for mark, value in parts.items():
-        page = page.replace(mark, value)
-    return page
+    # In one pass: what is filled in may hold a mark itself.
+    return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], _PAGE)
 
 
-def _img(picture: Picture, kind: str) -> str:
-    data = base64.b64encode(picture.thumbnail).decode()
-    title = html.escape(picture.title, quote=True)
-    img = f'<img class="{kind}" src="data:image/jpeg;base64,{data}" alt="{title}" title="{title}" loading="lazy">'
-    return f'<a href="{quote(picture.link)}">{img}</a>' if picture.link else img
+def _told(picture: Picture) -> dict[str, str]:
+    told = {"title": picture.title, "image": base64.b64encode(picture.thumbnail).decode()}
+    return told if picture.link is None else {**told, "link": quote(picture.link)}
+
+
+def _json(value: Any) -> str:
+    """JSON that a script element can hold: nothing in it ends the element."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -11,23 +11,31 @@ An output is published whole as soon as it is made and its name says all that de
 """
 
 import hashlib
+import html
 import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, PngImagePlugin
 
 from adaconv import storage
+from adaconv.errors import UsageError
 
-FORMAT = 1
-RECIPE_KEY = "adaconv"  # of the PNG text that holds an output's recipe
-_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+Format = Literal["png", "jpeg", "webp", "tiff"]
+
+FORMAT = 2
+RECIPE_KEY = "adaconv"  # of the PNG text that holds an output's recipe; elsewhere it is in the XMP packet
+_NAMESPACE = "https://adaconv.invalid/recipe/2/"
+_EXTENSIONS: Mapping[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "tiff": "tif"}
+_ENDS = {"png": b"\x00\x00\x00\x00IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
+_XMP_TAG = 700  # of TIFF
+_ORIENTATION = 0x0112
 INDEX = pa.schema(
     [
         ("output", pa.string()),
@@ -37,8 +45,10 @@ INDEX = pa.schema(
         ("content_sha256", pa.string()),
         ("style", pa.string()),
         ("style_sha256", pa.string()),
+        ("options", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("tile", pa.int32()),
         ("seconds", pa.float32()),
     ]
 )
@@ -46,7 +56,10 @@ INDEX = pa.schema(
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines an output. No paths of machines and no secrets: it travels with the picture."""
+    """All that determines an output. No paths of machines and no secrets: it travels with the picture.
+
+    `made`: how it was computed, which changes a picture by rounding only: tile, device, threads, releases.
+    """
 
     content: str
     content_sha256: str
@@ -56,16 +69,53 @@ class Recipe:
     model: str
     model_digest: str
     options: Mapping[str, Any]
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Path below the job's output: what determines the picture, behind a prefix for people."""
         made_of = [FORMAT, self.content_sha256, self.pack_digest, self.model_digest, dict(self.options)]
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-        return f"images/{slug(self.style)}/{slug(self.content)}-{digest}.png"
+        extension = _EXTENSIONS[self.options.get("format", "png")]
+        return f"images/{slug(self.style)}/{slug(self.content)}-{digest}.{extension}"
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **self.__dict__}, sort_keys=True)
+        return json.dumps({"recipe_format": FORMAT, **self.__dict__}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str) -> "Recipe":
+        """Read a recipe.
+
+        Raises:
+            UsageError: it is none, or one of another format; `name` is what it was found in.
+        """
+        try:
+            described = json.loads(text)
+            found = described.pop("recipe_format")
+            if found != FORMAT:
+                raise UsageError(f"{name}: expected a recipe of format {FORMAT}, found {found}")
+            return cls(**described)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{name}: expected a recipe of this project, found damage: {error}") from None
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an output keeps of its content, on request: EXIF, without its orientation, and the ICC profile."""
+
+    exif: bytes = b""
+    icc_profile: bytes = b""
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Metadata":
+        """Of an opened image; EXIF that cannot be read is left behind."""
+        try:
+            exif = image.getexif()
+            exif.pop(_ORIENTATION, None)  # it has been applied
+            kept = exif.tobytes() if len(exif) else b""
+        except Exception:  # EXIF is written by anything that ever touched a photograph
+            kept = b""
+        return cls(kept, image.info.get("icc_profile") or b"")
 
 
 def slug(source: str) -> str:
@@ -78,28 +128,66 @@ def pack_name(style: str, digest: str) -> str:
     return f"styles/{slug(style)}-{digest[:16]}.safetensors"
 
 
-def encode(image: Image.Image, recipe: Recipe) -> bytes:
-    """PNG with its recipe: the same picture and recipe give the same bytes."""
-    notes = PngImagePlugin.PngInfo()
-    notes.add_itxt(RECIPE_KEY, recipe.to_json())
+def encode(image: Image.Image, recipe: Recipe, *, metadata: Metadata | None = None) -> bytes:
+    """A file with its recipe: the same picture and recipe give the same bytes.
+
+    `recipe.options` say the `format` (png) and, for JPEG and WebP, the `quality` (90).
+    """
+    kept = metadata or Metadata()
+    told: dict[str, Any] = {name: value for name, value in kept.__dict__.items() if value}
+    quality = int(recipe.options.get("quality", 90))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=notes, compress_level=4)
+    match recipe.options.get("format", "png"):
+        case "png":
+            notes = PngImagePlugin.PngInfo()
+            notes.add_itxt(RECIPE_KEY, recipe.to_json())
+            image.save(buffer, "PNG", pnginfo=notes, compress_level=4, **told)
+        case "jpeg":
+            image.save(buffer, "JPEG", quality=quality, subsampling=0, xmp=xmp_of(recipe), **told)
+        case "webp":
+            image.save(buffer, "WEBP", quality=quality, method=4, xmp=xmp_of(recipe), **told)
+        case "tiff":
+            image.save(buffer, "TIFF", compression="tiff_adobe_deflate", tiffinfo={_XMP_TAG: xmp_of(recipe)}, **told)
+        case other:
+            raise UsageError(f"options.format: expected {', '.join(_EXTENSIONS)}, found {other}")
     return buffer.getvalue()
 
 
-def read_recipe(data: bytes) -> dict[str, Any] | None:
-    """The recipe of an output; None where the picture carries none."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+def xmp_of(recipe: Recipe) -> bytes:
+    """An XMP packet that holds a recipe."""
+    value = html.escape(recipe.to_json(), quote=True)
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        f'<rdf:Description rdf:about="" xmlns:adaconv="{_NAMESPACE}" adaconv:recipe="{value}"/>'
+        '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+    ).encode()
+
+
+def read_recipe(data: bytes, *, name: str = "the file") -> Recipe | None:
+    """The recipe of an output; None where the picture carries none.
+
+    Raises:
+        UsageError: what it carries cannot be read.
+    """
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "TIFF")) as image:
         text = getattr(image, "text", {}).get(RECIPE_KEY)
-    return json.loads(text) if text else None
+        xmp = image.info.get("xmp") or getattr(image, "tag_v2", {}).get(_XMP_TAG) or b""
+    if text is None and (found := re.search(rb'adaconv:recipe="([^"]*)"', xmp)):
+        text = html.unescape(found[1].decode())
+    return Recipe.from_json(text, name=name) if text else None
 
 
 def is_whole(uri: str) -> bool:
     """An output is there to its last byte."""
     if not storage.exists(uri):
         return False
-    size = storage.size_of(uri)
-    return size > len(_PNG_END) and storage.read_range(uri, size - len(_PNG_END), len(_PNG_END)) == _PNG_END
+    size, extension = storage.size_of(uri), uri.rpartition(".")[2]
+    if extension == "webp":
+        head = storage.read_range(uri, 0, 8)
+        return head[:4] == b"RIFF" and size == int.from_bytes(head[4:], "little") + 8
+    end = _ENDS.get(extension, b"")  # a TIFF has no end of its own: that it was published must do
+    return size > len(end) and (not end or storage.read_range(uri, size - len(end), len(end)) == end)
 
 
 def publish_index(root: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -89,7 +89,7 @@ def thumbnail(image: Image.Image, *, side: int) -> bytes:
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.convert("RGB").save(buffer, "JPEG", quality=82)
+    small.convert("RGB").save(buffer, "JPEG", quality=75)
     return buffer.getvalue()
 
 

@@ -57,7 +57,7 @@ class MemoryRaster:
 
 
 class FileRaster:
-    """A file of height x width x channels values; it is made anew, and removed by `close`.
+    """A file of height x width x channels values, which `close` removes.
 
     Takes height x width x channels x itemsize bytes of disk.
     """
@@ -71,13 +71,15 @@ class FileRaster:
         dtype: torch.dtype,
         *,
         device: torch.device | None = None,
+        fresh: bool = True,
     ) -> None:
+        """`fresh`: made anew; otherwise a file of this layout is there."""
         self.path, self.height, self.width = path, height, width
         self._channels, self._dtype, self._device = channels, dtype, device
         self._pixel_bytes = channels * dtype.itemsize
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        # Room is taken now: a full disk says so here rather than in the middle.
-        if hasattr(os, "posix_fallocate"):
+        self._file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if fresh else 0), 0o600)
+        if fresh and hasattr(os, "posix_fallocate"):
+            # Room is taken now: a full disk says so here rather than in the middle.
             os.posix_fallocate(self._file, 0, max(1, height * width * self._pixel_bytes))
 
     def read(self, window: Window) -> Tensor:

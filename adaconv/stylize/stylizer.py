@@ -103,6 +103,11 @@ class Stylizer:
         network, info = load_network(folder)
         return cls(network, info, device=device, precision=precision, max_memory_gb=max_memory_gb, scratch=scratch)
 
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return self._device.type
+
     @torch.inference_mode()
     def style_pack(
         self,

@@ -1,0 +1,237 @@
+"""Where contents and styles come from, and how one becomes a picture.
+
+A source is a folder or zip of images, a dataset version (ROOT or ROOT@VERSION), or a Parquet file with a column of
+images (FILE.parquet or FILE.parquet#COLUMN); styles may be style packs too (FILE.safetensors, or a folder of them).
+All may lie here or on s3://.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import simplejpeg
+from PIL import Image, ImageOps
+
+from adaconv import storage
+from adaconv.data.manifest import open_version
+from adaconv.data.sources import Found, Member, iter_images, read_found
+from adaconv.errors import UsageError
+from adaconv.images import ImageError, is_srgb, open_header, to_rgb, to_srgb
+from adaconv.stylize.outputs import Metadata
+
+_NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
+
+
+@dataclass(frozen=True)
+class Item:
+    """One content or style. `source`: what it is called, unique within its list; `uri`: of the file that holds it.
+
+    `place`: where in it: offset and size in a shard; row group and row of a Parquet file; the size alone otherwise.
+    """
+
+    kind: Literal["file", "sample", "cell", "pack"]
+    source: str
+    uri: str
+    place: tuple[int, int] = (0, 0)
+    column: str = ""
+    member: Member | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Item":
+        member = Member(**row["member"]) if row["member"] else None
+        return cls(**{**row, "place": tuple(row["place"]), "member": member})
+
+
+def list_items(sources: Iterable[str], *, flag: str, packs: bool = False) -> list[Item]:
+    """Everything that a flag's sources hold, each source sorted by name.
+
+    Args:
+        sources: see above.
+        flag: for messages, as in `--content`.
+        packs: whether style packs are taken.
+
+    Raises:
+        UsageError: a source is not there, is none of these, or holds nothing.
+    """
+    items: list[Item] = []
+    for source in sources:
+        items += sorted(_items_of(source, flag, packs), key=lambda item: item.source)
+    return items
+
+
+def read_item(item: Item) -> bytes:
+    """The bytes of an image or pack.
+
+    Raises:
+        ImageError: this one alone cannot be had.
+        OSError: the storage fails.
+    """
+    if item.kind == "sample":
+        return storage.read_range(item.uri, *item.place)
+    if item.kind == "cell":
+        return _cell(item)
+    return read_found(Found(item.uri, item.source, item.place[0], "", item.member))
+
+
+def local_file(item: Item, folder: Path) -> Path:
+    """The image as a local file: itself, or a copy in a folder.
+
+    Raises:
+        ImageError, OSError: as read_item.
+    """
+    if item.kind == "file" and item.member is None and storage.is_local(item.uri):
+        path = Path(item.uri)
+        if not path.exists():
+            raise ImageError("vanished", "it was listed, and is not there any more, or is a link to nowhere")
+        return path
+    path = folder / "item"
+    path.write_bytes(read_item(item))
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -> Image.Image:
+    """An upright RGB picture in sRGB, transparency on white.
+
+    Args:
+        path: of an image's file.
+        max_pixels: more are refused by the header.
+        keep_colours: leave the colours in those of its RGB profile.
+
+    Raises:
+        ImageError: by the header, see images.open_header; `truncated` or `corrupt_data` where pixels are missing.
+    """
+    with open_header(path, max_pixels=max_pixels) as image:
+        if image.format == "JPEG":
+            _require_sound_jpeg(path.read_bytes())
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise ImageError("truncated", str(error)) from error
+        profile = image.info.get("icc_profile")
+    if profile and not is_srgb(profile) and not (keep_colours and upright.mode == "RGB"):
+        upright.info["icc_profile"] = profile
+        with contextlib.suppress(ValueError):  # a profile that cannot be read says nothing
+            upright = to_srgb(upright)
+    return to_rgb(upright)
+
+
+def metadata_of(path: Path) -> Metadata:
+    with open_header(path, max_pixels=10**10) as image:
+        kept = Metadata.of(image)
+        return kept if image.mode in ("RGB", "RGBA", "P") else Metadata(kept.exif)  # a profile of CMYK fits no RGB
+
+
+def _require_sound_jpeg(data: bytes) -> None:
+    """Pillow hears no warning of libjpeg's, which makes up the pixels that are missing."""
+    try:
+        simplejpeg.decode_jpeg(data)
+    except ValueError as error:
+        if str(error).startswith("Premature end"):
+            raise ImageError("truncated", str(error)) from error
+        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
+            raise ImageError("corrupt_data", str(error)) from error
+
+
+def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
+    plain, _, column = source.partition("#")
+    if plain.lower().endswith(".parquet"):
+        yield from _cells(storage.absolute(plain), source, column, flag)
+    elif packs and source.lower().endswith(".safetensors"):
+        uri = storage.absolute(source)
+        if not storage.exists(uri):
+            raise UsageError(f"{flag} {source}: expected a style pack, found nothing there")
+        yield Item("pack", storage.name_of(uri), uri)
+    elif _is_version(source):
+        yield from _samples(source)
+    else:
+        root = storage.absolute(source)
+        found = [e for e in storage.walk(root) if e.path.endswith(".safetensors")] if packs else []
+        yield from (Item("pack", entry.path, entry.uri) for entry in found)
+        if not found:
+            yield from (
+                Item("file", f.source, f.uri, (f.bytes, 0), member=f.member) for f in iter_images((source,), flag=flag)
+            )
+
+
+def _is_version(source: str) -> bool:
+    if "@" in storage.name_of(source) and not storage.exists(storage.absolute(source)):
+        return True
+    root = storage.absolute(source)
+    return storage.exists(storage.join(root, "LATEST")) and storage.is_directory(storage.join(root, "versions"))
+
+
+def _samples(source: str) -> Iterator[Item]:
+    version = open_version(source)
+    for row in version.samples().select(["source", "shard", "offset", "size"]).to_pylist():
+        yield Item("sample", row["source"], version.shard_uri(row["shard"]), (row["offset"], row["size"]))
+
+
+def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
+    if not storage.exists(uri):
+        raise UsageError(f"{flag} {source}: expected a Parquet file, found nothing there")
+    with storage.open_binary(uri) as file:
+        try:
+            table = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise UsageError(f"{flag} {source}: expected a Parquet file, found: {error}") from None
+        images = {f.name for f in table.schema_arrow if _holds_images(f.type)}
+        column = column or next((f.name for f in table.schema_arrow if f.name in images), "")
+        if column not in images:
+            raise UsageError(
+                f"{flag} {source}: expected a column of images (binary, or a struct with `bytes`), found "
+                f"{', '.join(f'{f.name}: {f.type}' for f in table.schema_arrow)}"
+            )
+        named = next((n for n in _NAMES if n in table.schema_arrow.names and n != column), None)
+        inside = pa.types.is_struct(table.schema_arrow.field(column).type)
+        number = 0
+        for group in range(table.num_row_groups):
+            names: list[Any] = [None] * table.metadata.row_group(group).num_rows
+            if named is not None:
+                names = table.read_row_group(group, [named]).column(0).to_pylist()
+            elif inside and "path" in [f.name for f in table.schema_arrow.field(column).type]:
+                paths = table.read_row_group(group, [f"{column}.path"]).column(0).to_pylist()
+                names = [cell and cell["path"] for cell in paths]
+            for row, name in enumerate(names):
+                yield Item("cell", str(name or f"row-{number:08d}"), uri, (group, row), column)
+                number += 1
+
+
+def _holds_images(kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        return any(f.name == "bytes" and pa.types.is_binary(f.type) for f in kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _cell(item: Item) -> bytes:
+    group, row = item.place
+    value = _row_group(item.uri, group, item.column)[row].as_py()
+    data = value["bytes"] if isinstance(value, dict) else value
+    if data is None:
+        raise ImageError("empty", "the cell has no bytes")
+    return bytes(data)
+
+
+@lru_cache(maxsize=1)  # neighbours are read one after the other
+def _row_group(uri: str, group: int, column: str) -> Any:
+    with storage.open_binary(uri) as file:
+        return (
+            pq.ParquetFile(io.BytesIO(file.read()) if not storage.is_local(uri) else file)
+            .read_row_group(group, [column])
+            .column(0)
+        )

@@ -1,0 +1,127 @@
+"""Which contents meet which styles, and how: pure functions of two lists."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from adaconv import storage
+from adaconv.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Indexes into the lists of contents and styles; `options` are what this pair alone has."""
+
+    content: int
+    style: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pair_up(
+    how: str,
+    contents: Sequence[str],
+    styles: Sequence[str],
+    *,
+    seed: int = 0,
+    check: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda options: options,
+) -> list[Pair]:
+    """The pairs of a job, content by content.
+
+    Args:
+        how: `grid`, `zip`, `random:K`, or a .csv or .parquet file with columns `content`, `style` and options.
+        contents: their names.
+        styles: their names.
+        seed: of `random:K`, where each content's styles depend on nothing but the seed and its place.
+        check: makes a row's options values that fit, or raises UsageError.
+
+    Raises:
+        UsageError: lists or file do not fit.
+    """
+    if how == "grid":
+        return [Pair(content, style) for content in range(len(contents)) for style in range(len(styles))]
+    if how == "zip":
+        if len(contents) != len(styles):
+            raise UsageError(f"--pairs zip: expected as many styles as contents, found {len(contents)}, {len(styles)}")
+        return [Pair(index, index) for index in range(len(contents))]
+    if how.startswith("random:"):
+        count = int(how.removeprefix("random:"))
+        if count > len(styles):
+            raise UsageError(f"--pairs {how}: expected at least {count} styles, found {len(styles)}")
+        return [
+            Pair(content, int(style))
+            for content in range(len(contents))
+            for style in sorted(_draw(len(styles), count, seed, content))
+        ]
+    return _pairs_of_file(how, contents, styles, check)
+
+
+def _draw(total: int, count: int, seed: int, place: int) -> list[int]:
+    """`count` of `total` by raw Philox words, which numpy keeps the same for ever, unlike its own shuffles."""
+    words = np.random.Philox(key=[seed, place]).random_raw(total)
+    chosen: list[int] = np.argsort(words, kind="stable")[:count].tolist()
+    return chosen
+
+
+def _pairs_of_file(
+    uri: str,
+    contents: Sequence[str],
+    styles: Sequence[str],
+    check: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> list[Pair]:
+    places = {"content": _places(contents), "style": _places(styles)}
+    pairs: list[Pair] = []
+    seen: set[tuple[int, int, str]] = set()
+    for number, row in enumerate(_rows(uri), 1):
+        where = f"--pairs {uri}, row {number}"
+        found: dict[str, int] = {}
+        for name, place in places.items():
+            value = str(row.pop(name, None) or "")
+            if value not in place:
+                raise UsageError(f"{where}: expected the name of a {name} that --{name} holds, found {value!r}")
+            if place[value] is None:
+                raise UsageError(f"{where}: more than one {name} is called {value!r}; give folders apart other names")
+            found[name] = place[value] or 0
+        try:
+            options = check({key: value for key, value in row.items() if value not in (None, "")})
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+        key = (found["content"], found["style"], json.dumps(dict(options), sort_keys=True))
+        if key not in seen:  # the same output twice is one
+            seen.add(key)
+            pairs.append(Pair(found["content"], found["style"], options))
+    if not pairs:
+        raise UsageError(f"--pairs {uri}: expected rows, found none")
+    return sorted(pairs, key=lambda pair: pair.content)
+
+
+def _places(names: Sequence[str]) -> dict[str, int | None]:
+    """Name to index; None for a name that several have."""
+    places: dict[str, int | None] = {}
+    for index, name in enumerate(names):
+        places[name] = None if name in places else index
+    return places
+
+
+def _rows(uri: str) -> list[dict[str, Any]]:
+    uri = storage.absolute(uri)
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise UsageError(f"--pairs {uri}: expected a file of pairs, found nothing there") from None
+    if uri.endswith(".parquet"):
+        try:
+            rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+        except pa.ArrowInvalid as error:
+            raise UsageError(f"--pairs {uri}: expected a Parquet file, found: {error}") from None
+        return rows
+    try:
+        return [dict(row) for row in csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"--pairs {uri}: expected a CSV file in UTF-8, found: {error}") from None

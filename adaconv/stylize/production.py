@@ -1,0 +1,288 @@
+"""One content to its outputs: opened once, encoded once, each output published when it is made.
+
+What runs out of memory is tried again smaller: fewer styles at a time, then tiles, then smaller tiles; what does not
+fit even so is named, never skipped.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adaconv import storage
+from adaconv.errors import UsageError
+from adaconv.images import open_header, to_uint8
+from adaconv.stylize import large
+from adaconv.stylize.inputs import decode_picture, metadata_of
+from adaconv.stylize.outputs import Metadata, Recipe, encode, is_whole
+from adaconv.stylize.pictures import pixels_of, scaled, shrink, thumbnail
+from adaconv.stylize.raster import FileRaster, MemoryRaster, Raster, Window
+from adaconv.stylize.style_pack import StylePack
+from adaconv.stylize.stylizer import Blend, Encoded, Stylizer
+
+log = logging.getLogger(__name__)
+
+_SMALLEST_TILE = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What determines an output's bytes, besides its content, its style and the model. See config/stylize.py."""
+
+    content_side: int | None = None
+    style_side: int = 256
+    precision: str = "float32"
+    alpha: float = 1.0
+    color: str = "style"
+    format: str = "png"
+    quality: int = 90
+    keep_metadata: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a picture may take; none of it changes an output but for rounding.
+
+    `tile`: side of tiles for every picture; None tiles what would take more memory than the stylizer may.
+    `deaths`: of workers at this content so far; from the second on it is made in small tiles.
+    """
+
+    batch_size: int = 1
+    tile: int | None = None
+    max_megapixels: float = 80.0
+    scratch: Path | None = None
+    thumbnail_side: int = 192
+    deaths: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output that is to be made. `key`: whatever tells the caller which it is."""
+
+    key: Any
+    recipe: Recipe
+    pack: StylePack
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of it: `done`, `skipped` because it is there, or `failed` with a reason."""
+
+    key: Any
+    state: str
+    reason: str = ""
+    width: int = 0
+    height: int = 0
+    tile: int | None = None
+    seconds: float = 0.0
+    thumbnail: bytes = b""
+
+
+class Production:
+    """Outputs below one root, by one model."""
+
+    def __init__(self, stylizer: Stylizer, root: str, limits: Limits) -> None:
+        self._stylizer, self._root, self._limits = stylizer, root, limits
+
+    def make(self, path: Path, wanted: Sequence[Wanted]) -> Iterator[Made]:
+        """Every output of a content, in any order.
+
+        Args:
+            path: of the content's file.
+            wanted: its outputs.
+
+        Raises:
+            ImageError: the content is no usable picture; nothing was made.
+            OSError: storage fails.
+        """
+        limits = self._limits
+        header = open_header(path, max_pixels=int(limits.max_megapixels * 1e6))
+        stored = header.size
+        header.close()
+        todo: dict[tuple[int | None, bool], list[Wanted]] = {}
+        for one in wanted:
+            uri = storage.join(self._root, one.recipe.name)
+            options = Options(**one.recipe.options)
+            if is_whole(uri):
+                yield self._seen(one, uri)
+            else:
+                todo.setdefault((options.content_side, options.keep_metadata), []).append(one)
+        for (side, keep), group in todo.items():
+            metadata = metadata_of(path) if keep else None
+            yield from self._make_alike(path, stored, side, metadata, group)
+
+    def _make_alike(
+        self, path: Path, stored: tuple[int, int], side: int | None, metadata: Metadata | None, wanted: list[Wanted]
+    ) -> Iterator[Made]:
+        """Outputs that see the content alike, by attempts that take less and less memory."""
+        size = stored if side is None or min(stored) <= side else scaled(stored, side)
+        attempts = self._attempts(*size)
+        left = list(wanted)
+        while left:
+            attempt = next(attempts, None)
+            if attempt is None:
+                reason = "out_of_memory: not even the smallest tiles fit; give actors more, or lower content_side"
+                yield from (Made(one.key, "failed", reason) for one in left)
+                return
+            try:
+                for made in self._attempt(path, side, metadata, list(left), *attempt):
+                    left = [one for one in left if one.key != made.key]
+                    yield made
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                log.warning("%s: out of memory with a batch of %d and tiles of %s; trying less", path, *attempt)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _attempts(self, width: int, height: int) -> Iterator[tuple[int, int | None]]:
+        """(batch, tile), the largest first."""
+        limits = self._limits
+        tile = limits.tile or self._stylizer.tile_of(height, width)
+        if limits.deaths >= 2:
+            tile = min(tile or 512, 256)
+        if tile is None:
+            batch = limits.batch_size
+            while batch >= 1:
+                yield batch, None
+                batch //= 2
+            tile = 1024
+            while tile >= max(width, height):
+                tile //= 2
+        while tile >= _SMALLEST_TILE:
+            yield 1, tile
+            tile = tile // 2 // 8 * 8
+
+    def _attempt(
+        self,
+        path: Path,
+        side: int | None,
+        metadata: Metadata | None,
+        wanted: list[Wanted],
+        batch: int,
+        tile: int | None,
+    ) -> Iterator[Made]:
+        pixels_limit = int(self._limits.max_megapixels * 1e6)
+        if tile is None:
+            picture = shrink(decode_picture(path, max_pixels=pixels_limit, keep_colours=metadata is not None), side)
+            yield from self._make_whole(pixels_of(picture), metadata, wanted, batch)
+            return
+        with large.scratch_folder(self._limits.scratch) as scratch:
+            folder = Path(scratch)
+            content: Raster
+            if side is None:
+                content = large.unpack(path, folder / "content", keep_colours=metadata is not None)
+            else:
+                picture = decode_picture(path, max_pixels=pixels_limit, keep_colours=metadata is not None)
+                content = MemoryRaster(pixels_of(shrink(picture, side)))
+            for one in wanted:
+                yield self._make_tiled(content, metadata, one, tile, folder)
+
+    def _make_whole(
+        self, pixels: Tensor, metadata: Metadata | None, wanted: list[Wanted], batch: int
+    ) -> Iterator[Made]:
+        encoded = self._stylizer.encode(pixels)
+        for start in range(0, len(wanted), batch):
+            began = time.monotonic()
+            chosen = wanted[start : start + batch]
+            plain = all(Options(**one.recipe.options).alpha == 1 for one in chosen)
+            plain = plain and all(Options(**one.recipe.options).color == "style" for one in chosen)
+            if plain:
+                stylized = self._stylizer.decode_batch(encoded, [one.pack for one in chosen])
+            else:
+                stylized = [self._blend(encoded, pixels, one) for one in chosen]
+            for one, values in zip(chosen, stylized, strict=True):
+                image = Image.fromarray(to_uint8(values[0].cpu()))
+                recipe = self._recipe(one, None)
+                storage.publish_bytes(storage.join(self._root, recipe.name), encode(image, recipe, metadata=metadata))
+                shown = thumbnail(image, side=self._limits.thumbnail_side) if one.shown else b""
+                yield Made(one.key, "done", "", *image.size, None, (time.monotonic() - began) / len(chosen), shown)
+
+    def _blend(self, encoded: Encoded, pixels: Tensor, one: Wanted) -> Tensor:
+        out = MemoryRaster(torch.empty(encoded.image.shape))
+        self._stylize(MemoryRaster(pixels), one, out.write, tile=None, encoded=encoded)
+        return out.values
+
+    def _make_tiled(self, content: Raster, metadata: Metadata | None, one: Wanted, tile: int, folder: Path) -> Made:
+        began = time.monotonic()
+        height, width = content.height, content.width
+        stylized = FileRaster(folder / "stylized", 3, height, width, torch.uint8)
+        recipe = self._recipe(one, tile)
+        target = folder / "output"
+        try:
+            canvas = None
+            if Options(**one.recipe.options).color == "coral":
+                canvas = FileRaster(folder / "canvas", 3, height, width, torch.float32)
+            try:
+                self._stylize(content, one, partial(_write_levels, stylized), tile=tile, canvas=canvas)
+            finally:
+                if canvas:
+                    canvas.close()
+            large.pack(stylized, target, recipe, metadata=metadata)
+        finally:
+            stylized.close()
+        storage.publish_file(target, storage.join(self._root, recipe.name))
+        shown = b""
+        if one.shown:
+            shown = thumbnail(
+                large.thumbnail_of(target, side=self._limits.thumbnail_side), side=self._limits.thumbnail_side
+            )
+        target.unlink()
+        return Made(one.key, "done", "", width, height, tile, time.monotonic() - began, shown)
+
+    def _stylize(self, content: Raster, one: Wanted, write: Any, *, tile: int | None, **how: Any) -> None:
+        options = Options(**one.recipe.options)
+        blend = Blend((one.pack,), options.alpha)
+        self._stylizer.stylize_raster(content, blend, write, color=options.color, tile=tile, **how)  # type: ignore[arg-type]
+
+    def _recipe(self, one: Wanted, tile: int | None) -> Recipe:
+        made = {"tile": tile, "device": self._stylizer.device, "torch": torch.__version__.partition("+")[0]}
+        return replace(one.recipe, made=made)
+
+    def _seen(self, one: Wanted, uri: str) -> Made:
+        """An output that is there already."""
+        with tempfile.TemporaryDirectory(prefix="adaconv-seen-", dir=self._limits.scratch) as folder:
+            path = Path(uri)
+            if not storage.is_local(uri):
+                path = Path(folder) / storage.name_of(uri)
+                path.write_bytes(storage.read_bytes(uri))
+            with open_header(path, max_pixels=10**10) as header:
+                size = header.size
+            side = self._limits.thumbnail_side
+            shown = thumbnail(large.thumbnail_of(path, side=side), side=side) if one.shown else b""
+        return Made(one.key, "skipped", "", *size, None, 0.0, shown)
+
+
+def content_thumbnail(path: Path, *, side: int) -> bytes:
+    return thumbnail(large.thumbnail_of(path, side=side), side=side)
+
+
+def options_of(base: Options, changes: dict[str, Any]) -> Options:
+    """Options with those of one pair.
+
+    Raises:
+        UsageError: an option that is none.
+    """
+    unknown = sorted(set(changes) - set(asdict(base)))
+    if unknown:
+        raise UsageError(f"expected options among {', '.join(asdict(base))}; found {', '.join(unknown)}")
+    return replace(base, **changes)
+
+
+def _write_levels(raster: FileRaster, window: Window, values: Tensor) -> None:
+    raster.write(window, values.clamp(0, 1).mul(255).round().to(torch.uint8))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "alloc" in str(error).lower() and "memory" in str(error).lower()  # torch's on a CPU is a RuntimeError
