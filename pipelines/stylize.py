@@ -4,6 +4,10 @@
         --tracking.uri sqlite:///mlflow.db --content photos/ --style paintings/ --output stylized/
 
 The same command again makes only what is missing. Ends with 1 if a pair could not be made; the others stand.
+
+    python pipelines/stylize.py --replay stylized/images/monet/cat-0123456789abcdef.png --content photos/
+
+makes an output again from its recipe, and ends with 1 if the bytes are others.
 """
 
 import sys
@@ -16,30 +20,34 @@ from adaconv.config.stylize import StylizeConfig
 
 
 def plan(config: StylizeConfig) -> str:
-    from adaconv.data.sources import list_images
+    if config.replay:
+        return f"make {config.replay} again from its recipe and compare the bytes"
+    from adaconv.orchestration.stylize_job import plan_job
 
-    contents = len(list_images(config.content, flag="--content"))
-    styles = len(list_images(config.style, flag="--style"))
-    contents, styles = min(contents, config.limit_contents or contents), min(styles, config.limit_styles or styles)
-    return (
-        f"{contents} contents x {styles} styles = {contents * styles} outputs of {config.model} in {config.output}, "
-        f"by {config.scaling.num_actors} actors"
-    )
+    return f"{plan_job(config)} of {config.model} in {config.output}"
 
 
 def execute(config: StylizeConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.data.sources import list_images
     from adaconv.orchestration.cluster import connect
+    from adaconv.stylize.inputs import check_sources
     from adaconv.tracking.registry import resolve_model
     from adaconv.tracking.runs import default_uri
 
-    list_images(config.content, flag="--content")  # a typo is answered before a cluster is started
-    list_images(config.style, flag="--style")
+    def resolve(model: str) -> tuple[str, Path]:
+        return resolve_model(model, tracking_uri=default_uri(config.tracking.uri, Path.cwd()))
+
+    if config.replay:
+        from adaconv.stylize.replay import replay
+
+        return replay(config.replay, resolve=resolve, **config.model_dump(include={"model", "content", "style"}))
+    check_sources(config.content, flag="--content")  # a typo is answered before a cluster is started
+    check_sources(config.style, flag="--style", packs=True)
+    assert config.output is not None
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
     config = config.model_copy(update={"output": storage.absolute(config.output)})
-    model, folder = resolve_model(config.model, tracking_uri=default_uri(config.tracking.uri, Path.cwd()))
+    model, folder = resolve(config.model)
     with connect():
         from adaconv.orchestration.stylize_job import run_stylize_job
 

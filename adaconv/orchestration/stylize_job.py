@@ -1,39 +1,77 @@
 """A model applied to contents x styles on Ray Data: M style packs, then N contents, each encoded once.
 
-No picture passes through the driver. An output is published as soon as it is made, so a job that was broken off, or an
-actor that died, makes again at most what was in flight.
+No picture passes through the driver, but for the gallery's thumbnails. An output is published as soon as it is made, so
+a job that was broken off, or an actor that died, makes again at most what was in flight.
 """
 
-import hashlib
+import io
+import json
 import logging
 import os
 import tempfile
-import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import ray
+from PIL import Image
+from pydantic import ValidationError
 from ray.data import ActorPoolStrategy
 
 from adaconv import storage
-from adaconv.config.stylize import StylizeConfig
-from adaconv.data.sources import Found, list_images
-from adaconv.images import ImageError, decode
+from adaconv.config.stylize import OptionsConfig, StylizeConfig
+from adaconv.errors import AdaConvError, JobError, UsageError
+from adaconv.images import ImageError
 from adaconv.orchestration.cluster import quiet_ray_data, require_resources
 from adaconv.orchestration.metrics import output_counter
 from adaconv.progress import Progress
-from adaconv.stylize.gallery import Picture, render
-from adaconv.stylize.outputs import Recipe, encode, is_whole, pack_name, publish_index, slug
-from adaconv.stylize.pictures import shrink, thumbnail
+from adaconv.stylize.gallery import Failure, Picture, render
+from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, read_item, sha256_of
+from adaconv.stylize.outputs import Recipe, pack_name, publish_index, slug
+from adaconv.stylize.pairing import Pair, pair_up
+from adaconv.stylize.pictures import thumbnail
+from adaconv.stylize.production import Limits, Made, Production, Wanted, content_thumbnail
 from adaconv.stylize.style_pack import StylePack
 from adaconv.stylize.stylizer import Stylizer
 
 log = logging.getLogger(__name__)
 
 _MODEL_FILES = ("model.safetensors", "model.json")
+_DEATHS_ADMITTED = 4  # of workers at one content, before it is named a failure
+_PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
+_PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
+_COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job makes. `styles` are by index; a pack is made for each style and side at which it is read."""
+
+    contents: list[Item]
+    styles: list[Item]
+    pairs: list[Pair]
+
+    def __str__(self) -> str:
+        contents, styles = ({getattr(pair, name) for pair in self.pairs} for name in ("content", "style"))
+        return f"{len(contents)} contents, {len(styles)} styles, {len(self.pairs)} outputs"
+
+
+def plan_job(config: StylizeConfig) -> Plan:
+    """List contents and styles and pair them up.
+
+    Raises:
+        UsageError: a source is not there or holds nothing; pairs that do not fit.
+    """
+    contents = spread(list_items(config.content, flag="--content"), config.limit_contents)
+    styles = spread(list_items(config.style, flag="--style", packs=True), config.limit_styles)
+    names = [[item.source for item in items] for items in (contents, styles)]
+    return Plan(contents, styles, pair_up(config.pairs, *names, seed=config.seed, check=_checked(config.options)))
 
 
 def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[str, Any]:
@@ -48,215 +86,342 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
         books and paths; `status` is `failed` where a pair could not be made.
 
     Raises:
-        UsageError: no contents or no styles.
+        UsageError: no contents or no styles, or a style pack of another model.
         ClusterError: the cluster has not what the actors need.
     """
+    plan = plan_job(config)
+    log.info("%s", plan)
+    num_actors = _num_actors(config)
     scaling = config.scaling
-    require_resources(CPU=scaling.num_actors * scaling.cpus_per_actor, GPU=scaling.num_actors * scaling.gpus_per_actor)
-    contents = spread(list_images(config.content, flag="--content"), config.limit_contents)
-    styles = spread(list_images(config.style, flag="--style"), config.limit_styles)
-    log.info("%d contents x %d styles = %d outputs", len(contents), len(styles), len(contents) * len(styles))
+    require_resources(CPU=num_actors * scaling.cpus_per_actor, GPU=num_actors * scaling.gpus_per_actor)
     # Actors on other nodes have no such folder: the files travel through the object store.
     files = ray.put({name: (folder / name).read_bytes() for name in _MODEL_FILES})
     shared = {"files": files, "config": config.model_dump_json(), "model": model}
-
-    progress = Progress("style packs", total=len(styles), unit="styles")
-    packs: list[dict[str, Any]] = []
-    for row in _on_actors(_PackMaker, _numbered(styles), shared, config):
-        packs.append(row)
-        progress.advance()
-    progress.close()
-    packs.sort(key=lambda row: row["index"])
-
-    progress = Progress("stylize", total=len(contents) * len(styles))
-    rows: list[dict[str, Any]] = []
-    states = {"done": 0, "skipped": 0, "failed": 0}
-    counter = output_counter()
-    for row in _on_actors(_ContentStylizer, _numbered(contents), {**shared, "packs": ray.put(packs)}, config):
-        rows.append(row)
-        states[row["state"]] += 1
-        counter.inc(1, {"state": row["state"]})
-        progress.advance(skipped=states["skipped"], failed=states["failed"])
-    progress.close()
-    rows.sort(key=lambda row: (row["content_index"], row["style_index"]))
-    assert len(rows) == len(contents) * len(styles), "every pair ends in the books"
-    return _close_books(config, model, rows, packs, states)
+    packs = _make_packs(plan, config, num_actors, shared)
+    rows = _make_outputs(plan, packs, config, num_actors, shared)
+    assert len(rows) == len(plan.pairs), "every pair ends in the books"
+    return _close_books(config, model, rows, packs)
 
 
-def spread(found: list[Found], limit: int | None) -> list[Found]:
+def spread(found: list[Item], limit: int | None) -> list[Item]:
     """At most `limit` of them, evenly over the sorted list: folders of styles are all touched before one is emptied."""
     if limit is None or limit >= len(found):
         return found
     return [found[position * len(found) // limit] for position in range(limit)]
 
 
-def _numbered(found: Sequence[Found]) -> list[dict[str, Any]]:
-    return [{"index": index, **asdict(image)} for index, image in enumerate(found)]
+def _checked(base: OptionsConfig) -> Any:
+    """A check of one pair's options: values as they would be on the command line."""
+
+    def check(options: Mapping[str, Any]) -> Mapping[str, Any]:
+        unknown = sorted(set(options) - set(_COLUMNS))
+        if unknown:
+            raise UsageError(f"unknown columns {', '.join(unknown)}; expected content, style, {', '.join(_COLUMNS)}")
+        try:
+            merged = OptionsConfig.model_validate({**base.model_dump(mode="json"), **options})
+        except ValidationError as error:
+            told = "; ".join(f"{e['loc'][0]}: {e['msg']}, found {e['input']!r}" for e in error.errors())
+            raise UsageError(told) from None
+        return {name: getattr(merged, name) for name in options}
+
+    return check
 
 
-def _on_actors(
-    actor: type, items: list[dict[str, Any]], shared: dict[str, Any], config: StylizeConfig
-) -> Iterable[dict[str, Any]]:
-    """One item at a time to each actor; answers come as they are ready."""
+def _num_actors(config: StylizeConfig) -> int:
+    """As told, or as many as the cluster's CPUs or GPUs and memory allow, and one at least."""
+    scaling = config.scaling
+    if scaling.num_actors is not None:
+        return scaling.num_actors
+    there = ray.cluster_resources()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    # A local cluster may lend its cores twice; models do not gain by it.
+    cpus = min(there.get("CPU", 1), os.cpu_count() or 1) if len(nodes) == 1 else there.get("CPU", 1)
+    if scaling.gpus_per_actor:
+        return max(1, int(there.get("GPU", 0) / scaling.gpus_per_actor))
+    by_memory = there.get("memory", 0) / (config.tile.max_memory_gb * 1e9)
+    return max(1, int(min(cpus / scaling.cpus_per_actor, by_memory)))
+
+
+def _make_packs(plan: Plan, config: StylizeConfig, num_actors: int, shared: Row) -> list[Row]:
+    """A row for each style and side at which some pair reads it."""
+    default = config.options.style_side
+    needed = sorted({(pair.style, int(pair.options.get("style_side", default))) for pair in plan.pairs})
+    jobs = [{"style": style, "side": side, **plan.styles[style].to_row()} for style, side in needed]
+    progress = Progress("style packs", total=len(jobs), unit="styles")
+    packs = []
+    for row in _on_actors(_PackMaker, jobs, shared, config, num_actors):
+        packs.append(row)
+        progress.advance()
+    progress.close()
+    return sorted(packs, key=lambda row: (row["style"], row["side"]))
+
+
+def _make_outputs(plan: Plan, packs: list[Row], config: StylizeConfig, num_actors: int, shared: Row) -> list[Row]:
+    """A row for each pair, in the plan's order."""
+    columns, shown = _columns(plan, config)
+    jobs = []
+    for content, group in groupby(enumerate(plan.pairs), key=lambda numbered: numbered[1].content):
+        numbered = [(number, pair.style, dict(pair.options)) for number, pair in group]
+        for start in range(0, len(numbered), _PAIRS_AT_ONCE):
+            pairs = json.dumps(numbered[start : start + _PAIRS_AT_ONCE])
+            first = not start and content < config.gallery.max_contents
+            jobs.append({"content": content, "pairs": pairs, "first": first, **plan.contents[content].to_row()})
+    deaths = ray.remote(_Beginnings).options(num_cpus=0, max_restarts=-1).remote()
+    handed = {**shared, "packs": ray.put(packs), "shown": ray.put(shown), "beginnings": deaths}
+    progress = Progress("stylize", total=len(plan.pairs))
+    states = {"skipped": 0, "failed": 0}
+    counter = output_counter()
+    rows: list[Row] = []
+    for row in _on_actors(_ContentStylizer, jobs, handed, config, num_actors):
+        rows.append(row | {"column": columns[row["number"]]})
+        states[row["state"]] = states.get(row["state"], 0) + 1
+        counter.inc(1, {"state": row["state"]})
+        progress.advance(skipped=states["skipped"], failed=states["failed"])
+    progress.close()
+    return sorted(rows, key=lambda row: row["number"])
+
+
+def _columns(plan: Plan, config: StylizeConfig) -> tuple[list[int], set[int]]:
+    """The gallery's column of each pair, one for each style and the options that a pair alone has; who is shown."""
+    keys = [(pair.style, json.dumps(dict(pair.options), sort_keys=True)) for pair in plan.pairs]
+    order = {key: column for column, key in enumerate(sorted(set(keys)))}
+    columns = [order[key] for key in keys]
+    gallery = config.gallery
+    shown: set[int] = set()
+    for number, (pair, column) in enumerate(zip(plan.pairs, columns, strict=True)):
+        if pair.content < gallery.max_contents and column < gallery.max_styles and len(shown) < gallery.max_outputs:
+            shown.add(number)
+    return columns, shown
+
+
+def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig, num_actors: int) -> Iterator[Row]:
+    """One job at a time to each actor; answers come as they are ready.
+
+    Raises:
+        AdaConvError, OSError: what an actor raised.
+    """
     quiet_ray_data()
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what an actor raises is raised here, without its trace
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     scaling = config.scaling
     threads = scaling.threads_per_actor
     if threads is None and not scaling.gpus_per_actor:
-        threads = max(1, (os.cpu_count() or 1) // scaling.num_actors)
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        threads = max(1, (os.cpu_count() or 1) // num_actors)
+    reserved: Row = {}
+    memory = config.tile.max_memory_gb * 1e9
+    if not scaling.gpus_per_actor and num_actors * memory <= ray.cluster_resources().get("memory", 0):
+        reserved["memory"] = memory  # so that no node is given more actors than it can feed
+    dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         mapped = dataset.flat_map(
             actor,
             fn_constructor_kwargs={**shared, "threads": threads, "on_gpu": bool(scaling.gpus_per_actor)},
-            compute=ActorPoolStrategy(size=min(scaling.num_actors, len(items))),
+            compute=ActorPoolStrategy(size=min(num_actors, len(jobs))),
             num_cpus=scaling.cpus_per_actor,
             num_gpus=scaling.gpus_per_actor or None,
+            **reserved,
         )
-    answers: Iterable[dict[str, Any]] = mapped.iter_rows()
-    return answers
+    try:
+        for row in mapped.iter_rows():
+            if row["error"]:
+                raise UsageError(row["error"]) if row["usage"] else JobError(row["error"])
+            yield row
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (AdaConvError, OSError)):
+            # Ray adds advice on its own settings to the message.
+            message, _, _ = str(error.cause).partition("\nFailed to apply UDF transform")
+            raise type(error.cause)(message) from None
+        raise
+
+
+class _Beginnings:
+    """How often each content was begun: once more than workers died at it."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, int] = {}
+
+    def begin(self, job: str) -> int:
+        self._of[job] = self._of.get(job, 0) + 1
+        return self._of[job]
 
 
 class _ModelActor:
-    """Holds the model."""
+    """Holds the model, which is loaded when it is first needed: a rerun that finds everything made never does."""
 
     def __init__(self, *, files: ray.ObjectRef, config: str, model: str, threads: int | None, on_gpu: bool) -> None:
+        self.config, self.model = StylizeConfig.model_validate_json(config), model
+        self._files, self._threads, self._on_gpu = files, threads, on_gpu
+        assert self.config.output is not None
+        self.output = self.config.output
+        self.scratch = Path(self.config.tile.scratch) if self.config.tile.scratch else None
+
+    @cached_property
+    def stylizer(self) -> Stylizer:
         import torch
 
-        if threads:
-            torch.set_num_threads(threads)
-        self.config, self.model = StylizeConfig.model_validate_json(config), model
-        with tempfile.TemporaryDirectory(prefix="adaconv-model-") as scratch:
-            for name, data in ray.get(files).items():
-                (Path(scratch) / name).write_bytes(data)
-            self.stylizer = Stylizer.from_folder(
-                scratch, device="cuda" if on_gpu else "cpu", precision=self.config.options.precision
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        with tempfile.TemporaryDirectory(prefix="adaconv-model-") as folder:
+            for name, data in ray.get(self._files).items():
+                (Path(folder) / name).write_bytes(data)
+            return Stylizer.from_folder(
+                folder,
+                device="cuda" if self._on_gpu else "cpu",
+                precision=self.config.options.precision,
+                max_memory_gb=self.config.tile.max_memory_gb,
+                scratch=self.scratch,
             )
 
 
 class _PackMaker(_ModelActor):
     """A style to its pack, in storage."""
 
-    def __call__(self, style: dict[str, Any]) -> list[dict[str, Any]]:
-        row = {"index": style["index"], "source": style["source"], "uri": "", "digest": "", "reason": ""}
-        row |= {"sha256": "", "thumbnail": b""}
+    def __call__(self, job: Row) -> list[Row]:
+        item = Item.from_row({name: value for name, value in job.items() if name not in ("style", "side")})
+        row = {"style": job["style"], "side": job["side"], "source": item.source, "uri": "", "digest": "", "reason": ""}
+        row |= {"sha256": "", "thumbnail": b"", "model_digest": "", "error": "", "usage": False}
         try:
-            data = storage.read_bytes(style["uri"])
-            row["sha256"] = hashlib.sha256(data).hexdigest()
-            picture = decode(data)
-            pack = self.stylizer.style_pack(
-                picture,
-                side=self.config.options.style_side,
-                source=style["source"],
-                source_sha256=row["sha256"],
-            )
-        except (ImageError, OSError) as error:
+            pack = self._pack(item, job["side"])
+        except (ImageError, FileNotFoundError) as error:
             return [row | {"reason": f"style {error}"}]
-        row["digest"] = pack.digest
-        row["uri"] = storage.join(self.config.output, pack_name(style["source"], pack.digest))
+        except AdaConvError as error:
+            return [row | {"error": str(error), "usage": isinstance(error, UsageError)}]
+        row |= {"sha256": pack.source_sha256, "digest": pack.digest, "model_digest": pack.model_digest}
+        row["uri"] = storage.join(self.output, pack_name(item.source, pack.digest))
         if not storage.exists(row["uri"]):
             storage.publish_bytes(row["uri"], pack.to_bytes())
-        if style["index"] < self.config.gallery.max_styles:
-            row["thumbnail"] = thumbnail(picture, side=self.config.gallery.thumbnail_side)
+        if job["style"] < self.config.gallery.max_styles and pack.thumbnail:
+            shown = Image.open(io.BytesIO(pack.thumbnail))
+            row["thumbnail"] = thumbnail(shown, side=self.config.gallery.thumbnail_side)
         return [row]
+
+    def _pack(self, item: Item, side: int) -> StylePack:
+        digest = self.stylizer.info.digest
+        if item.kind == "pack":
+            return StylePack.from_bytes(read_item(item), name=item.source, model_digest=digest)
+        with tempfile.TemporaryDirectory(prefix="adaconv-style-", dir=self.scratch) as folder:
+            path = local_file(item, Path(folder))
+            sha256 = sha256_of(path)
+            known = StylePack({}, digest, item.source, sha256, {"side": side})
+            uri = storage.join(self.output, pack_name(item.source, known.digest))
+            if storage.exists(uri):
+                return StylePack.from_bytes(storage.read_bytes(uri), name=uri, model_digest=digest)
+            picture = decode_picture(path, max_pixels=int(self.config.tile.max_megapixels * 1e6))
+            return self.stylizer.style_pack(picture, side=side, source=item.source, source_sha256=sha256)
 
 
 class _ContentStylizer(_ModelActor):
-    """A content to its outputs with all styles."""
+    """A content to its outputs."""
 
-    def __init__(self, *, packs: ray.ObjectRef, **shared: Any) -> None:
+    def __init__(
+        self, *, packs: ray.ObjectRef, shown: ray.ObjectRef, beginnings: ray.actor.ActorHandle, **shared: Any
+    ) -> None:
         super().__init__(**shared)
-        self.styles: list[dict[str, Any]] = ray.get(packs)
-        digest = self.stylizer.info.digest
-        self.packs = {
-            style["index"]: StylePack.from_bytes(
-                storage.read_bytes(style["uri"]), name=style["uri"], model_digest=digest
-            )
-            for style in self.styles
-            if not style["reason"]
-        }
+        self.styles: dict[tuple[int, int], Row] = {(row["style"], row["side"]): row for row in ray.get(packs)}
+        self.shown: set[int] = ray.get(shown)
+        self.beginnings = beginnings
+        self._read_pack = lru_cache(_PACKS_AT_HAND)(self._read_pack_anew)
 
-    def __call__(self, content: dict[str, Any]) -> list[dict[str, Any]]:
-        sha256, reason, picture = "", "", None
+    def __call__(self, job: Row) -> list[Row]:
+        named = ("content", "pairs", "first")
+        item = Item.from_row({name: value for name, value in job.items() if name not in named})
+        pairs = json.loads(job["pairs"])
+        key = f"{job['content']}-{pairs[0][0]}"
+        deaths = ray.get(self.beginnings.begin.remote(key)) - 1
+        sha256, thumbnail_of_content, reason = "", b"", ""
+        made: dict[int, Made] = {}
+        recipes: dict[int, Recipe] = {}
         try:
-            data = storage.read_bytes(content["uri"])
-            sha256 = hashlib.sha256(data).hexdigest()
-            picture = shrink(decode(data), self.config.options.content_side)
-        except (ImageError, OSError) as error:
+            with tempfile.TemporaryDirectory(prefix="adaconv-content-", dir=self.scratch) as folder:
+                path = local_file(item, Path(folder))
+                sha256 = sha256_of(path)
+                recipes = {n: r for n, style, o in pairs if (r := self._recipe(item, sha256, style, o)) is not None}
+                if deaths >= _DEATHS_ADMITTED:
+                    raise ImageError("worker_died", f"{deaths} workers died at it; look for memory that ran out")
+                made = {one.key: one for one in self._make(path, pairs, recipes, deaths)}
+                if job["first"]:
+                    thumbnail_of_content = content_thumbnail(path, side=self.config.gallery.thumbnail_side)
+        except (ImageError, FileNotFoundError) as error:
             reason = f"content {error}"
-        rows = [self._row(content, sha256, style, reason) for style in self.styles]
-        if picture is None:
-            return rows
-        shown = content["index"] < self.config.gallery.max_contents
-        if shown:
-            rows[0]["content_thumbnail"] = thumbnail(picture, side=self.config.gallery.thumbnail_side)
-        todo = []
-        for row, style in zip(rows, self.styles, strict=True):
-            if row["state"] == "failed":
-                continue
-            recipe = self._recipe(content, sha256, style)
-            row |= {"output": recipe.name, "width": picture.width, "height": picture.height}
-            if is_whole(storage.join(self.config.output, recipe.name)):
-                row["state"] = "skipped"
-            else:
-                todo.append((row, recipe))
-        packs = [self.packs[row["style_index"]] for row, _ in todo]
-        began = time.monotonic()
-        for (row, recipe), stylized in zip(todo, self.stylizer.stylize_all(picture, packs), strict=True):
-            storage.publish_bytes(storage.join(self.config.output, recipe.name), encode(stylized, recipe))
-            row |= {"state": "done", "seconds": time.monotonic() - began}
-            began = time.monotonic()
-            if self._is_shown(row):
-                row["thumbnail"] = thumbnail(stylized, side=self.config.gallery.thumbnail_side)
-        for row in rows:
-            if row["state"] == "skipped" and self._is_shown(row):
-                made = decode(storage.read_bytes(storage.join(self.config.output, row["output"])))
-                row["thumbnail"] = thumbnail(made, side=self.config.gallery.thumbnail_side)
+        except AdaConvError as error:
+            return [{"error": str(error), "usage": isinstance(error, UsageError)}]
+        rows: list[Row] = []
+        for number, style, options in pairs:
+            one = made.get(number)
+            failed = self._style(style, options)["reason"] or reason or (one.reason if one else "")
+            rows.append(
+                {
+                    "number": number,
+                    "content_index": job["content"],
+                    "style_index": style,
+                    "output": recipes[number].name if number in recipes and not failed else "",
+                    "state": "failed" if failed else one.state if one else "failed",
+                    "reason": failed,
+                    "content": item.source,
+                    "content_sha256": sha256,
+                    "style": self._style(style, options)["source"],
+                    "style_sha256": self._style(style, options)["sha256"],
+                    "options": json.dumps(options, sort_keys=True),
+                    "width": one.width if one else 0,
+                    "height": one.height if one else 0,
+                    "tile": (one.tile or 0) if one else 0,
+                    "seconds": one.seconds if one else 0.0,
+                    "thumbnail": one.thumbnail if one else b"",
+                    "content_thumbnail": thumbnail_of_content if not rows else b"",
+                    "error": "",
+                    "usage": False,
+                }
+            )
         return rows
 
-    def _is_shown(self, row: dict[str, Any]) -> bool:
-        gallery = self.config.gallery
-        return bool(row["content_index"] < gallery.max_contents and row["style_index"] < gallery.max_styles)
+    def _make(self, path: Path, pairs: Sequence[Any], recipes: Mapping[int, Recipe], deaths: int) -> Iterator[Made]:
+        tile, scaling = self.config.tile, self.config.scaling
+        limits = Limits(
+            batch_size=scaling.batch_size,
+            tile=tile.side,
+            max_megapixels=tile.max_megapixels,
+            scratch=self.scratch,
+            thumbnail_side=self.config.gallery.thumbnail_side,
+            deaths=deaths,
+        )
+        wanted = [
+            Wanted(number, recipes[number], partial(self._pack, style, options), number in self.shown)
+            for number, style, options in pairs
+            if number in recipes
+        ]
+        yield from Production(lambda: self.stylizer, self.output, limits).make(path, wanted)
 
-    def _row(self, content: dict[str, Any], sha256: str, style: dict[str, Any], reason: str) -> dict[str, Any]:
-        reason = reason or style["reason"]
-        return {
-            "content_index": content["index"],
-            "style_index": style["index"],
-            "output": "",
-            "state": "failed" if reason else "",
-            "reason": reason,
-            "content": content["source"],
-            "content_sha256": sha256,
-            "style": style["source"],
-            "style_sha256": style["sha256"],
-            "width": 0,
-            "height": 0,
-            "seconds": 0.0,
-            "thumbnail": b"",
-            "content_thumbnail": b"",
-        }
+    def _style(self, style: int, options: Mapping[str, Any]) -> Row:
+        return self.styles[style, int(options.get("style_side", self.config.options.style_side))]
 
-    def _recipe(self, content: dict[str, Any], sha256: str, style: dict[str, Any]) -> Recipe:
+    def _pack(self, style: int, options: Mapping[str, Any]) -> StylePack:
+        return self._read_pack(self._style(style, options)["uri"])
+
+    def _read_pack_anew(self, uri: str) -> StylePack:
+        return StylePack.from_bytes(storage.read_bytes(uri), name=uri, model_digest=self.stylizer.info.digest)
+
+    def _recipe(self, content: Item, sha256: str, style: int, options: Mapping[str, Any]) -> Recipe | None:
+        """None where the style has no pack."""
+        row = self._style(style, options)
+        if row["reason"]:
+            return None
         return Recipe(
-            content=content["source"],
+            content=content.source,
             content_sha256=sha256,
-            style=style["source"],
-            style_sha256=style["sha256"],
-            pack_digest=style["digest"],
+            style=row["source"],
+            style_sha256=row["sha256"],
+            pack_digest=row["digest"],
             model=self.model,
-            model_digest=self.stylizer.info.digest,
-            options=self.config.options.model_dump(mode="json"),
+            model_digest=row["model_digest"],
+            options={**self.config.options.model_dump(mode="json"), **options},
         )
 
 
-def _close_books(
-    config: StylizeConfig,
-    model: str,
-    rows: list[dict[str, Any]],
-    packs: list[dict[str, Any]],
-    states: dict[str, int],
-) -> dict[str, Any]:
+def _close_books(config: StylizeConfig, model: str, rows: list[Row], packs: list[Row]) -> dict[str, Any]:
+    assert config.output is not None
+    states = {state: sum(row["state"] == state for row in rows) for state in ("done", "skipped", "failed")}
+    assert sum(states.values()) == len(rows)
     index = publish_index(config.output, rows)
     gallery = storage.join(config.output, "gallery.html")
     storage.publish_bytes(gallery, _gallery(config, model, rows, packs, states).encode())
@@ -268,47 +433,55 @@ def _close_books(
         "gallery": gallery,
     }
     if states["failed"]:
-        failures = sorted({row["reason"] + f" ({_culprit(row)})" for row in rows if row["state"] == "failed"})
+        failures = sorted({f"{row['reason']} ({_culprit(row)})" for row in rows if row["state"] == "failed"})
         result |= {
             "status": "failed",
             "failures": failures,
-            "error": f"{states['failed']} of {len(rows)} outputs could not be made: {'; '.join(failures[:5])}; "
-            f"the others are in {config.output}, the index names all",
+            "error": f"{states['failed']} of {len(rows)} outputs could not be made: {'; '.join(failures[:5])}"
+            + (f"; and {len(failures) - 5} more, see result.json" if len(failures) > 5 else "")
+            + f"; the others are in {config.output}, the index names all",
         }
     return result
 
 
-def _culprit(row: dict[str, Any]) -> str:
-    return str(row["content"] if row["reason"].startswith("content") else row["style"])
+def _culprit(row: Row) -> str:
+    return str(row["style"] if row["reason"].startswith("style") else row["content"])
 
 
-def _gallery(
-    config: StylizeConfig,
-    model: str,
-    rows: list[dict[str, Any]],
-    packs: list[dict[str, Any]],
-    states: dict[str, int],
-) -> str:
+def _gallery(config: StylizeConfig, model: str, rows: list[Row], packs: list[Row], states: Mapping[str, int]) -> str:
     contents: dict[int, Picture] = {}
-    cells = {}
-    for row in rows:
-        if row["content_index"] >= config.gallery.max_contents:
-            continue
-        if row["content_thumbnail"] or row["content_index"] not in contents:
-            contents[row["content_index"]] = Picture(row["content_thumbnail"], row["content"])
-        if row["thumbnail"]:
-            title = f"{slug(row['content'])} in the style of {slug(row['style'])}"
-            cells[row["content_index"], row["style_index"]] = Picture(row["thumbnail"], title, row["output"])
-    styles = [Picture(pack["thumbnail"], pack["source"]) for pack in packs[: config.gallery.max_styles]]
-    shown, pairs = len(contents) * len(styles), len(rows)
+    columns: dict[int, Picture] = {}
+    cells: dict[tuple[int, int], Picture | Failure] = {}
+    of_style = {pack["style"]: pack for pack in packs}
+    gallery = config.gallery
+    shown: Iterable[Row] = (
+        row for row in rows if row["content_index"] < gallery.max_contents and row["column"] < gallery.max_styles
+    )
+    for row in shown:
+        if len(cells) == gallery.max_outputs:
+            break
+        content, column = row["content_index"], row["column"]
+        if row["content_thumbnail"] or content not in contents:
+            contents[content] = Picture(row["content_thumbnail"], row["content"])
+        how = ", ".join(f"{name} {value}" for name, value in json.loads(row["options"]).items())
+        title = row["style"] + (f" · {how}" if how else "")
+        columns[column] = Picture(of_style[row["style_index"]]["thumbnail"], title)
+        if row["state"] == "failed":
+            cells[content, column] = Failure(f"{row['reason']} ({_culprit(row)})")
+        else:
+            told = f"{slug(row['content'])} in the style of {slug(row['style'])}" + (f", {how}" if how else "")
+            cells[content, column] = Picture(row["thumbnail"], told, row["output"])
+    downs = {content: place for place, content in enumerate(sorted(contents))}
+    acrosses = {column: place for place, column in enumerate(sorted(columns))}
+    pairs = len(rows)
     return render(
         title="Stylized images",
         facts={
             "model": model,
             "outputs": f"{pairs}: {states['done']} made, {states['skipped']} there before, {states['failed']} failed",
         },
-        contents=[contents[index] for index in sorted(contents)],
-        styles=styles,
-        cells=cells,
-        note=f"The first {shown} of {pairs} outputs; index.parquet lists all." if shown < pairs else "",
+        contents=[contents[content] for content in downs],
+        styles=[columns[column] for column in acrosses],
+        cells={(downs[content], acrosses[column]): cell for (content, column), cell in cells.items()},
+        note=f"The first {len(cells)} of {pairs} outputs; index.parquet lists all." if len(cells) < pairs else "",
     )

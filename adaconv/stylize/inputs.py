@@ -69,6 +69,13 @@ def list_items(sources: Iterable[str], *, flag: str, packs: bool = False) -> lis
     return items
 
 
+def check_sources(sources: Iterable[str], *, flag: str, packs: bool = False) -> None:
+    """Answer a typo before anything is started: raises what list_items would before a source's first item."""
+    for source in sources:
+        if next(_items_of(source, flag, packs), None) is None:
+            raise UsageError(f"{flag} {source}: expected images, found none")
+
+
 def read_item(item: Item) -> bytes:
     """The bytes of an image or pack.
 

@@ -7,7 +7,7 @@ fit even so is named, never skipped.
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,11 +65,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An output that is to be made. `key`: whatever tells the caller which it is."""
+    """An output that is to be made. `key`: whatever tells the caller which it is. `pack`: read when it is needed."""
 
     key: Any
     recipe: Recipe
-    pack: StylePack
+    pack: Callable[[], StylePack]
     shown: bool = False
 
 
@@ -88,10 +88,14 @@ class Made:
 
 
 class Production:
-    """Outputs below one root, by one model."""
+    """Outputs below one root, by one model, which is asked for when there is something to make."""
 
-    def __init__(self, stylizer: Stylizer, root: str, limits: Limits) -> None:
-        self._stylizer, self._root, self._limits = stylizer, root, limits
+    def __init__(self, stylizer: Callable[[], Stylizer], root: str, limits: Limits) -> None:
+        self._ask, self._root, self._limits = stylizer, root, limits
+
+    @property
+    def _stylizer(self) -> Stylizer:
+        return self._ask()
 
     def make(self, path: Path, wanted: Sequence[Wanted]) -> Iterator[Made]:
         """Every output of a content, in any order.
@@ -197,7 +201,7 @@ class Production:
             plain = all(Options(**one.recipe.options).alpha == 1 for one in chosen)
             plain = plain and all(Options(**one.recipe.options).color == "style" for one in chosen)
             if plain:
-                stylized = self._stylizer.decode_batch(encoded, [one.pack for one in chosen])
+                stylized = self._stylizer.decode_batch(encoded, [one.pack() for one in chosen])
             else:
                 stylized = [self._blend(encoded, pixels, one) for one in chosen]
             for one, values in zip(chosen, stylized, strict=True):
@@ -241,11 +245,14 @@ class Production:
 
     def _stylize(self, content: Raster, one: Wanted, write: Any, *, tile: int | None, **how: Any) -> None:
         options = Options(**one.recipe.options)
-        blend = Blend((one.pack,), options.alpha)
+        blend = Blend((one.pack(),), options.alpha)
         self._stylizer.stylize_raster(content, blend, write, color=options.color, tile=tile, **how)  # type: ignore[arg-type]
 
     def _recipe(self, one: Wanted, tile: int | None) -> Recipe:
-        made = {"tile": tile, "device": self._stylizer.device, "torch": torch.__version__.partition("+")[0]}
+        made: dict[str, Any] = {"tile": tile, "device": self._stylizer.device}
+        made["torch"] = torch.__version__.partition("+")[0]
+        if self._stylizer.device == "cpu":
+            made["threads"] = torch.get_num_threads()  # sums are split among them
         return replace(one.recipe, made=made)
 
     def _seen(self, one: Wanted, uri: str) -> Made:

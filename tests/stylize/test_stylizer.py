@@ -1,5 +1,7 @@
 """One model, pictures in and pictures out; packs that only their own model accepts."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,14 @@ from safetensors.torch import save
 from adaconv import checkpoint
 from adaconv.errors import UsageError
 from adaconv.images import to_tensor, to_uint8
+from adaconv.model.adaptive_conv import AdaConvKernels, adaptive_conv_reference
+from adaconv.model.encoder_weights import load_encoder
+from adaconv.model.network import build_network
+from adaconv.stylize.blend import kernels_of, mix
 from adaconv.stylize.pictures import shrink
-from adaconv.stylize.style_pack import StylePack
+from adaconv.stylize.style_pack import StylePack, mix_packs
 from adaconv.stylize.stylizer import Stylizer
-from tests.helpers import save_checkpoint
+from tests.helpers import TINY_WIDTHS, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +98,190 @@ def test_pictures_are_shrunk_and_never_enlarged():
     assert shrink(picture(200, 100), 50).size == (100, 50)
     assert shrink(picture(40, 30), 50).size == (40, 30)
     assert shrink(picture(40, 30), None).size == (40, 30)
+
+
+def smooth(width, height, seed=0):
+    """A picture with areas, as photographs have."""
+    return picture(max(2, width // 16), max(2, height // 16), seed).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def floats(image):
+    return to_tensor(image)
+
+
+def apart(a, b):
+    return float((a - b).square().mean().sqrt())
+
+
+def test_pictures_come_back_as_what_they_were(stylizer):
+    pack = stylizer.style_pack(picture(32, 32), side=32)
+    content = picture(40, 24)
+    wanted = np.asarray(stylizer.stylize(content, pack))
+    pixels = np.asarray(content)
+    assert np.array_equal(stylizer.stylize(pixels, pack), wanted)
+    for dtype in (np.float32, np.float64):
+        found = stylizer.stylize((pixels / 255).astype(dtype), pack)
+        assert found.dtype == dtype
+        assert np.abs(found * 255 - wanted).max() <= 0.51
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    for given in (tensor, tensor.float() / 255, (tensor.float() / 255)[None]):
+        found = stylizer.stylize(given, pack)
+        assert (found.shape, found.dtype) == (given.shape, given.dtype)
+        levels = found.float() * (1 if given.dtype == torch.uint8 else 255)
+        assert (levels.reshape(3, 24, 40) - torch.from_numpy(wanted.copy()).permute(2, 0, 1)).abs().max() <= 0.51
+    for mode in ("L", "RGBA", "P", "CMYK", "1", "I;16"):
+        assert stylizer.stylize(content.convert("L" if mode == "I;16" else mode), pack).size == (40, 24)
+    for wrong in (np.zeros((24, 40)), torch.zeros(4, 24, 40), torch.zeros(2, 3, 8, 8), np.zeros((8, 8, 3), np.int32)):
+        with pytest.raises(UsageError, match="expected a PIL picture"):
+            stylizer.stylize(wrong, pack)
+
+
+def test_many_pairs_are_batched_by_size(stylizer, monkeypatch):
+    contents = [picture(40, 24), picture(32, 32), picture(40, 24, 3), picture(40, 24, 4)]
+    packs = [stylizer.style_pack(picture(32, 32, seed), side=32) for seed in range(4)]
+    sizes = []
+    encode = stylizer._network.encode_content
+    monkeypatch.setattr(stylizer._network, "encode_content", lambda x: sizes.append(tuple(x.shape)) or encode(x))
+    together = stylizer.stylize_many(contents, packs, batch_size=2)
+    assert sizes == [(2, 3, 24, 40), (1, 3, 24, 40), (1, 3, 32, 32)]
+    for content, pack, found in zip(contents, packs, together, strict=True):
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(stylizer.stylize(content, pack))).max() <= 1
+
+
+def test_alpha_fades_from_the_contents_own_style(stylizer):
+    """Distances from the reconstruction grow with alpha; alpha 0 is the content with itself as style."""
+    for seed in range(4):
+        content, style = smooth(96, 80, seed), smooth(64, 64, seed + 10)
+        pack = stylizer.style_pack(style, side=32)
+        faded = [stylizer.stylize(floats(content), pack, alpha=alpha) for alpha in (0, 0.25, 0.5, 0.75, 1)]
+        distances = [apart(one, faded[0]) for one in faded]
+        assert distances == sorted(distances)
+        assert distances[1] > 0
+        assert torch.equal(faded[-1], stylizer.stylize(floats(content), pack))
+        own = stylizer.stylize(floats(content), stylizer.style_pack(content, side=32))
+        assert apart(faded[0], own) < 0.1 * distances[-1]
+    with pytest.raises(UsageError, match="alpha: expected 0"):
+        stylizer.stylize(content, pack, alpha=1.5)
+
+
+@pytest.fixture(scope="module")
+def adain():
+    torch.manual_seed(0)
+    encoder = load_encoder("seeded:0", widths=TINY_WIDTHS)
+    network = build_network(encoder=encoder, architecture="adain")
+    return Stylizer(network, checkpoint.ModelInfo("0" * 64, {}, "", 0))
+
+
+def test_adain_fades_as_published_and_masks_and_tiles_too(adain):
+    content, style = floats(smooth(96, 80)), floats(smooth(64, 64, 5))
+    pack = adain.style_pack(style, side=64)
+    network = adain._network
+    with torch.inference_mode():
+        features = network.encode_content(content[None])
+        stylized = network.transfer.predict(network.encoder.relu4_1(style[None]))
+        normal = torch.nn.functional.instance_norm(features, eps=1e-5)
+        there = normal * stylized["std"][..., None, None] + stylized["mean"][..., None, None]
+        x = 0.3 * there + 0.7 * features
+        for scale in network.transfer.scales:
+            x = scale(x)
+    for tile in (None, 64):
+        assert (adain.stylize(content, pack, alpha=0.3, tile=tile) - x[0].clamp(0, 1)).abs().max() < 2e-3
+    assert adain.stylize(content, pack, mask=torch.ones(80, 96)).shape == content.shape
+
+
+def test_a_mixture_is_even_and_linear(stylizer):
+    content = floats(smooth(64, 64))
+    a, b = (stylizer.style_pack(smooth(64, 64, seed), side=32) for seed in (1, 2))
+    only_a = stylizer.stylize(content, a)
+    assert torch.allclose(stylizer.stylize(content, [a, a]), only_a, atol=1e-5)
+    assert torch.equal(stylizer.stylize(content, [a, b], weights=[3, 0]), only_a)
+    assert torch.equal(stylizer.stylize(content, [a, b]), stylizer.stylize(content, [b, a], weights=[2, 2]))
+    towards = [apart(stylizer.stylize(content, [a, b], weights=[1 - w, w]), only_a) for w in (0.2, 0.5, 0.8, 1)]
+    assert towards == sorted(towards)
+    mixed = mix_packs([a, b], [1, 3])
+    again = StylePack.from_bytes(mixed.to_bytes(), name="m", model_digest=stylizer.info.digest)
+    assert torch.equal(stylizer.stylize(content, again), stylizer.stylize(content, [a, b], weights=[1, 3]))
+    assert again.digest != mix_packs([a, b], [3, 1]).digest
+    for weights in ([1], [1, -1], [0, 0]):
+        with pytest.raises(UsageError, match="expected 2 weights"):
+            stylizer.stylize(content, [a, b], weights=weights)
+
+
+def test_a_mixed_block_does_the_mean_of_what_blocks_do():
+    """Independent of the network: kernels composed and mixed, against the mean of two blocks' outputs."""
+    torch.manual_seed(0)
+    groups, channels, per_group = 2, 6, 3
+    x = torch.randn(1, channels, 9, 9)
+    kernels = [
+        AdaConvKernels(
+            torch.randn(1, channels, per_group, 3, 3),
+            torch.randn(1, channels, per_group, 1, 1),
+            torch.randn(1, channels),
+        )
+        for _ in range(2)
+    ]
+    codes = [{f"kernels.0.{name}": tensor for name, tensor in one._asdict().items()} for one in kernels]
+    (mixed,) = kernels_of(mix(codes, [1, 3]))
+    outs = [adaptive_conv_reference(x, one, groups=groups) for one in kernels]
+    found = adaptive_conv_reference(x, mixed, groups=groups)
+    assert torch.allclose(found, 0.25 * outs[0] + 0.75 * outs[1], atol=1e-4)
+
+
+def test_under_a_mask_each_style_is_as_if_alone(stylizer):
+    """Away from the border; at it, blocks blend."""
+    content = floats(smooth(320, 64))
+    packs = [stylizer.style_pack(smooth(64, 64, seed), side=32) for seed in (1, 2)]
+    left = torch.zeros(64, 320)
+    left[:, :160] = 1
+    blended = stylizer.stylize(content, packs, mask=[left, 1 - left])
+    alone = [stylizer.stylize(content, pack) for pack in packs]
+    reach = 64  # of the decoder's convolutions, in pixels
+    assert (blended - alone[0])[..., : 160 - reach].abs().max() < 1e-5
+    assert (blended - alone[1])[..., 160 + reach :].abs().max() < 1e-5
+    assert apart(alone[0], alone[1]) > 0.01
+    own = stylizer.stylize(content, packs[0], alpha=0)
+    single = stylizer.stylize(content, packs[0], mask=Image.fromarray((left.numpy() * 255).astype(np.uint8)))
+    assert (single - alone[0])[..., : 160 - reach].abs().max() < 1e-5
+    assert (single - own)[..., 160 + reach :].abs().max() < 1e-5
+    with pytest.raises(UsageError, match="expected masks of the content's 320x64"):
+        stylizer.stylize(content, packs, mask=[left.T, left.T])
+    with pytest.raises(UsageError, match="expected a mask for each of 2 packs"):
+        stylizer.stylize(content, packs, mask=left)
+
+
+def test_colours_of_the_content_are_kept(stylizer):
+    content = floats(smooth(96, 80, 3)) * 0.5 + 0.2
+    pack = stylizer.style_pack(smooth(64, 64, 4), side=32)
+    plain, luminance, coral = (stylizer.stylize(content, pack, color=c) for c in ("style", "luminance", "coral"))
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    luma = (plain * weights).sum(0)
+    expected = content - (content * weights).sum(0) + luma
+    inside = ((expected > 0) & (expected < 1)).all(0)
+    assert inside.float().mean() > 0.2
+    assert torch.allclose(luminance[:, inside], expected[:, inside], atol=1e-5)
+    assert torch.allclose(coral.mean((1, 2)), content.mean((1, 2)), atol=0.03)
+    wanted, found, before = (torch.cov(x.flatten(1)) for x in (content, coral, plain))
+    assert (found - wanted).norm() < 0.5 * (before - wanted).norm()
+
+
+def test_a_pack_holds_a_thumbnail_and_may_be_of_several_pictures(stylizer):
+    pack = stylizer.style_pack([smooth(64, 64, 1), np.asarray(smooth(50, 70, 2)), floats(smooth(64, 64, 3))], side=32)
+    with Image.open(io.BytesIO(pack.thumbnail)) as image:
+        assert max(image.size) == 64
+    assert pack.side == 32
+    assert stylizer.stylize(picture(32, 32), pack).size == (32, 32)
+
+
+def test_the_same_threads_give_the_same_bits_and_others_round(stylizer):
+    content = picture(170, 150)
+    pack = stylizer.style_pack(picture(64, 64, 1))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            found.append(np.asarray(stylizer.stylize(content, pack)).astype(int))
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(found[0], found[2])
+    assert np.abs(found[0] - found[1]).max() <= 1

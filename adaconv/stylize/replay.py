@@ -1,0 +1,110 @@
+"""An output made again from the recipe that it carries, and compared byte for byte."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaconv import storage
+from adaconv.errors import UsageError
+from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, sha256_of
+from adaconv.stylize.outputs import Recipe, pack_name, read_recipe
+from adaconv.stylize.production import Limits, Options, Production, Wanted
+from adaconv.stylize.style_pack import StylePack
+from adaconv.stylize.stylizer import Stylizer
+
+
+def replay(
+    uri: str,
+    *,
+    resolve: Callable[[str], tuple[str, Path]],
+    model: str = "",
+    content: Sequence[str],
+    style: Sequence[str] = (),
+    max_memory_gb: float = 4.0,
+) -> dict[str, Any]:
+    """Make an output again.
+
+    Args:
+        uri: of the output, local or s3://.
+        resolve: a model's name to its exact version and local folder.
+        model: instead of the one that the recipe names.
+        content: sources, one of which holds the content's bytes.
+        style: sources, one of which holds the style's bytes; not needed where the job's packs lie beside the output.
+        max_memory_gb: see Stylizer; the tiles are the recipe's.
+
+    Returns:
+        the output, its recipe and whether the bytes are the same; `status` is `failed` where they are not.
+
+    Raises:
+        UsageError: it carries no recipe, or what the recipe names cannot be found.
+    """
+    uri = storage.absolute(uri)
+    if not storage.exists(uri):
+        raise UsageError(f"--replay {uri}: expected an output of pipelines/stylize.py, found nothing there")
+    original = storage.read_bytes(uri)
+    recipe = read_recipe(original, name=uri)
+    if recipe is None:
+        raise UsageError(f"--replay {uri}: expected an output of pipelines/stylize.py, found a picture without recipe")
+    if recipe.made.get("device") == "cuda":
+        raise UsageError(f"--replay {uri}: it was made on a GPU; CPUs round otherwise, and make other bytes")
+    torch.set_num_threads(recipe.made.get("threads") or torch.get_num_threads())
+    options = Options(**recipe.options)
+    _, folder = resolve(model or recipe.model)
+    stylizer = Stylizer.from_folder(folder, precision=options.precision, max_memory_gb=max_memory_gb)  # type: ignore[arg-type]
+    if stylizer.info.digest != recipe.model_digest:
+        raise UsageError(
+            f"--replay {uri}: expected model {recipe.model_digest[:12]}, found {stylizer.info.digest[:12]} at "
+            f"{model or recipe.model}; give the right one as --model"
+        )
+    with tempfile.TemporaryDirectory(prefix="adaconv-replay-") as scratch:
+        path = _find(content, recipe.content, recipe.content_sha256, Path(scratch) / "content", "--content")
+        pack = _pack(uri, recipe, options, style, stylizer, Path(scratch) / "style")
+        limits = Limits(tile=recipe.made.get("tile"), max_megapixels=1e6, scratch=Path(scratch))
+        root = Path(scratch) / "made"
+        (made,) = Production(lambda: stylizer, str(root), limits).make(path, [Wanted(0, recipe, lambda: pack)])
+        if made.state != "done":
+            raise UsageError(f"--replay {uri}: {made.reason}")
+        again = (root / recipe.name).read_bytes()
+    result: dict[str, Any] = {"replayed": uri, "same_bytes": again == original, "recipe": recipe.__dict__}
+    if again != original:
+        result |= {
+            "status": "failed",
+            "error": f"{uri}: made again, it has other bytes ({len(again)} instead of {len(original)}); the recipe was "
+            f"made by {recipe.made}, here it is {read_recipe(again).made if read_recipe(again) else {}}",  # type: ignore[union-attr]
+        }
+    return result
+
+
+def _pack(
+    uri: str, recipe: Recipe, options: Options, style: Sequence[str], stylizer: Stylizer, scratch: Path
+) -> StylePack:
+    """From the job's own packs, or from the style's image or pack."""
+    root = uri.rpartition("/images/")[0]
+    beside = storage.join(root, pack_name(recipe.style, recipe.pack_digest))
+    digest = stylizer.info.digest
+    if storage.exists(beside):
+        return StylePack.from_bytes(storage.read_bytes(beside), name=beside, model_digest=digest)
+    if not style:
+        raise UsageError(f"--replay {uri}: found no style pack at {beside}; name where {recipe.style} lies as --style")
+    for item in list_items(style, flag="--style", packs=True):
+        if item.kind == "pack":
+            pack = StylePack.from_bytes(storage.read_bytes(item.uri), name=item.source, model_digest=digest)
+            if pack.digest == recipe.pack_digest:
+                return pack
+    path = _find(style, recipe.style, recipe.style_sha256, scratch, "--style")
+    picture = decode_picture(path, max_pixels=10**10)
+    return stylizer.style_pack(picture, side=options.style_side, source=recipe.style, source_sha256=recipe.style_sha256)
+
+
+def _find(sources: Sequence[str], name: str, sha256: str, scratch: Path, flag: str) -> Path:
+    """The file with these bytes, wherever it lies now; one of the same name is looked at first."""
+    scratch.mkdir()
+    items: list[Item] = [item for item in list_items(sources, flag=flag, packs=True) if item.kind != "pack"]
+    for item in sorted(items, key=lambda item: (item.source != name, not item.source.endswith(Path(name).name))):
+        path = local_file(item, scratch)
+        if sha256_of(path) == sha256:
+            return path
+    raise UsageError(f"{flag} {', '.join(sources)}: expected {name} with sha256 {sha256[:16]}…, found no such bytes")

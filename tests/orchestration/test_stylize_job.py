@@ -1,0 +1,289 @@
+"""Stylization jobs on real Ray: every pair once, whatever is killed; what is broken is named."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from adaconv import storage
+from adaconv.stylize.outputs import read_recipe
+from tests.helpers import build_version, save_checkpoint
+from tests.servers import REPO
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("model"))[1]
+
+
+def command(model, contents, styles, output, *flags):
+    told = ("--model", model, "--content", contents, "--style", styles, "--output", output)
+    small = ("--options.content-side", 64, "--options.style-side", 32, "--scaling.threads-per-actor", 1)
+    return [sys.executable, str(REPO / "pipelines" / "stylize.py"), *map(str, (*told, *small, *flags))]
+
+
+def stylize(cluster, *arguments, code=0):
+    done = subprocess.run(
+        command(*arguments), env=cluster.environment, capture_output=True, text=True, check=False, cwd=REPO
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def books_of(output):
+    return json.loads(storage.read_bytes(storage.join(str(output), "result.json")))["books"]
+
+
+def hashes_of(output):
+    """sha256 of every picture by its path; what was left half-written would show."""
+    root = storage.join(str(output), "images")
+    return {e.path: hashlib.sha256(storage.read_bytes(e.uri)).hexdigest() for e in storage.walk(root, hidden=True)}
+
+
+def index_of(output):
+    return pq.read_table(Path(output) / "index.parquet").to_pylist()
+
+
+def few(folder, count, target):
+    target.mkdir()
+    for path in sorted(p for p in folder.iterdir() if p.is_file())[:count]:
+        shutil.copy(path, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def contents(photos, tmp_path_factory):
+    return few(photos, 4, tmp_path_factory.mktemp("c") / "contents")
+
+
+@pytest.fixture(scope="module")
+def styles(paintings, tmp_path_factory):
+    return few(paintings, 3, tmp_path_factory.mktemp("s") / "styles")
+
+
+@pytest.fixture(scope="module")
+def grid(cluster, model, contents, styles, tmp_path_factory):
+    output = tmp_path_factory.mktemp("grid") / "out"
+    stylize(cluster, model, contents, styles, output)
+    return output
+
+
+def test_a_grid_again_makes_nothing_and_another_option_everything(cluster, model, contents, styles, grid):
+    assert books_of(grid) == {"pairs": 12, "done": 12, "skipped": 0, "failed": 0}
+    before = hashes_of(grid)
+    assert len(before) == len(set(before.values())) == 12
+    one = next(iter(before))
+    (grid / "images" / one).write_bytes((grid / "images" / one).read_bytes()[:-9])  # a disk that lost its last bytes
+    stylize(cluster, model, contents, styles, grid)
+    assert books_of(grid) == {"pairs": 12, "done": 1, "skipped": 11, "failed": 0}
+    assert hashes_of(grid) == before
+    stylize(cluster, model, contents, styles, grid, "--options.alpha", 0.5, "--options.format", "jpeg")
+    assert books_of(grid)["done"] == 12
+    after = hashes_of(grid)
+    assert {path: after[path] for path in before} == before
+    assert len(after) == 24
+    assert len(list((grid / "styles").iterdir())) == 3
+
+
+@pytest.mark.parametrize("given", ["zip", "version", "parquet", "s3", "packs"])
+def test_contents_and_styles_come_from_everywhere(given, cluster, model, contents, styles, grid, tmp_path, bucket):
+    """The same pictures, wherever they lie, give the same outputs."""
+    wanted = {value for path, value in hashes_of(grid).items() if path.endswith(".png")}
+    names = sorted(p.name for p in contents.iterdir())
+    source, style, output = contents, styles, tmp_path / "out"
+    if given == "zip":
+        source = tmp_path / "contents.zip"
+        with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in names:
+                archive.write(contents / name, name)
+    elif given == "version":
+        build_version(contents, str(tmp_path / "data"))
+        source = tmp_path / "data"
+    elif given == "parquet":
+        cells = [{"bytes": (contents / name).read_bytes(), "path": name} for name in names]
+        pq.write_table(pa.table({"n": range(4), "picture": cells}), tmp_path / "x.parquet", row_group_size=3)
+        source = f"{tmp_path / 'x.parquet'}#picture"
+    elif given == "s3":
+        source, output = f"{bucket}/contents", f"{bucket}/out"
+        for name in names:
+            storage.publish_bytes(f"{source}/{name}", (contents / name).read_bytes())
+    else:
+        style = grid / "styles"
+    stylize(cluster, model, source, style, output)
+    assert books_of(output) == {"pairs": 12, "done": 12, "skipped": 0, "failed": 0}
+    if given == "version":  # images of a version may have been encoded anew
+        assert len(hashes_of(output)) == 12
+    else:
+        assert pixels_of(output) == pixels_of(grid, only=set(hashes_of(grid)) if wanted else None)
+
+
+def pixels_of(output, only=None):
+    """A hash of each PNG's pixels, by the names of its content and style."""
+    found = {}
+    for entry in storage.walk(storage.join(str(output), "images")):
+        data = storage.read_bytes(entry.uri)
+        recipe = read_recipe(data)
+        if recipe.options["alpha"] == 1:
+            import io
+
+            with Image.open(io.BytesIO(data)) as image:
+                style = Path(recipe.style).name.partition("-")[0].removesuffix(".jpg")
+                found[recipe.content, style] = hashlib.sha256(image.tobytes()).hexdigest()
+    return found
+
+
+def test_pairs_of_a_file_have_options_of_their_own(cluster, model, contents, styles, tmp_path):
+    names, ways = (sorted(p.name for p in folder.iterdir()) for folder in (contents, styles))
+    (tmp_path / "pairs.csv").write_text(
+        f"content,style,alpha,color,style_side\n{names[0]},{ways[0]},,,\n{names[0]},{ways[0]},0.5,,\n"
+        f"{names[2]},{ways[1]},,luminance,48\n{names[0]},{ways[0]},0.5,,\n"
+    )
+    output = tmp_path / "out"
+    stylize(cluster, model, contents, styles, output, "--pairs", tmp_path / "pairs.csv")
+    rows = index_of(output)
+    assert [(row["content"], row["style"], json.loads(row["options"])) for row in rows] == [
+        (names[0], ways[0], {}),
+        (names[0], ways[0], {"alpha": 0.5}),
+        (names[2], ways[1], {"color": "luminance", "style_side": 48}),
+    ]
+    assert len({row["output"] for row in rows}) == 3
+    (tmp_path / "pairs.csv").write_text(f"content,style,alpha\n{names[0]},{ways[0]},2\n")
+    done = stylize(cluster, model, contents, styles, output, "--pairs", tmp_path / "pairs.csv", code=2)
+    assert "row 1: alpha: Input should be less than or equal to 1, found '2'" in done.stderr
+    stylize(cluster, model, contents, styles, tmp_path / "r", "--pairs", "random:2", "--seed", 5)
+    assert books_of(tmp_path / "r")["pairs"] == 8
+
+
+BROKEN = ("cut.jpg", "nothing.jpg", "text.jpg", "bomb.png", "overwritten.jpg")
+
+
+@pytest.fixture
+def damaged(contents, tmp_path):
+    folder = few(contents, 2, tmp_path / "damaged")
+    good = sorted(contents.iterdir())[0].read_bytes()
+    (folder / "cut.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "nothing.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("<html>not found</html>")
+    middle = len(good) // 2
+    (folder / "overwritten.jpg").write_bytes(good[:middle] + b"\xff\xd9\xff\xff" * 20 + good[middle + 80 :])
+    Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
+    return folder
+
+
+def test_what_is_broken_is_named_and_the_rest_made(cluster, model, damaged, styles, tmp_path):
+    shutil.copy(damaged / "cut.jpg", tmp_path / "s.jpg")
+    ways = few(styles, 2, tmp_path / "ways")
+    shutil.copy(damaged / "cut.jpg", ways / "broken style.jpg")
+    done = stylize(cluster, model, damaged, ways, tmp_path / "out", code=1)
+    books = books_of(tmp_path / "out")
+    assert books == {"pairs": 21, "done": 4, "skipped": 0, "failed": 17}
+    told = " ".join(json.loads((tmp_path / "out" / "result.json").read_text())["failures"])
+    for name in (*BROKEN, "broken style.jpg"):
+        assert name in told, name
+    for reason in ("content truncated", "content empty", "content not_an_image", "content too_many_pixels"):
+        assert reason in told
+    assert "17 of 21 outputs could not be made" in done.stderr
+    assert len(hashes_of(tmp_path / "out")) == 4
+
+
+def test_a_pack_of_another_model_is_refused_by_name(cluster, contents, grid, tmp_path):
+    other = save_checkpoint(tmp_path, step=8)[1]
+    done = stylize(cluster, other, contents, grid / "styles", tmp_path / "out", code=2)
+    assert re.search(r"painting_\d+-\w+\.safetensors was made by model \w{12}, this one is", done.stderr)
+
+
+@pytest.mark.parametrize("flags", [(), ("--tile.side", 64)], ids=["whole", "tiled"])
+def test_a_replay_gives_the_same_bytes(flags, cluster, model, contents, styles, tmp_path):
+    output = tmp_path / "out"
+    how = ("--limit-contents", 2, "--limit-styles", 2, "--options.alpha", 0.7, "--options.color", "coral", *flags)
+    stylize(cluster, model, contents, styles, output, *how)
+    for name in sorted(hashes_of(output))[:2]:
+        script = [sys.executable, str(REPO / "pipelines" / "stylize.py"), "--replay", str(output / "images" / name)]
+        script += ["--content", str(contents), "--model", model]
+        done = subprocess.run(script, env=cluster.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert '"same_bytes": true' in done.stdout
+    path = output / "images" / name
+    path.write_bytes(path.read_bytes().replace(b"IEND", b"IEND", 1) + b"x")
+    done = subprocess.run(script, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "it has other bytes" in done.stderr
+    shutil.rmtree(output / "styles")
+    done = subprocess.run(script, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "as --style" in done.stderr
+
+
+def test_a_killed_driver_and_killed_actors_leave_every_pair_once(cluster, model, photos, paintings, tmp_path):
+    kill_often(cluster, model, few(photos, 10, tmp_path / "c"), few(paintings, 6, tmp_path / "s"), tmp_path, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_twenty_random_kills_leave_every_pair_once(where, cluster, model, photos, paintings, tmp_path, bucket):
+    """500 pairs, 20 deaths of drivers and workers at random moments."""
+    contents, styles = few(photos, 24, tmp_path / "c"), few(paintings, 18, tmp_path / "s")
+    root = tmp_path if where == "local" else bucket
+    kill_often(cluster, model, contents, styles, root, kills=20, flags=("--options.content-side", 144))
+
+
+def kill_often(cluster, model, contents, styles, root, *, kills, flags=()):
+    undisturbed, output = (storage.join(str(root), name) for name in ("undisturbed", "killed"))
+    stylize(cluster, model, contents, styles, undisturbed, *flags)
+    pairs = books_of(undisturbed)["pairs"]
+    random_moment = random.Random(7)
+    made: dict[str, float] = {}
+    again = 0
+    for number in range(kills):
+        process = subprocess.Popen(
+            command(model, contents, styles, output, *flags, "--scaling.num-actors", 2),
+            env=cluster.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=REPO,
+        )
+        wanted = len(made) + random_moment.randint(1, max(1, pairs // (kills + 2)))
+        while process.poll() is None and len(written(output)) < wanted:
+            time.sleep(0.02)
+        if number % 2:
+            for worker in cluster.workers("MapWorker")[:1]:
+                os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(random_moment.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.5)
+        after = written(output)
+        again += sum(after[name] != stamp for name, stamp in made.items() if name in after)
+        assert set(made) <= set(after)
+        made = after
+    stylize(cluster, model, contents, styles, output, *flags)
+    after = written(output)
+    again += sum(after[name] != stamp for name, stamp in made.items())
+    print(f"{pairs} pairs, {kills} kills; {len(made)} were there before the last run; {again} made twice")
+    books = books_of(output)
+    assert books["failed"] == 0
+    assert books["done"] + books["skipped"] == pairs
+    assert hashes_of(output) == hashes_of(undisturbed)
+    assert len(hashes_of(output)) == pairs
+    # At most what was in flight: an output for each actor of a driver that was killed.
+    assert again <= 2 * kills
+
+
+def written(output):
+    return {e.path: e.changed for e in storage.walk(storage.join(str(output), "images"))}
