@@ -46,6 +46,7 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         for side in (256, 512, 1024)
         for label, precision in _PRECISIONS.items()
     },
+    "stylize/tiled/2048": ("stylize_tiled", {"side": 2048, "tile": 512}),
     "stylize/grid": ("stylize_grid", {}),
     "load": ("load", {"against": "bare"}),
     **{f"load/{name}": ("load", {"against": name}) for name in ("webdataset", "ray_data", "one_image")},

@@ -40,6 +40,8 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
             image = image.flatten(background=[255, 255, 255])
         image.cast("uchar").rawsave(str(raw))
     except vips.Error as error:
+        if "out of memory" in str(error):
+            raise MemoryError(str(error)) from error
         raise ImageError("truncated", " ".join(str(error).split())) from error
     return FileRaster(raw, 3, image.height, image.width, torch.uint8, fresh=False)
 
@@ -70,6 +72,8 @@ def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata |
             case _:
                 image.tiffsave(str(path), compression="deflate", bigtiff=True)
     except vips.Error as error:
+        if "out of memory" in str(error):
+            raise MemoryError(str(error)) from error
         raise OSError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -130,11 +130,11 @@ class Production:
         """Outputs that see the content alike, by attempts that take less and less memory."""
         size = stored if side is None or min(stored) <= side else scaled(stored, side)
         attempts = self._attempts(*size)
-        left = list(wanted)
+        left, told = list(wanted), ""
         while left:
             attempt = next(attempts, None)
             if attempt is None:
-                reason = "out_of_memory: not even the smallest tiles fit; give actors more, or lower content_side"
+                reason = f"out_of_memory: not even the smallest tiles fit ({told}); give actors more memory"
                 yield from (Made(one.key, "failed", reason) for one in left)
                 return
             try:
@@ -144,6 +144,7 @@ class Production:
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
+                told = str(error).partition("\n")[0]
                 log.warning("%s: out of memory with a batch of %d and tiles of %s; trying less", path, *attempt)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -292,4 +293,5 @@ def _write_levels(raster: FileRaster, window: Window, values: Tensor) -> None:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "alloc" in str(error).lower() and "memory" in str(error).lower()  # torch's on a CPU is a RuntimeError
+    told = str(error).lower()  # on a CPU, torch's is a RuntimeError, and oneDNN's says no more than this
+    return ("alloc" in told and "memory" in told) or "could not create a" in told

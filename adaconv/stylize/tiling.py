@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 _STEP = 64  # tiles' sides are multiples of it
 _LEAST_SIDE = 64
 _MARGIN = 32  # of a tile in the encoder's first map, each side; less in all others
-# Maps of the widest full-size layer that live side by side while it is convolved, measured by
-# `bench/tiles.py`: the input, its mirrored copy, the output, and what the convolution itself takes.
-_MAPS_AT_ONCE = 4.0
-_BASE_BYTES = 500e6  # Python, torch, and what its kernels keep
+# Maps of the widest full-size layer that live side by side while it is convolved: the input, its mirrored copy, the
+# output, and what the convolution itself takes. Measured, as 1,300 bytes a pixel with the paper's 64 channels.
+_MAPS_AT_ONCE = 5.2
+_BASE_BYTES = 450e6  # Python, torch, and what its kernels keep
 
 
 class PaddedFrame:
@@ -82,13 +82,13 @@ def plan_tile(
         UsageError: not even the smallest tile fits.
     """
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
-    room = max_memory_gb * 1e9 - _BASE_BYTES - 2 * parameters  # torch packs weights for its kernels a second time
+    room = max_memory_gb * 1e9 - _BASE_BYTES - parameters
     a_pixel = network.encoder.widths[0] * bytes_per_value * _MAPS_AT_ONCE
     if height * width * a_pixel <= room:
         return None
     side = int(max(0.0, room / a_pixel) ** 0.5 - 2 * _MARGIN) // _STEP * _STEP
     if side < _LEAST_SIDE:
-        least = _BASE_BYTES + 2 * parameters + (_LEAST_SIDE + 2 * _MARGIN) ** 2 * a_pixel
+        least = _BASE_BYTES + parameters + (_LEAST_SIDE + 2 * _MARGIN) ** 2 * a_pixel
         raise UsageError(
             f"tile.max_memory_gb: expected at least {least / 1e9:.2f} for this network, found {max_memory_gb:g}"
         )

@@ -72,7 +72,9 @@ def test_steps_are_measured_with_the_defaults_that_runs_have():
 
 
 def test_torch_and_numpy_are_all_that_the_network_needs_to_be_measured():
-    program = "import sys, bench.train_step, bench.stylize, bench.adaptive_conv; print(*sys.modules)"
+    program = (
+        "import sys, bench.train_step, bench.stylize, bench.stylize_tiled, bench.adaptive_conv; print(*sys.modules)"
+    )
     root = Path(__file__).parents[2]
     loaded = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, check=True, text=True)
     others = {"ray", "mlflow", "webdataset", "s3fs", "fsspec", "pydantic", "tyro", "PIL", "pyarrow", "safetensors"}

@@ -1,0 +1,92 @@
+"""A PNG of any size to a stylized PNG, with the peak of memory: does it grow with the picture?
+
+python bench/stylize_large.py --side 8192 --max-memory-gb 4
+python bench/stylize_large.py --side 2048 --max-memory-gb 1 --small
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from adaconv.checkpoint import ModelInfo
+from adaconv.images import open_header
+from adaconv.model.encoder import VGGEncoder
+from adaconv.model.network import build_network
+from adaconv.stylize import large
+from adaconv.stylize.outputs import Recipe
+from adaconv.stylize.production import Limits, Options, Production, Wanted
+from adaconv.stylize.raster import FileRaster, tiles
+from adaconv.stylize.stylizer import Stylizer
+from bench.work import size_of
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, required=True, help="of the square picture, in pixels")
+    parser.add_argument("--max-memory-gb", type=float, default=4.0)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--small", action="store_true", help="an eighth of the paper's channels")
+    parser.add_argument("--scratch", type=Path, help="folder for files; None is the system's")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="adaconv-bench-", dir=options.scratch) as folder:
+        print(json.dumps(measure(options, Path(folder))))
+    return 0
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    size = size_of("adaconv", quick=options.small)
+    torch.manual_seed(0)
+    network = build_network(
+        encoder=VGGEncoder(widths=size.widths), descriptor_channels=size.descriptor_channels, groups=size.groups
+    )
+    for module in network.modules():  # an encoder without weights of its own: maps that are neither zero nor infinite
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    stylizer = Stylizer(
+        network,
+        ModelInfo("0" * 64, {}, "", 0),
+        precision=options.precision,
+        max_memory_gb=options.max_memory_gb,
+        scratch=folder,
+    )
+    pack = stylizer.style_pack(torch.rand(3, 256, 256))
+    recipe = Recipe("content.png", "0" * 64, "style", "1" * 64, pack.digest, "bench", "0" * 64, Options().__dict__)
+    picture = FileRaster(folder / "drawn", 3, options.side, options.side, torch.uint8)
+    for window in tiles(options.side, options.side, 1024):
+        coarse = torch.rand(1, 3, window.height // 32 + 1, window.width // 32 + 1)
+        drawn = nn.functional.interpolate(coarse, size=(window.height, window.width), mode="bilinear")
+        picture.write(window, drawn.mul(255).to(torch.uint8))
+    large.pack(picture, folder / "content.png", recipe)
+    picture.close()
+    began, before = time.perf_counter(), _status("VmRSS")
+    limits = Limits(max_megapixels=1e6, scratch=folder)
+    wanted = Wanted(0, recipe, lambda: pack)
+    (made,) = Production(lambda: stylizer, str(folder), limits).make(folder / "content.png", [wanted])
+    with open_header(folder / recipe.name, max_pixels=10**12) as image:
+        assert image.size == (options.side, options.side)
+    return {
+        "side": options.side,
+        "megapixels": options.side**2 / 1e6,
+        "precision": options.precision,
+        "tile": made.tile,
+        "seconds": round(time.perf_counter() - began, 1),
+        "memory_before_mb": round(before / 1e6),
+        "peak_mb": round(_status("VmHWM") / 1e6),
+        "limit_mb": round(options.max_memory_gb * 1e3),
+    }
+
+
+def _status(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Pairs are pure functions of two lists and a seed."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from adaconv.errors import UsageError
+from adaconv.stylize.pairing import Pair, pair_up
+
+CONTENTS, STYLES = ["a", "b/c", "d"], ["s", "t", "u", "v", "w"]
+
+
+def test_a_grid_and_a_zip():
+    assert [(p.content, p.style) for p in pair_up("grid", ["a", "b"], ["s", "t"])] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [(p.content, p.style) for p in pair_up("zip", ["a", "b"], ["s", "t"])] == [(0, 0), (1, 1)]
+    with pytest.raises(UsageError, match="as many styles as contents, found 3, 5"):
+        pair_up("zip", CONTENTS, STYLES)
+
+
+def test_random_pairs_follow_from_the_seed_and_stay_when_contents_are_added():
+    pairs = pair_up("random:2", CONTENTS, STYLES, seed=3)
+    assert pairs == pair_up("random:2", CONTENTS, STYLES, seed=3) != pair_up("random:2", CONTENTS, STYLES, seed=4)
+    assert pairs == pair_up("random:2", [*CONTENTS, "z"], STYLES, seed=3)[:6]
+    for content in range(3):
+        assert len({pair.style for pair in pairs if pair.content == content}) == 2
+    counts = [0] * 5
+    for pair in pair_up("random:2", ["x"] * 1000, STYLES):
+        counts[pair.style] += 1
+    assert all(300 < count < 500 for count in counts)
+    # Frozen: a release that draws others would make other outputs of the same command.
+    assert [pair.style for pair in pairs] == FROZEN
+    with pytest.raises(UsageError, match="at least 6 styles, found 5"):
+        pair_up("random:6", CONTENTS, STYLES)
+
+
+FROZEN = [1, 2, 3, 4, 2, 4]
+
+
+def test_a_file_of_pairs(tmp_path):
+    rows = {"content": ["d", "a", "d"], "style": ["t", "s", "t"], "alpha": [0.5, None, 0.5]}
+    pq.write_table(pa.table(rows), tmp_path / "p.parquet")
+    (tmp_path / "p.csv").write_text("\ufeffcontent,style,alpha\nd,t,0.5\na,s,\nd,t,0.5\n", encoding="utf-8")
+    for name in ("p.parquet", "p.csv"):
+        pairs = pair_up(str(tmp_path / name), CONTENTS, STYLES, check=lambda o: {k: float(v) for k, v in o.items()})
+        assert pairs == [Pair(0, 0), Pair(2, 1, {"alpha": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("content,style\nx,s\n", "row 1: expected the name of a content that --content holds, found 'x'"),
+        ("content,style\na,s\na,x\n", "row 2: expected the name of a style that --style holds, found 'x'"),
+        ("content,style\ntwice,s\n", "row 1: more than one content is called 'twice'"),
+        ("content\na\n", "row 1: expected the name of a style that --style holds, found ''"),
+        ("content,style\n", "expected rows, found none"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path, text, words):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        pair_up(str(tmp_path / "p.csv"), [*CONTENTS, "twice", "twice"], STYLES)
+    with pytest.raises(UsageError, match="found nothing there"):
+        pair_up(str(tmp_path / "none.csv"), CONTENTS, STYLES)

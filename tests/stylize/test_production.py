@@ -1,0 +1,203 @@
+"""One content to its outputs: memory that runs out, large files, broken files, what is kept of a content."""
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from adaconv.images import ImageError
+from adaconv.stylize import large
+from adaconv.stylize.inputs import decode_picture
+from adaconv.stylize.outputs import Recipe, read_recipe
+from adaconv.stylize.production import Limits, Options, Production, Wanted
+from adaconv.stylize.raster import Window
+from adaconv.stylize.stylizer import Stylizer
+from tests.helpers import save_checkpoint
+from tests.servers import REPO
+
+
+@pytest.fixture(scope="module")
+def stylizer(tmp_path_factory):
+    return Stylizer.from_folder(save_checkpoint(tmp_path_factory.mktemp("model"))[1])
+
+
+def smooth(width, height, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def wanted(stylizer, count=1, **options):
+    packs = [stylizer.style_pack(smooth(64, 64, seed + 1), side=32, source=f"s{seed}") for seed in range(count)]
+    settings = Options(**options).__dict__
+    return [
+        Wanted(
+            n,
+            Recipe("c.jpg", "1" * 64, pack.source, "2" * 64, pack.digest, "m", stylizer.info.digest, settings),
+            lambda pack=pack: pack,
+            shown=True,
+        )
+        for n, pack in enumerate(packs)
+    ]
+
+
+def make(stylizer, root, path, outputs, **limits):
+    return list(Production(lambda: stylizer, str(root), Limits(**limits)).make(path, outputs))
+
+
+def pixels(root, one):
+    with Image.open(root / one.recipe.name) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+@pytest.mark.parametrize("color", ["style", "coral"])
+def test_tiles_from_disk_to_disk_make_the_same_picture(stylizer, tmp_path, kind, color):
+    smooth(170, 130).save(tmp_path / "c.png")
+    outputs = wanted(stylizer, 2, format=kind, color=color, alpha=0.8)
+    whole = make(stylizer, tmp_path / "whole", tmp_path / "c.png", outputs)
+    tiled = make(stylizer, tmp_path / "tiled", tmp_path / "c.png", outputs, tile=64, scratch=tmp_path)
+    assert [(one.state, one.width, one.height, one.tile) for one in whole] == [("done", 170, 130, None)] * 2
+    assert [(one.state, one.width, one.height, one.tile) for one in tiled] == [("done", 170, 130, 64)] * 2
+    for one in outputs:
+        apart = np.abs(pixels(tmp_path / "whole", one) - pixels(tmp_path / "tiled", one))
+        # What differs by rounding may differ more after it was compressed.
+        assert apart.max() <= (1 if kind in ("png", "tiff") else 60)
+        assert apart.mean() < 1
+        recipe = read_recipe((tmp_path / "tiled" / one.recipe.name).read_bytes())
+        assert recipe.made["tile"] == 64
+    for one in (*whole, *tiled):
+        with Image.open(io.BytesIO(one.thumbnail)) as image:
+            assert max(image.size) == 170
+    assert {path.name for path in tmp_path.iterdir()} == {"c.png", "whole", "tiled"}
+    again = make(stylizer, tmp_path / "tiled", tmp_path / "c.png", outputs)
+    assert [(one.state, one.width, one.height) for one in again] == [("skipped", 170, 130)] * 2
+    assert again[0].thumbnail
+
+
+def test_batches_of_styles_change_rounding_alone(stylizer, tmp_path):
+    smooth(96, 80).save(tmp_path / "c.png")
+    outputs = wanted(stylizer, 3)
+    make(stylizer, tmp_path / "one", tmp_path / "c.png", outputs)
+    make(stylizer, tmp_path / "two", tmp_path / "c.png", outputs, batch_size=2)
+    for one in outputs:
+        assert np.abs(pixels(tmp_path / "one", one) - pixels(tmp_path / "two", one)).max() <= 1
+
+
+LITTLE_MEMORY = """
+import logging, resource, sys, json
+from pathlib import Path
+sys.path.insert(0, "{repo}")
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
+from tests.stylize.test_production import *
+import torch
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+stylizer = Stylizer.from_folder(sys.argv[2], max_memory_gb=1000)
+outputs = wanted(stylizer, 2)
+make(stylizer, root / "warm", root / "small.png", outputs, tile=64)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = used + int(float(sys.argv[3]) * 1e6)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+made = make(stylizer, root / "out", root / "c.png", outputs, batch_size=2)
+print(json.dumps([(one.state, one.reason.partition(":")[0], one.tile) for one in made]))
+"""
+
+
+OUT_OF_MEMORY = '["failed", "out_of_memory", null]'
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "answer"),
+    [
+        (150, '[["done", "", TILE], ["done", "", TILE]]'),
+        pytest.param(0.5, f"[{OUT_OF_MEMORY}, {OUT_OF_MEMORY}]", marks=pytest.mark.slow),
+    ],
+    ids=["tiles", "nothing"],
+)
+def test_memory_that_runs_out_leads_to_tiles_and_then_to_a_named_failure(tmp_path, megabytes, answer):
+    """A limit of the system's own: 150 MB are not enough for the frame of 4 MP, and are for tiles of it."""
+    smooth(2368, 1760).save(tmp_path / "c.png")
+    smooth(64, 64).save(tmp_path / "small.png")
+    script = LITTLE_MEMORY.format(repo=REPO)
+    _, folder = save_checkpoint(tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), folder, str(megabytes)],
+        # The limit is on addresses: freed blocks are given back, so that they do not count.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert "out of memory with a batch of 2 and tiles of None; trying less" in lines[0]
+    assert "out of memory with a batch of 1 and tiles of None; trying less" in lines[1]
+    tiles = {str(side) for side in (512, 256, 128, 64)}
+    assert lines[-1] in {answer.replace("TILE", side) for side in tiles}
+
+
+def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
+    picture = smooth(160, 96)
+    picture.save(tmp_path / "a.png")
+    picture.save(tmp_path / "a.tif", compression="tiff_lzw")
+    picture.save(tmp_path / "a.webp", lossless=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    picture.convert("L").save(tmp_path / "grey.png")
+    transparent = picture.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(picture.size))
+    transparent.save(tmp_path / "transparent.png")
+    for path in sorted(tmp_path.iterdir()):
+        wanted = np.asarray(decode_picture(path, max_pixels=10**6)).astype(int)
+        raster = large.unpack(path, tmp_path / "raw")
+        found = raster.read(Window(0, raster.height, 0, raster.width))[0].permute(1, 2, 0).numpy()
+        raster.close()
+        assert found.shape == wanted.shape, path
+        assert np.abs(found - wanted).max() <= (3 if path.suffix == ".jpg" else 1), path
+
+
+def test_broken_files_are_refused_by_both_ways(tmp_path):
+    smooth(160, 96).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageError, match="truncated"):
+        decode_picture(tmp_path / "cut.png", max_pixels=10**6)
+    with pytest.raises(ImageError, match="truncated"):
+        large.unpack(tmp_path / "cut.png", tmp_path / "raw")
+    with pytest.raises(ImageError, match="too_many_pixels"):
+        decode_picture(tmp_path / "a.png", max_pixels=100)
+
+
+def test_colours_are_srgb_or_kept_with_their_profile(stylizer, tmp_path):
+    """Without metadata a picture of another profile is converted; with it, pixels and profile stay what they were."""
+    profile = _swapped_profile()
+    smooth(96, 80).save(tmp_path / "c.png", icc_profile=profile)
+    plain, kept = wanted(stylizer)[0], wanted(stylizer, keep_metadata=True)[0]
+    for tile in (None, 64):
+        root = tmp_path / str(tile)
+        make(stylizer, root, tmp_path / "c.png", [plain, kept], tile=tile)
+        with Image.open(root / kept.recipe.name) as image:
+            assert image.info["icc_profile"] == profile
+        with Image.open(root / plain.recipe.name) as image:
+            assert "icc_profile" not in image.info
+        assert np.abs(pixels(root, plain) - pixels(root, kept)).mean() > 2
+
+
+def _swapped_profile() -> bytes:
+    """sRGB's profile with the primaries of red and blue exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    at = {bytes(data[132 + 12 * n : 136 + 12 * n]): 132 + 12 * n for n in range(int.from_bytes(data[128:132]))}
+    red, blue = at[b"rXYZ"], at[b"bXYZ"]
+    data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "xxxx".encode("utf-16-be")).replace(b"sRGB", b"xxxx")
+
+
+def test_what_killed_workers_is_made_in_small_tiles(stylizer, tmp_path):
+    smooth(96, 80).save(tmp_path / "c.png")
+    (made,) = make(stylizer, tmp_path / "out", tmp_path / "c.png", wanted(stylizer), deaths=2)
+    assert (made.state, made.tile) == ("done", 256)
