@@ -1,16 +1,17 @@
 """One model, ready to stylize: pictures in, pictures out.
 
-stylizer = Stylizer.from_folder("runs/demo/checkpoints/step-00000300")
+stylizer = Stylizer.from_model("models:/adaconv@champion")
 pack = stylizer.style_pack(Image.open("style.jpg"))
 stylizer.stylize(Image.open("content.jpg"), pack).save("stylized.png")
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from adaconv.checkpoint import ModelInfo, load_network
+from adaconv.checkpoint import ModelInfo, fetch, load_network
 from adaconv.errors import UsageError
 from adaconv.images import to_rgb, to_tensor
 from adaconv.model.adaptive_conv import EPS
@@ -35,6 +36,7 @@ Precision = Literal["float32", "bfloat16"]
 Tile = int | Literal["auto"] | None
 Mask = Image.Image | NDArray[np.uint8] | NDArray[np.float32] | Tensor
 
+_TRACKING = "MLFLOW_TRACKING_URI"
 _THUMBNAIL_SIDE = 192
 _LEVEL = 1 / 512  # half of one of 8 bits
 _RECOLOUR_SIDE = 1024  # windows of the second pass that CORAL takes
@@ -102,6 +104,24 @@ class Stylizer:
         """
         network, info = load_network(folder)
         return cls(network, info, device=device, precision=precision, max_memory_gb=max_memory_gb, scratch=scratch)
+
+    @classmethod
+    def from_model(cls, uri: str, *, tracking_uri: str | None = None, **how: Any) -> "Stylizer":
+        """From a registered model or a checkpoint, by name.
+
+        Args:
+            uri: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://).
+            tracking_uri: where models:/ and runs:/ are looked up; None takes MLFLOW_TRACKING_URI.
+            how: see `from_folder`.
+
+        Raises:
+            TrackingError, CheckpointError, UsageError: there is no such model.
+        """
+        if not uri.startswith(("models:/", "runs:/")):
+            return cls.from_folder(fetch(uri), **how)
+        from adaconv.tracking.registry import resolve_model  # the one thing here that needs MLflow
+
+        return cls.from_folder(resolve_model(uri, tracking_uri=tracking_uri or os.environ.get(_TRACKING))[1], **how)
 
     @property
     def device(self) -> str:

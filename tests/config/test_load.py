@@ -148,6 +148,7 @@ def test_every_shipped_file_fits_its_pipeline(path):
     model = getattr(module, f"{path.parent.name.capitalize()}Config")
     known = [f"--{n}={v}" for n, v in (("content", "c"), ("output", "o")) if n in model.model_fields]
     for name in ("source", "style", "model"):
-        if name in model.model_fields and model.model_fields[name].is_required():
+        field = model.model_fields.get(name)
+        if field is not None and (field.is_required() or field.default in ("", ())):
             known += [f"--{name}", "x"]
     load_config(model, ["--config", str(path), *known], prog="test", description="")

@@ -1,6 +1,8 @@
 """One model, pictures in and pictures out; packs that only their own model accepts."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from adaconv.stylize.pictures import shrink
 from adaconv.stylize.style_pack import StylePack, mix_packs
 from adaconv.stylize.stylizer import Stylizer
 from tests.helpers import TINY_WIDTHS, save_checkpoint
+from tests.servers import REPO
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +288,17 @@ def test_the_same_threads_give_the_same_bits_and_others_round(stylizer):
         torch.set_num_threads(before)
     assert np.array_equal(found[0], found[2])
     assert np.abs(found[0] - found[1]).max() <= 1
+
+
+def test_a_model_is_found_by_its_folder_and_without_what_jobs_need(tmp_path):
+    """In three lines, on a machine that has neither Ray nor MLflow."""
+    _, folder = save_checkpoint(tmp_path)
+    others = ("ray", "mlflow", "webdataset", "s3fs", "pydantic", "tyro")
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({others!r}))\n"  # importing any of them fails
+        "from adaconv import Stylizer\nfrom PIL import Image\nimport bench.stylize_tiled, bench.stylize_large\n"
+        f"stylizer = Stylizer.from_model({folder!r})\n"
+        "print(stylizer.stylize(Image.new('RGB', (40, 30)), stylizer.style_pack(Image.new('RGB', (32, 32)))).size)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=REPO)
+    assert done.stdout == "(40, 30)\n", done.stderr
