@@ -96,7 +96,8 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
     require_resources(CPU=num_actors * scaling.cpus_per_actor, GPU=num_actors * scaling.gpus_per_actor)
     # Actors on other nodes have no such folder: the files travel through the object store.
     files = ray.put({name: (folder / name).read_bytes() for name in _MODEL_FILES})
-    shared = {"files": files, "config": config.model_dump_json(), "model": model}
+    named = model if model.startswith(("models:/", "runs:/")) else storage.name_of(model)  # no paths in recipes
+    shared = {"files": files, "config": config.model_dump_json(), "model": named}
     packs = _make_packs(plan, config, num_actors, shared)
     rows = _make_outputs(plan, packs, config, num_actors, shared)
     assert len(rows) == len(plan.pairs), "every pair ends in the books"

@@ -52,6 +52,8 @@ def replay(
         raise UsageError(f"--replay {uri}: it was made on a GPU; CPUs round otherwise, and make other bytes")
     torch.set_num_threads(recipe.made.get("threads") or torch.get_num_threads())
     options = Options(**recipe.options)
+    if not model and not recipe.model.startswith(("models:/", "runs:/")):
+        raise UsageError(f"--replay {uri}: it was made by a checkpoint {recipe.model}; say where that is as --model")
     _, folder = resolve(model or recipe.model)
     stylizer = Stylizer.from_folder(folder, precision=options.precision, max_memory_gb=max_memory_gb)  # type: ignore[arg-type]
     if stylizer.info.digest != recipe.model_digest:

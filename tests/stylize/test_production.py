@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
 from adaconv.images import ImageError
@@ -201,3 +202,40 @@ def test_what_killed_workers_is_made_in_small_tiles(stylizer, tmp_path):
     smooth(96, 80).save(tmp_path / "c.png")
     (made,) = make(stylizer, tmp_path / "out", tmp_path / "c.png", wanted(stylizer), deaths=2)
     assert (made.state, made.tile) == ("done", 256)
+
+
+def test_a_grid_encodes_each_content_and_style_once_and_equals_pair_by_pair(stylizer, tmp_path, monkeypatch):
+    contents = [smooth(48, 64, seed) for seed in range(3)]
+    styles = [smooth(64, 64, seed + 10) for seed in range(4)]
+    calls = {"encode_content": 0, "encode_style": 0}
+    network = stylizer._network
+
+    def counted(name):
+        function = getattr(network, name)
+
+        def call(image):
+            calls[name] += 1
+            return function(image)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(network, name, counted(name))
+    packs = [stylizer.style_pack(style, side=32) for style in styles]
+    floats = [torch.from_numpy(np.array(one)).permute(2, 0, 1).float() / 255 for one in contents]
+    grid = [list(stylizer.stylize_all(content, packs)) for content in floats]
+    assert calls == {"encode_content": 3, "encode_style": 4}
+    for content, row in zip(floats, grid, strict=True):
+        for style, found in zip(styles, row, strict=True):
+            small = torch.from_numpy(np.array(style.resize((32, 32), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+            with torch.inference_mode():
+                alone = network(content[None], small[None].float() / 255)[0].clamp(0, 1)
+            assert (found - alone).abs().max() <= 1e-5
+    for number, content in enumerate(contents):
+        content.save(tmp_path / f"{number}.png")
+        outputs = [
+            Wanted(n, Recipe("c", str(number), "s", "", pack.digest, "m", "", Options().__dict__), lambda p=pack: p)
+            for n, pack in enumerate(packs)
+        ]
+        assert {one.state for one in make(stylizer, tmp_path / "out", tmp_path / f"{number}.png", outputs)} == {"done"}
+    assert calls["encode_content"] == 3 + 12 + 3  # and 12 that this test did pair by pair
