@@ -41,7 +41,7 @@ from adaconv.stylize.stylizer import Stylizer
 log = logging.getLogger(__name__)
 
 _MODEL_FILES = ("model.safetensors", "model.json")
-_DEATHS_ADMITTED = 4  # of workers at one content, before it is named a failure
+_DEATHS_ADMITTED = 4  # of workers at one picture, before it is named a failure
 _PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
 _PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
 _COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
@@ -97,7 +97,8 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
     # Actors on other nodes have no such folder: the files travel through the object store.
     files = ray.put({name: (folder / name).read_bytes() for name in _MODEL_FILES})
     named = model if model.startswith(("models:/", "runs:/")) else storage.name_of(model)  # no paths in recipes
-    shared = {"files": files, "config": config.model_dump_json(), "model": named}
+    beginnings = ray.remote(_Beginnings).options(num_cpus=0, max_restarts=-1).remote()
+    shared = {"files": files, "config": config.model_dump_json(), "model": named, "beginnings": beginnings}
     packs = _make_packs(plan, config, num_actors, shared)
     rows = _make_outputs(plan, packs, config, num_actors, shared)
     assert len(rows) == len(plan.pairs), "every pair ends in the books"
@@ -167,8 +168,7 @@ def _make_outputs(plan: Plan, packs: list[Row], config: StylizeConfig, num_actor
             pairs = json.dumps(numbered[start : start + _PAIRS_AT_ONCE])
             first = not start and content < config.gallery.max_contents
             jobs.append({"content": content, "pairs": pairs, "first": first, **plan.contents[content].to_row()})
-    deaths = ray.remote(_Beginnings).options(num_cpus=0, max_restarts=-1).remote()
-    handed = {**shared, "packs": ray.put(packs), "shown": ray.put(shown), "beginnings": deaths}
+    handed = {**shared, "packs": ray.put(packs), "shown": ray.put(shown)}
     progress = Progress("stylize", total=len(plan.pairs))
     states = {"skipped": 0, "failed": 0}
     counter = output_counter()
@@ -237,7 +237,7 @@ def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig,
 
 
 class _Beginnings:
-    """How often each content was begun: once more than workers died at it."""
+    """How often each style and content was begun: once more than workers died at it."""
 
     def __init__(self) -> None:
         self._of: dict[str, int] = {}
@@ -250,12 +250,33 @@ class _Beginnings:
 class _ModelActor:
     """Holds the model, which is loaded when it is first needed: a rerun that finds everything made never does."""
 
-    def __init__(self, *, files: ray.ObjectRef, config: str, model: str, threads: int | None, on_gpu: bool) -> None:
+    def __init__(
+        self,
+        *,
+        files: ray.ObjectRef,
+        config: str,
+        model: str,
+        beginnings: ray.actor.ActorHandle,
+        threads: int | None,
+        on_gpu: bool,
+    ) -> None:
         self.config, self.model = StylizeConfig.model_validate_json(config), model
         self._files, self._threads, self._on_gpu = files, threads, on_gpu
+        self._beginnings = beginnings
         assert self.config.output is not None
         self.output = self.config.output
         self.scratch = Path(self.config.tile.scratch) if self.config.tile.scratch else None
+
+    def begin(self, what: str) -> int:
+        """Note that this was begun; how many workers died at it so far.
+
+        Raises:
+            ImageError: `worker_died`: too many.
+        """
+        deaths: int = ray.get(self._beginnings.begin.remote(what)) - 1
+        if deaths >= _DEATHS_ADMITTED:
+            raise ImageError("worker_died", f"{deaths} workers died at it; its decoder, or memory that ran out")
+        return deaths
 
     @cached_property
     def stylizer(self) -> Stylizer:
@@ -283,12 +304,18 @@ class _PackMaker(_ModelActor):
         row = {"style": job["style"], "side": job["side"], "source": item.source, "uri": "", "digest": "", "reason": ""}
         row |= {"sha256": "", "thumbnail": b"", "model_digest": "", "error": "", "usage": False}
         try:
+            self.begin(f"style {job['style']} {job['side']}")
             pack = self._pack(item, job["side"])
         except (ImageError, FileNotFoundError) as error:
             return [row | {"reason": f"style {error}"}]
         except AdaConvError as error:
             return [row | {"error": str(error), "usage": isinstance(error, UsageError)}]
-        row |= {"sha256": pack.source_sha256, "digest": pack.digest, "model_digest": pack.model_digest}
+        row |= {
+            "source": pack.source or item.source,
+            "sha256": pack.source_sha256,
+            "digest": pack.digest,
+            "model_digest": pack.model_digest,
+        }
         row["uri"] = storage.join(self.output, pack_name(item.source, pack.digest))
         if not storage.exists(row["uri"]):
             storage.publish_bytes(row["uri"], pack.to_bytes())
@@ -315,21 +342,16 @@ class _PackMaker(_ModelActor):
 class _ContentStylizer(_ModelActor):
     """A content to its outputs."""
 
-    def __init__(
-        self, *, packs: ray.ObjectRef, shown: ray.ObjectRef, beginnings: ray.actor.ActorHandle, **shared: Any
-    ) -> None:
+    def __init__(self, *, packs: ray.ObjectRef, shown: ray.ObjectRef, **shared: Any) -> None:
         super().__init__(**shared)
         self.styles: dict[tuple[int, int], Row] = {(row["style"], row["side"]): row for row in ray.get(packs)}
         self.shown: set[int] = ray.get(shown)
-        self.beginnings = beginnings
         self._read_pack = lru_cache(_PACKS_AT_HAND)(self._read_pack_anew)
 
     def __call__(self, job: Row) -> list[Row]:
         named = ("content", "pairs", "first")
         item = Item.from_row({name: value for name, value in job.items() if name not in named})
         pairs = json.loads(job["pairs"])
-        key = f"{job['content']}-{pairs[0][0]}"
-        deaths = ray.get(self.beginnings.begin.remote(key)) - 1
         sha256, thumbnail_of_content, reason = "", b"", ""
         made: dict[int, Made] = {}
         recipes: dict[int, Recipe] = {}
@@ -338,8 +360,7 @@ class _ContentStylizer(_ModelActor):
                 path = local_file(item, Path(folder))
                 sha256 = sha256_of(path)
                 recipes = {n: r for n, style, o in pairs if (r := self._recipe(item, sha256, style, o)) is not None}
-                if deaths >= _DEATHS_ADMITTED:
-                    raise ImageError("worker_died", f"{deaths} workers died at it; look for memory that ran out")
+                deaths = self.begin(f"content {job['content']} {pairs[0][0]}")
                 made = {one.key: one for one in self._make(path, pairs, recipes, deaths)}
                 if job["first"]:
                     thumbnail_of_content = content_thumbnail(path, side=self.config.gallery.thumbnail_side)

@@ -16,6 +16,12 @@ from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
 from adaconv.stylize.raster import FileRaster
 
 
+def reads(path: Path) -> bool:
+    """Whether libvips knows a file's format: it does but for BMP."""
+    with path.open("rb") as file:
+        return file.read(2) != b"BM"
+
+
 def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
     """A picture's file as (3, H, W) uint8 on disk: upright, sRGB, transparency on white.
 

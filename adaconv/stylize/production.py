@@ -184,7 +184,7 @@ class Production:
         with large.scratch_folder(self._limits.scratch) as scratch:
             folder = Path(scratch)
             content: Raster
-            if side is None:
+            if side is None and large.reads(path):
                 content = large.unpack(path, folder / "content", keep_colours=metadata is not None)
             else:
                 picture = decode_picture(path, max_pixels=pixels_limit, keep_colours=metadata is not None)
@@ -271,7 +271,10 @@ class Production:
 
 
 def content_thumbnail(path: Path, *, side: int) -> bytes:
-    return thumbnail(large.thumbnail_of(path, side=side), side=side)
+    """Of a picture that could be stylized, and so can be decoded."""
+    if large.reads(path):
+        return thumbnail(large.thumbnail_of(path, side=side), side=side)
+    return thumbnail(decode_picture(path, max_pixels=10**10), side=side)
 
 
 def options_of(base: Options, changes: dict[str, Any]) -> Options:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from adaconv import storage
 from adaconv.data.synthetic import generate_paintings, generate_photos
@@ -234,6 +234,21 @@ def test_a_replay_gives_the_same_bytes(flags, cluster, model, contents, styles, 
     done = subprocess.run(script, env=cluster.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "as --style" in done.stderr
+
+
+@pytest.mark.slow
+def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, contents, styles, tmp_path):
+    """A style is named a failure; a content is made in tiles, which have another decoder."""
+    poison = PngImagePlugin.PngInfo()
+    poison.add_text("poison", "pixels")  # see conftest.py
+    folders = {"content": few(contents, 2, tmp_path / "c"), "style": few(styles, 1, tmp_path / "s")}
+    for name, folder in folders.items():
+        Image.new("RGB", (80, 80), "red").save(folder / f"deadly {name}.png", pnginfo=poison)
+    done = stylize(cluster, model, *folders.values(), tmp_path / "out", code=1)
+    assert books_of(tmp_path / "out") == {"pairs": 6, "done": 3, "skipped": 0, "failed": 3}
+    assert "style worker_died: 4 workers died at it" in done.stderr
+    assert "deadly style.png" in done.stderr
+    assert {row["tile"] for row in index_of(tmp_path / "out") if row["content"] == "deadly content.png"} == {0, 256}
 
 
 def test_a_killed_worker_and_a_killed_driver_leave_every_pair_once(cluster, model, contents, styles, grid, tmp_path):

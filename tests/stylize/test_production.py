@@ -14,7 +14,7 @@ from adaconv.images import ImageError
 from adaconv.stylize import large
 from adaconv.stylize.inputs import decode_picture
 from adaconv.stylize.outputs import Recipe, read_recipe
-from adaconv.stylize.production import Limits, Options, Production, Wanted
+from adaconv.stylize.production import Limits, Options, Production, Wanted, content_thumbnail
 from adaconv.stylize.raster import Window
 from adaconv.stylize.stylizer import Stylizer
 from tests.helpers import save_checkpoint
@@ -153,6 +153,8 @@ def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
     transparent = picture.copy()
     transparent.putalpha(Image.linear_gradient("L").resize(picture.size))
     transparent.save(tmp_path / "transparent.png")
+    picture.convert("P").save(tmp_path / "palette.gif")
+    Image.effect_noise((160, 96), 60).convert("I;16").save(tmp_path / "16bit.png")
     for path in sorted(tmp_path.iterdir()):
         wanted = np.asarray(decode_picture(path, max_pixels=10**6)).astype(int)
         raster = large.unpack(path, tmp_path / "raw")
@@ -160,6 +162,15 @@ def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
         raster.close()
         assert found.shape == wanted.shape, path
         assert np.abs(found - wanted).max() <= (3 if path.suffix == ".jpg" else 1), path
+
+
+@pytest.mark.parametrize("name", ["c.bmp", "c.gif", "c.tif", "c.webp", "c.jpg"])
+def test_every_format_of_contents_works_whole_and_in_tiles(stylizer, tmp_path, name):
+    smooth(96, 80).save(tmp_path / name)
+    for tile in (None, 64):
+        (made,) = make(stylizer, tmp_path / str(tile), tmp_path / name, wanted(stylizer), tile=tile)
+        assert (made.state, made.width, made.height) == ("done", 96, 80)
+    assert content_thumbnail(tmp_path / name, side=50)
 
 
 def test_broken_files_are_refused_by_both_ways(tmp_path):

@@ -1,0 +1,108 @@
+"""Where contents and styles come from: what is listed, what is read, what is refused by name."""
+
+import io
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from adaconv import storage
+from adaconv.data.manifest import open_version
+from adaconv.errors import UsageError
+from adaconv.images import ImageError
+from adaconv.stylize.inputs import Item, check_sources, decode_picture, list_items, local_file, read_item
+from tests.helpers import build_version
+
+
+def png(seed=0):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def again(item):
+    """As it travels to an actor."""
+    return Item.from_row(item.to_row())
+
+
+def test_folders_and_zips(tmp_path):
+    for number, name in enumerate(("b.png", "a.PNG", "sub/é 写.png", "note.txt")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(number))
+    with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in (tmp_path / "in").rglob("*.*"):
+            archive.write(path, path.relative_to(tmp_path))
+    folder, packed = (list_items((str(tmp_path / name),), flag="--content") for name in ("in", "in.zip"))
+    assert [item.source for item in folder] == [item.source for item in packed] == ["a.PNG", "b.png", "sub/é 写.png"]
+    (tmp_path / "scratch").mkdir()
+    for one, other in zip(folder, packed, strict=True):
+        assert read_item(again(one)) == read_item(again(other))
+        assert local_file(again(one), tmp_path / "scratch").parent != tmp_path / "scratch"
+        assert local_file(again(other), tmp_path / "scratch").read_bytes() == read_item(one)
+
+
+def test_a_dataset_version(photos, tmp_path):
+    version = build_version(photos, str(tmp_path / "data"))
+    for spec in ("data", f"data@{version.version}"):
+        items = list_items((str(tmp_path / spec),), flag="--content")
+        assert len(items) == version.samples().num_rows == 24
+        jpeg = read_item(again(items[3]))
+        assert Image.open(io.BytesIO(jpeg)).format == "JPEG"
+    assert open_version(str(tmp_path / "data")).version == version.version
+    with pytest.raises(UsageError, match="has no version"):
+        check_sources((str(tmp_path / "data@0123456789abcdef"),), flag="--content")
+
+
+@pytest.mark.parametrize("shape", ["binary", "struct"])
+def test_a_parquet_column(tmp_path, shape):
+    data = [png(0), None, png(2)]
+    column = data if shape == "binary" else [{"bytes": one, "path": f"p{n}.png"} for n, one in enumerate(data)]
+    table = pa.table({"number": [1, 2, 3], "image": column, "other": [b"x"] * 3})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
+    names = [f"row-0000000{n}" for n in range(3)] if shape == "binary" else ["p0.png", "p1.png", "p2.png"]
+    assert [item.source for item in items] == names
+    assert [read_item(again(items[n])) for n in (0, 2)] == [data[0], data[2]]
+    with pytest.raises(ImageError, match="empty"):
+        read_item(items[1])
+    assert read_item(list_items((f"{tmp_path / 't.parquet'}#other",), flag="--content")[0]) == b"x"
+    with pytest.raises(UsageError, match=r"expected a column of images .* found number: int64, image"):
+        check_sources((f"{tmp_path / 't.parquet'}#number",), flag="--content")
+
+
+def test_a_names_column(tmp_path):
+    pq.write_table(pa.table({"name": ["z", "y"], "image": [png(0), png(1)]}), tmp_path / "t.parquet")
+    items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
+    assert [(item.source, read_item(item)) for item in items] == [("y", png(1)), ("z", png(0))]
+
+
+def test_style_packs(tmp_path):
+    for name in ("b.safetensors", "a.safetensors"):
+        storage.publish_bytes(str(tmp_path / "styles" / name), b"x")
+    items = list_items((str(tmp_path / "styles"),), flag="--style", packs=True)
+    assert [(item.kind, item.source) for item in items] == [("pack", "a.safetensors"), ("pack", "b.safetensors")]
+    assert list_items((str(tmp_path / "styles" / "a.safetensors"),), flag="--style", packs=True) == [items[0]]
+    with pytest.raises(UsageError, match=r"--content .*found 2 other files"):
+        list_items((str(tmp_path / "styles"),), flag="--content")
+
+
+@pytest.mark.parametrize("name", ["none", "none.parquet", "none.safetensors", "bad.parquet"])
+def test_what_is_not_there_is_said(tmp_path, name):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1nothing")
+    with pytest.raises(UsageError, match=f"--style .*{name}: expected .*found"):
+        check_sources((str(tmp_path / name),), flag="--style", packs=True)
+
+
+def test_damaged_jpeg_data_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg", quality=95)
+    data = bytearray((tmp_path / "a.jpg").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = b"\xff\xc0" * 32
+    (tmp_path / "b.jpg").write_bytes(data)
+    assert decode_picture(tmp_path / "a.jpg", max_pixels=10**6).size == (200, 200)
+    with pytest.raises(ImageError, match=r"corrupt_data|truncated"):
+        decode_picture(tmp_path / "b.jpg", max_pixels=10**6)
