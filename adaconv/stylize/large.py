@@ -48,7 +48,7 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
     except vips.Error as error:
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from error
-        raise ImageError("truncated", " ".join(str(error).split())) from error
+        raise ImageError("truncated", " ".join(str(error.detail).split())) from error
     return FileRaster(raw, 3, image.height, image.width, torch.uint8, fresh=False)
 
 

@@ -103,10 +103,8 @@ def test_a_grid_again_makes_nothing_and_another_option_everything(cluster, model
     assert len(list((grid / "styles").iterdir())) == 3
 
 
-SLOW = [pytest.param(given, marks=pytest.mark.slow) for given in ("zip", "version", "s3", "packs")]
-
-
-@pytest.mark.parametrize("given", ["parquet", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["zip", "version", "parquet", "s3", "packs"])
 def test_contents_and_styles_come_from_everywhere(given, cluster, model, contents, styles, grid, tmp_path, bucket):
     """The same pictures, wherever they lie, give the same outputs."""
     wanted = {value for path, value in hashes_of(grid).items() if path.endswith(".png")}
@@ -190,6 +188,7 @@ def damaged(contents, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_broken_is_named_and_the_rest_made(cluster, model, damaged, styles, tmp_path):
     shutil.copy(damaged / "cut.jpg", tmp_path / "s.jpg")
     ways = few(styles, 2, tmp_path / "ways")
@@ -204,6 +203,32 @@ def test_what_is_broken_is_named_and_the_rest_made(cluster, model, damaged, styl
         assert reason in told
     assert "17 of 21 outputs could not be made" in done.stderr
     assert len(hashes_of(tmp_path / "out")) == 4
+
+
+SHARED = REPO.parent / "shared" / "data" / "broken"
+UNUSABLE = {
+    "bomb_30000x30000.png": "too_many_pixels",
+    "bomb_warning_10000x10000.png": "too_many_pixels",
+    "header_only.png": "damaged_header",
+    "text_renamed.jpg": "not_an_image",
+    "truncated.jpg": "truncated",
+    "zero_byte.jpg": "empty",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="no shared broken files here")
+def test_files_as_they_are_found_are_made_or_named(cluster, model, contents, styles, tmp_path):
+    folder = few(contents, 2, tmp_path / "contents")
+    for path in SHARED.iterdir():
+        shutil.copy(path, folder)
+    output = tmp_path / "out"
+    stylize(cluster, model, folder, few(styles, 1, tmp_path / "s"), output, code=1)
+    failed = {row["content"]: row["reason"] for row in index_of(output) if row["state"] == "failed"}
+    assert {name: reason.split()[1].rstrip(":") for name, reason in failed.items()} == UNUSABLE
+    assert books_of(output)["done"] == len(list(folder.iterdir())) - len(UNUSABLE)
+    told = " ".join(json.loads((output / "result.json").read_text())["failures"])
+    assert all(name in told for name in UNUSABLE)
 
 
 @pytest.mark.slow
