@@ -1,11 +1,12 @@
 """A PNG of any size to a stylized PNG, with the peak of memory: does it grow with the picture?
 
-python bench/stylize_large.py --side 8192 --max-memory-gb 4
-python bench/stylize_large.py --side 2048 --max-memory-gb 1 --small
+python bench/stylize_large.py --side 2048 --max-memory-gb 0.6 --small      2048² and 8192², a narrow network
+python bench/stylize_large.py --side 8192 --growth 1 --max-memory-gb 4     the paper's network
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,13 +32,19 @@ from bench.work import size_of
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, required=True, help="of the square picture, in pixels")
+    parser.add_argument("--growth", type=int, default=4, help="a second picture is so many times as wide; 1: none")
     parser.add_argument("--max-memory-gb", type=float, default=4.0)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--small", action="store_true", help="an eighth of the paper's channels")
     parser.add_argument("--scratch", type=Path, help="folder for files; None is the system's")
     options = parser.parse_args()
+    if options.growth > 1:  # each in a process of its own, which has a peak of its own
+        for side in (options.side, options.side * options.growth):
+            again = [sys.executable, __file__, *sys.argv[1:], "--side", str(side), "--growth", "1"]
+            subprocess.run(again, check=True)
+        return 0
     with tempfile.TemporaryDirectory(prefix="adaconv-bench-", dir=options.scratch) as folder:
-        print(json.dumps(measure(options, Path(folder))))
+        print(json.dumps(measure(options, Path(folder))), flush=True)
     return 0
 
 
