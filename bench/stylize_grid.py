@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
-from bench import work
+from adaconv.model.work import Size, size_of
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import PEERS, RElbersAdaConv
-from bench.work import Size, size_of
 
 
 def rows(quick: bool) -> Iterable[Row]:

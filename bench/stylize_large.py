@@ -21,12 +21,12 @@ from adaconv.checkpoint import ModelInfo
 from adaconv.images import open_header
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
+from adaconv.model.work import size_of
 from adaconv.stylize import large
 from adaconv.stylize.outputs import Recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.raster import FileRaster, tiles
 from adaconv.stylize.stylizer import Stylizer
-from bench.work import size_of
 
 
 def main() -> int:

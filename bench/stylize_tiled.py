@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import StyleTransferNet, build_network
+from adaconv.model.work import Size, size_of
 from adaconv.stylize.layers import Region
 from adaconv.stylize.raster import MemoryRaster
 from adaconv.stylize.tiling import Tiler
-from bench import work
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
-from bench.work import Size, size_of
 
 
 def rows(quick: bool, *, side: int, tile: int) -> Iterable[Row]:
