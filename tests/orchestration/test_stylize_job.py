@@ -277,23 +277,24 @@ def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, c
 
 
 def test_a_killed_worker_and_a_killed_driver_leave_every_pair_once(cluster, model, contents, styles, grid, tmp_path):
-    kill_often(cluster, model, contents, styles, grid, tmp_path / "killed", pairs=12, rounds=1)
+    kill_often(cluster, model, contents, styles, grid, tmp_path / "killed", pairs=12, rounds=1, workers=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_twenty_random_kills_leave_every_pair_once(where, cluster, model, tmp_path, bucket):
-    """500 pairs; ten workers and ten drivers die at random moments."""
+    """500 pairs; fifteen workers and five drivers die at random moments."""
     generate_photos(tmp_path / "contents", 25, seed=1, size=144)
     generate_paintings(tmp_path / "styles", 20, seed=1, size=144)
     told = (model, tmp_path / "contents", tmp_path / "styles")
     stylize(cluster, *told, tmp_path / "undisturbed")
     root = tmp_path if where == "local" else bucket
-    kill_often(cluster, *told, tmp_path / "undisturbed", storage.join(str(root), "killed"), pairs=500, rounds=10)
+    output = storage.join(str(root), "killed")
+    kill_often(cluster, *told, tmp_path / "undisturbed", output, pairs=500, rounds=5, workers=3)
 
 
-def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, rounds):
-    """In each round a worker is killed, then the driver, each after a random number of new outputs."""
+def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, rounds, workers):
+    """In each round so many workers are killed, then the driver, each after a random number of new outputs."""
     draw = random.Random(7)
     made: dict[str, float] = {}
     killed = again = 0
@@ -305,14 +306,14 @@ def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, 
             stderr=subprocess.DEVNULL,
             cwd=REPO,
         )
-        for victim in ("worker", "driver"):
-            wanted = len(made) + draw.randint(1, max(1, pairs // (3 * rounds)))
+        for victim in (*["worker"] * workers, "driver"):
+            wanted = len(made) + draw.randint(1, max(1, pairs // (2 * rounds * (workers + 1))))
             while process.poll() is None and len(written(output)) < wanted:
                 time.sleep(0.02)
             time.sleep(draw.uniform(0, 0.05))
-            workers = cluster.workers("ContentStylizer")
-            if victim == "worker" and workers:
-                os.kill(draw.choice(workers).pid, signal.SIGKILL)
+            at_work = cluster.workers("ContentStylizer")
+            if victim == "worker" and at_work:
+                os.kill(draw.choice(at_work).pid, signal.SIGKILL)
                 killed += 1
             elif victim == "driver" and process.poll() is None:
                 process.kill()
@@ -328,7 +329,7 @@ def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, 
     again += sum(after[name] != stamp for name, stamp in {**made, **left}.items())
     print(f"{pairs} pairs, {killed} killed; {len(left)} outputs were there before the last run; {again} made again")
     books = books_of(output)
-    assert killed >= 2 * rounds - 1
+    assert killed >= rounds * (workers + 1) - 1
     assert books["failed"] == 0
     assert books["done"] + books["skipped"] == books["pairs"] == pairs
     assert books["skipped"] >= len(left)
