@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
@@ -41,7 +41,7 @@ from adaconv.stylize.stylizer import Stylizer
 log = logging.getLogger(__name__)
 
 _MODEL_FILES = ("model.safetensors", "model.json")
-_DEATHS_ADMITTED = 4  # of workers at one picture, before it is named a failure
+_DEATHS_ADMITTED = 5  # of workers at one picture, before it is named a failure
 _PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
 _PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
 _COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
@@ -360,8 +360,12 @@ class _ContentStylizer(_ModelActor):
                 path = local_file(item, Path(folder))
                 sha256 = sha256_of(path)
                 recipes = {n: r for n, style, o in pairs if (r := self._recipe(item, sha256, style, o)) is not None}
-                deaths = self.begin(f"content {job['content']} {pairs[0][0]}")
-                made = {one.key: one for one in self._make(path, pairs, recipes, deaths)}
+                # What is left is part of the name: who dies after having made something has not died of the content.
+                name = f"content {job['content']} {pairs[0][0]}"
+                made = {
+                    one.key: one
+                    for one in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left"))
+                }
                 if job["first"]:
                     thumbnail_of_content = content_thumbnail(path, side=self.config.gallery.thumbnail_side)
         except (ImageError, FileNotFoundError) as error:
@@ -397,7 +401,9 @@ class _ContentStylizer(_ModelActor):
             )
         return rows
 
-    def _make(self, path: Path, pairs: Sequence[Any], recipes: Mapping[int, Recipe], deaths: int) -> Iterator[Made]:
+    def _make(
+        self, path: Path, pairs: Sequence[Any], recipes: Mapping[int, Recipe], begin: Callable[[int], int]
+    ) -> Iterator[Made]:
         tile, scaling = self.config.tile, self.config.scaling
         limits = Limits(
             batch_size=scaling.batch_size,
@@ -405,14 +411,13 @@ class _ContentStylizer(_ModelActor):
             max_megapixels=tile.max_megapixels,
             scratch=self.scratch,
             thumbnail_side=self.config.gallery.thumbnail_side,
-            deaths=deaths,
         )
         wanted = [
             Wanted(number, recipes[number], partial(self._pack, style, options), number in self.shown)
             for number, style, options in pairs
             if number in recipes
         ]
-        yield from Production(lambda: self.stylizer, self.output, limits).make(path, wanted)
+        yield from Production(lambda: self.stylizer, self.output, limits).make(path, wanted, begin=begin)
 
     def _style(self, style: int, options: Mapping[str, Any]) -> Row:
         return self.styles[style, int(options.get("style_side", self.config.options.style_side))]

@@ -31,6 +31,7 @@ from adaconv.stylize.stylizer import Blend, Encoded, Stylizer
 log = logging.getLogger(__name__)
 
 _SMALLEST_TILE = 64
+_DEATHS_BEFORE_TILES = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Limits:
     """What a picture may take; none of it changes an output but for rounding.
 
     `tile`: side of tiles for every picture; None tiles what would take more memory than the stylizer may.
-    `deaths`: of workers at this content so far; from the second on it is made in small tiles.
     """
 
     batch_size: int = 1
@@ -60,7 +60,6 @@ class Limits:
     max_megapixels: float = 80.0
     scratch: Path | None = None
     thumbnail_side: int = 192
-    deaths: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,16 @@ class Production:
     def _stylizer(self) -> Stylizer:
         return self._ask()
 
-    def make(self, path: Path, wanted: Sequence[Wanted]) -> Iterator[Made]:
+    def make(
+        self, path: Path, wanted: Sequence[Wanted], *, begin: Callable[[int], int] = lambda left: 0
+    ) -> Iterator[Made]:
         """Every output of a content, in any order.
 
         Args:
             path: of the content's file.
             wanted: its outputs.
+            begin: told how many are left to be made; how many workers died at as many. From the third on the content is
+                made in small tiles.
 
         Raises:
             ImageError: the content is no usable picture; nothing was made.
@@ -120,16 +123,23 @@ class Production:
                 yield self._seen(one, uri)
             else:
                 todo.setdefault((options.content_side, options.keep_metadata), []).append(one)
+        deaths = begin(sum(map(len, todo.values()))) if todo else 0
         for (side, keep), group in todo.items():
             metadata = metadata_of(path) if keep else None
-            yield from self._make_alike(path, stored, side, metadata, group)
+            yield from self._make_alike(path, stored, side, metadata, group, deaths)
 
     def _make_alike(
-        self, path: Path, stored: tuple[int, int], side: int | None, metadata: Metadata | None, wanted: list[Wanted]
+        self,
+        path: Path,
+        stored: tuple[int, int],
+        side: int | None,
+        metadata: Metadata | None,
+        wanted: list[Wanted],
+        deaths: int,
     ) -> Iterator[Made]:
         """Outputs that see the content alike, by attempts that take less and less memory."""
         size = stored if side is None or min(stored) <= side else scaled(stored, side)
-        attempts = self._attempts(*size)
+        attempts = self._attempts(*size, deaths)
         left, told = list(wanted), ""
         while left:
             attempt = next(attempts, None)
@@ -149,12 +159,12 @@ class Production:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
-    def _attempts(self, width: int, height: int) -> Iterator[tuple[int, int | None]]:
+    def _attempts(self, width: int, height: int, deaths: int) -> Iterator[tuple[int, int | None]]:
         """(batch, tile), the largest first."""
         limits = self._limits
         tile = limits.tile or self._stylizer.tile_of(height, width)
-        if limits.deaths >= 2:
-            tile = min(tile or 512, 256)
+        if deaths >= _DEATHS_BEFORE_TILES:
+            tile = min(tile or 256, 256)
         if tile is None:
             batch = limits.batch_size
             while batch >= 1:

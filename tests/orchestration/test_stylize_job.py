@@ -271,7 +271,7 @@ def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, c
         Image.new("RGB", (80, 80), "red").save(folder / f"deadly {name}.png", pnginfo=poison)
     done = stylize(cluster, model, *folders.values(), tmp_path / "out", code=1)
     assert books_of(tmp_path / "out") == {"pairs": 6, "done": 3, "skipped": 0, "failed": 3}
-    assert "style worker_died: 4 workers died at it" in done.stderr
+    assert "style worker_died: 5 workers died at it" in done.stderr
     assert "deadly style.png" in done.stderr
     assert {row["tile"] for row in index_of(tmp_path / "out") if row["content"] == "deadly content.png"} == {0, 256}
 

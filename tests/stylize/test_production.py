@@ -211,8 +211,12 @@ def _swapped_profile() -> bytes:
 
 def test_what_killed_workers_is_made_in_small_tiles(stylizer, tmp_path):
     smooth(96, 80).save(tmp_path / "c.png")
-    (made,) = make(stylizer, tmp_path / "out", tmp_path / "c.png", wanted(stylizer), deaths=2)
-    assert (made.state, made.tile) == ("done", 256)
+    for deaths, tile in ((2, None), (3, 256)):
+        root = str(tmp_path / str(deaths))
+        left = []
+        begin = lambda count, deaths=deaths: left.append(count) or deaths  # noqa: E731, B023
+        (made,) = Production(lambda: stylizer, root, Limits()).make(tmp_path / "c.png", wanted(stylizer), begin=begin)
+        assert (made.state, made.tile, left) == ("done", tile, [1])
 
 
 def test_a_grid_encodes_each_content_and_style_once_and_equals_pair_by_pair(stylizer, tmp_path, monkeypatch):
