@@ -108,13 +108,9 @@ class Production:
                 made in small tiles.
 
         Raises:
-            ImageError: the content is no usable picture; nothing was made.
+            ImageError: the content is no usable picture; nothing was made anew.
             OSError: storage fails.
         """
-        limits = self._limits
-        header = open_header(path, max_pixels=int(limits.max_megapixels * 1e6))
-        stored = header.size
-        header.close()
         todo: dict[tuple[int | None, bool], list[Wanted]] = {}
         for one in wanted:
             uri = storage.join(self._root, one.recipe.name)
@@ -123,7 +119,11 @@ class Production:
                 yield self._seen(one, uri)
             else:
                 todo.setdefault((options.content_side, options.keep_metadata), []).append(one)
-        deaths = begin(sum(map(len, todo.values()))) if todo else 0
+        if not todo:
+            return
+        deaths = begin(sum(map(len, todo.values())))
+        with open_header(path, max_pixels=int(self._limits.max_megapixels * 1e6)) as header:
+            stored = header.size
         for (side, keep), group in todo.items():
             metadata = metadata_of(path) if keep else None
             yield from self._make_alike(path, stored, side, metadata, group, deaths)
