@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 _MODEL_FILES = ("model.safetensors", "model.json")
 _DEATHS_ADMITTED = 5  # of workers at one picture, before it is named a failure
 _PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
+_LEFT_BEHIND_SECONDS = 3600
 _PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
 _COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
 
@@ -449,6 +451,7 @@ def _close_books(config: StylizeConfig, model: str, rows: list[Row], packs: list
     assert config.output is not None
     states = {state: sum(row["state"] == state for row in rows) for state in ("done", "skipped", "failed")}
     assert sum(states.values()) == len(rows)
+    _sweep(storage.join(config.output, "images"))
     index = publish_index(config.output, rows)
     gallery = storage.join(config.output, "gallery.html")
     storage.publish_bytes(gallery, _gallery(config, model, rows, packs, states).encode())
@@ -469,6 +472,14 @@ def _close_books(config: StylizeConfig, model: str, rows: list[Row], packs: list
             + f"; the others are in {config.output}, the index names all",
         }
     return result
+
+
+def _sweep(images: str) -> None:
+    """Remove what killed workers were writing aside; what is young may be another job's."""
+    for entry in storage.walk(images, hidden=True):
+        aside = storage.name_of(entry.path).startswith(".") and ".tmp-" in entry.path
+        if aside and time.time() - entry.changed > _LEFT_BEHIND_SECONDS:
+            storage.remove(entry.uri)
 
 
 def _culprit(row: Row) -> str:

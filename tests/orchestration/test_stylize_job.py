@@ -53,9 +53,9 @@ def books_of(output):
 
 
 def hashes_of(output):
-    """sha256 of every picture by its path; what was left half-written would show."""
+    """sha256 of every picture by its path. Hidden files are what a killed worker was writing aside."""
     root = storage.join(str(output), "images")
-    return {e.path: hashlib.sha256(storage.read_bytes(e.uri)).hexdigest() for e in storage.walk(root, hidden=True)}
+    return {e.path: hashlib.sha256(storage.read_bytes(e.uri)).hexdigest() for e in storage.walk(root)}
 
 
 def index_of(output):
