@@ -86,6 +86,7 @@ def grid(cluster, model, contents, styles, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_a_grid_again_makes_nothing_and_another_option_everything(cluster, model, contents, styles, grid):
     assert books_of(grid) == {"pairs": 12, "done": 12, "skipped": 0, "failed": 0}
     before = hashes_of(grid)
