@@ -111,12 +111,10 @@ print(json.dumps([(one.state, one.reason.partition(":")[0], one.tile) for one in
 OUT_OF_MEMORY = '["failed", "out_of_memory", null]'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("megabytes", "answer"),
-    [
-        (150, '[["done", "", TILE], ["done", "", TILE]]'),
-        pytest.param(0.5, f"[{OUT_OF_MEMORY}, {OUT_OF_MEMORY}]", marks=pytest.mark.slow),
-    ],
+    [(150, '[["done", "", TILE], ["done", "", TILE]]'), (0.5, f"[{OUT_OF_MEMORY}, {OUT_OF_MEMORY}]")],
     ids=["tiles", "nothing"],
 )
 def test_memory_that_runs_out_leads_to_tiles_and_then_to_a_named_failure(tmp_path, megabytes, answer):
