@@ -211,12 +211,10 @@ def test_an_error_in_the_data_ends_the_run_at_once_with_its_cause(training, tmp_
     for tar in (damaged / "shards").iterdir():
         tar.write_bytes(b"")
     training.content = dataclasses.replace(training.content, root=str(damaged))
-    began = time.monotonic()
     assert training.start(workers=2).finish() == 1
     assert "bytes of sample" in training.text()
     assert "Traceback" not in training.text()
-    assert len(training.cluster.workers("RayTrainWorker")) == 0
-    assert time.monotonic() - began < 100
+    assert not training.lines()  # no rank began a step, at any attempt
 
 
 @pytest.mark.slow
