@@ -172,7 +172,10 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
         left = tracker.flush(timeout_seconds=timeout_seconds)
         problem = tracker.problem
         tracker.close()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if tracker.run_id is None and not left:  # nothing waited, so nobody asked for it
+            described = tracker.description
+            tracker.run_id = find_run(client_of(tracker.uri), described.experiment, described.name)
+    except (OSError, ValueError, KeyError, TypeError, MlflowException) as error:
         raise TrackingError(f"cannot hand over {spool_directory}: {error}") from error
     if left and is_permanent(problem):
         raise TrackingError(f"{tracker.uri} refuses what {spool_directory} holds: {problem}")

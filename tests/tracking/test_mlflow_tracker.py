@@ -346,6 +346,8 @@ def test_a_locked_database_is_waited_for(tmp_path, database, monkeypatch, when):
     lock.close()
     if when == "end":
         assert sync(tracker.spool)[1] == 0
+        again, left = sync(tracker.spool)  # when there is nothing to do
+        assert (again.run_id is not None, left) == (True, 0)
     else:
         assert tracker.flush(timeout_seconds=60) == 0
         assert close_run(tracker, "FINISHED")
