@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
+from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from PIL import Image
 
