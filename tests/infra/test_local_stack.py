@@ -252,7 +252,15 @@ def flow(site, photos, paintings):
             patch.setenv(name, value)
         storage._local.__dict__.clear()
         for source, name in ((photos, "photos"), (paintings, "paintings")):
-            shard = ("pipelines/shard.py", "--config", "conf/shard/smoke.yaml", "--source", source)
+            shard = (
+                "pipelines/shard.py",
+                "--config",
+                "conf/shard/smoke.yaml",
+                "--shard.target-mb",
+                0.06,
+                "--source",
+                source,
+            )
             site.submit("python", *shard, "--output", f"{where}/{name}")
         data = ("--content", f"{where}/photos", "--style", f"{where}/paintings", "--output", f"{where}/runs")
         train = ("pipelines/train.py", "--config", "conf/train/smoke.yaml", *data)
