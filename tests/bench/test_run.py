@@ -23,8 +23,8 @@ def measure(folder, *names):
 
 
 def test_rows_have_a_ratio_and_a_distance_to_the_floor(tmp_path):
-    rows = measure(tmp_path, "load", "adaptive_conv/forward")
-    assert [row["name"] for row in rows] == ["adaptive_conv/forward", "load"]
+    rows = measure(tmp_path, "load/one_image", "adaptive_conv/forward")
+    assert [row["name"] for row in rows] == ["adaptive_conv/forward", "load/one_image"]
     for row in rows:
         assert row["ratio"] == row["baseline"] / row["ours"] > 0
         assert row["of_floor"] == row["floor"] / row["ours"] > 0
