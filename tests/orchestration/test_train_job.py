@@ -186,6 +186,7 @@ def break_off(training, rng, *, workers, more=()):
     return fault, None
 
 
+@pytest.mark.slow
 def test_a_lost_rank_changes_nothing(training, unbroken):
     training.start(workers=2).wait_for_step(9)
     kill(training.cluster.workers("RayTrainWorker")[1])
