@@ -277,6 +277,7 @@ def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, c
     assert {row["tile"] for row in index_of(tmp_path / "out") if row["content"] == "deadly content.png"} == {0, 256}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_leave_every_pair_once(cluster, model, contents, styles, grid, tmp_path):
     kill_often(cluster, model, contents, styles, grid, tmp_path / "killed", pairs=12, rounds=1, workers=1)
 

@@ -127,6 +127,7 @@ def test_outputs_are_in_the_index_and_the_gallery(demo):
     assert all((folder / link).exists() for link in links)
 
 
+@pytest.mark.slow
 def test_everything_again_makes_nothing_new(demo):
     root, _, flags = demo
     before = {path: path.stat().st_mtime_ns for path in (root / "stylized" / "images").rglob("*.png")}
