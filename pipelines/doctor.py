@@ -35,13 +35,8 @@ def execute(config: DoctorConfig) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    for place, flag in enumerate(given):
-        if flag == "--cluster" and (place + 1 == len(given) or given[place + 1].startswith("-")):
-            given.insert(place + 1, "true")  # flags have values; this one's is plain
-            break
     return cli.run(
-        DoctorConfig, given, prog="pipelines/doctor.py", doc=__doc__, plan=plan, execute=execute, output=lambda _: None
+        DoctorConfig, argv, prog="pipelines/doctor.py", doc=__doc__, plan=plan, execute=execute, output=lambda _: None
     )
 
 

@@ -36,7 +36,7 @@ def load_config(model: type[C], argv: Sequence[str], *, prog: str, description: 
             all of them in one message, each with its path and the value that was found.
         SystemExit: `--help` (0), or a flag whose value cannot be read at all (2), as argparse does.
     """
-    argv = list(argv)
+    argv = _with_values(model, argv)
     if "-h" not in argv and "--help" not in argv:
         _refuse_unknown_flags(model, argv)
     values = _read_files(model, _files_named(argv))
@@ -126,6 +126,27 @@ def flag_names(model: type[Config], prefix: str = "") -> list[str]:
         dashed = prefix + name.replace("_", "-")
         names += flag_names(sections[name], dashed + ".") if name in sections else [dashed]
     return names
+
+
+def _with_values(model: type[Config], argv: Sequence[str]) -> list[str]:
+    """A flag of yes or no that stands alone means yes: `--train.compile` is `--train.compile true`."""
+    switches = {f"--{name}" for name in _switches(model)}
+    given: list[str] = []
+    for argument, after in zip(argv, [*argv[1:], "--"], strict=True):
+        given.append(argument)
+        if argument.replace("_", "-") in switches and after.startswith("-"):
+            given.append("true")
+    return given
+
+
+def _switches(model: type[Config], prefix: str = "") -> Iterator[str]:
+    sections = dict(_sections(model))
+    for name, info in model.model_fields.items():
+        dashed = prefix + name.replace("_", "-")
+        if name in sections:
+            yield from _switches(sections[name], dashed + ".")
+        elif info.annotation is bool:
+            yield dashed
 
 
 def _refuse_unknown_flags(model: type[Config], argv: Sequence[str]) -> None:

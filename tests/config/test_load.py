@@ -67,6 +67,20 @@ def test_the_resolved_configuration_is_accepted_again_as_a_file(tmp_path):
     assert again.config == config
 
 
+@pytest.mark.parametrize(
+    ("flags", "compiled"),
+    [
+        (("--train.compile",), True),
+        (("--train.compile", "--train.kind", "b"), True),
+        (("--train.compile", "false"), False),
+        (("--train.compile=false",), False),
+    ],
+)
+def test_a_flag_of_yes_or_no_needs_no_value(flags, compiled):
+    config = load("--source", "a", "--output", "o", "--train.steps", "3", *flags).config
+    assert config.train.compile is compiled
+
+
 def test_every_problem_of_a_file_is_named_at_once_with_the_nearest_known_key(tmp_path):
     bad = write(tmp_path / "bad.yaml", "sourc: x\ntrain: {stepz: 4, kind: q, learning_rate: -1}\n")
     with pytest.raises(ConfigError) as caught:
