@@ -122,7 +122,7 @@ def keep(folder: str, *, last: int, best: int, metric: str) -> None:
     scores = {}
     if best and len(steps) > last:
         for step, uri in steps.items():
-            score = _read_meta(uri).get("metrics", {}).get(metric, math.inf)
+            score = meta_of(uri).get("metrics", {}).get(metric, math.inf)
             scores[step] = score if math.isfinite(score) else math.inf
     best_steps = sorted((step for step, score in scores.items() if score < math.inf), key=lambda s: (scores[s], s))[
         :best
@@ -134,12 +134,20 @@ def keep(folder: str, *, last: int, best: int, metric: str) -> None:
 
 def best_step(folder: str, *, metric: str) -> int | None:
     """The step of the checkpoint with the lowest metric; None where no checkpoint has it."""
-    scores = {step: _read_meta(uri).get("metrics", {}).get(metric, math.inf) for step, uri in steps_in(folder).items()}
+    scores = {step: meta_of(uri).get("metrics", {}).get(metric, math.inf) for step, uri in steps_in(folder).items()}
     return min((s for s in scores if math.isfinite(scores[s])), key=lambda s: (scores[s], s), default=None)
 
 
-def _read_meta(uri: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, "meta.json")))
+def meta_of(uri: str) -> dict[str, Any]:
+    """`meta.json` of a checkpoint, of which nothing else is fetched or verified.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        values: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, "meta.json")))
+    except ValueError as error:
+        raise CheckpointError(f"{uri}: meta.json is not JSON: {error}") from None
     return values
 
 
@@ -222,11 +230,6 @@ def load_trainer(folder: Path) -> dict[str, Any]:
 def load_data(folder: Path) -> dict[str, Any]:
     """`data.json` of a fetched checkpoint."""
     return _read_json(folder / "data.json")
-
-
-def load_meta(folder: Path) -> dict[str, Any]:
-    """`meta.json` of a fetched checkpoint."""
-    return _read_json(folder / "meta.json")
 
 
 def copy_model(folder: Path, target: Path) -> None:

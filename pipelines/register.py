@@ -39,7 +39,7 @@ def execute(config: RegisterConfig) -> dict[str, Any]:
     uri = _source(config.model)
     tracked_at = None
     if not uri.startswith("models:/"):
-        tracked_at = checkpoint.load_meta(checkpoint.fetch(uri)).get("tracking_uri")
+        tracked_at = checkpoint.meta_of(uri).get("tracking_uri")
     tracking_uri = default_uri(config.tracking.uri or tracked_at, Path.cwd())
     version = register(uri, name=config.name, alias=config.alias, reason=config.reason, tracking_uri=tracking_uri)
     return {

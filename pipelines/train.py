@@ -66,7 +66,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
         log.info("%s has its %d steps already; nothing to do", run_folder, done)
         newest = checkpoint.steps_in(checkpoints)[done]
         hand_over(local / "spool", checkpoints=checkpoints)
-        run_id = checkpoint.load_meta(checkpoint.fetch(newest)).get("run_id")
+        run_id = checkpoint.meta_of(newest).get("run_id")
         return {**result, "run_id": run_id, "step": done, "checkpoint": newest, "finished": True}
 
     for line in describe(config, content, style, ranks=()).splitlines():

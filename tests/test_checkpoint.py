@@ -19,7 +19,7 @@ def test_a_network_comes_back_as_it_was(tmp_path):
     assert info.encoder_fingerprint == fingerprint(network.encoder)
     assert checkpoint.load_trainer(folder)["moments"].tolist() == [1, 1, 1]
     assert checkpoint.load_data(folder) == {"seed": 1}
-    assert checkpoint.load_meta(folder)["run_id"] == "r"
+    assert checkpoint.meta_of(uri)["run_id"] == "r"
 
 
 def test_the_digest_is_the_weights(tmp_path):

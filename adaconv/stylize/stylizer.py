@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from adaconv.checkpoint import ModelInfo, fetch, load_network
+from adaconv.checkpoint import ModelInfo, fetched, load_network
 from adaconv.errors import UsageError
 from adaconv.images import to_rgb, to_tensor
 from adaconv.model.adaptive_conv import EPS
@@ -118,7 +118,8 @@ class Stylizer:
             TrackingError, CheckpointError, UsageError: there is no such model.
         """
         if not uri.startswith(("models:/", "runs:/")):
-            return cls.from_folder(fetch(uri), **how)
+            with fetched(uri) as folder:
+                return cls.from_folder(folder, **how)
         from adaconv.tracking.registry import resolve_model  # the one thing here that needs MLflow
 
         return cls.from_folder(resolve_model(uri, tracking_uri=tracking_uri or os.environ.get(_TRACKING))[1], **how)

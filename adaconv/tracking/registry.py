@@ -182,7 +182,7 @@ def find_checkpoint(path: str) -> str:
             f"expected a checkpoint, a run or a folder of runs at {path}, found no whole checkpoint below it; "
             "pipelines/train.py writes them"
         )
-    return max(found, key=lambda uri: checkpoint.load_meta(checkpoint.fetch(uri))["time"])
+    return max(found, key=lambda uri: checkpoint.meta_of(uri)["time"])
 
 
 def _version_named(client: MlflowClient, uri: str, name: str) -> ModelVersion:
@@ -193,8 +193,7 @@ def _version_named(client: MlflowClient, uri: str, name: str) -> ModelVersion:
 
 
 def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str) -> ModelVersion:
-    folder = checkpoint.fetch(checkpoint_uri)
-    meta = checkpoint.load_meta(folder)
+    meta = checkpoint.meta_of(checkpoint_uri)
     run_id = meta.get("run_id") or find_run(client, meta.get("experiment", ""), meta.get("run", ""))
     if run_id is None:
         raise CheckpointError(
@@ -202,7 +201,8 @@ def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str)
             "after pipelines/runs.py sync if its server was down"
         )
     run = client.get_run(run_id)
-    logged = log_model(client, run, folder, checkpoint_uri=checkpoint_uri)
+    with checkpoint.fetched(checkpoint_uri) as folder:
+        logged = log_model(client, run, folder, checkpoint_uri=checkpoint_uri)
     for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         if version.source == logged.artifact_location:
             return version

@@ -229,7 +229,7 @@ def test_the_best_checkpoint_stays(content_version, style_version, tmp_path):
         train__learning_rate=0.3,  # so large that it gets worse
         train__clip_norm=None,
     )
-    metas = {step: checkpoint.load_meta(Path(uri)) for step, uri in checkpoint.steps_in(str(tmp_path)).items()}
+    metas = {step: checkpoint.meta_of(uri) for step, uri in checkpoint.steps_in(str(tmp_path)).items()}
     losses = {step: meta["metrics"]["probe/loss"] for step, meta in metas.items()}
     assert 4 in losses
     assert [step for step, _ in tracker.checkpoints] == [1, 2, 3, 4]
