@@ -260,23 +260,6 @@ def remove_directory(uri: str, *, first: str | None = None) -> None:
         _patiently(uri, lambda: _filesystem(uri).rm(uri, recursive=True))
 
 
-def local_copy(uri: str, *, cache_dir: str | None = None) -> Path:
-    """The file as a local path: itself, or a copy that is fetched once to a cache folder."""
-    if is_local(uri):
-        return Path(uri)
-    folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / "adaconv-cache"
-    target = folder / uri.partition("://")[2]
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-        try:
-            _patiently(uri, lambda: _filesystem(uri).get_file(uri, str(aside)))
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
-    return target
-
-
 def local_directory(uri: str) -> Path:
     """A flat folder as a local one: itself, or a fresh copy."""
     if is_local(uri):

@@ -94,16 +94,6 @@ def test_a_folder_is_published_with_its_mark_last_and_replaces_an_older_one(root
     assert storage.list_files(target) == []
 
 
-def test_a_cached_copy_is_fetched_once(root, tmp_path):
-    uri = storage.join(root, "x.tar")
-    storage.publish_bytes(uri, b"tar")
-    copy = storage.local_copy(uri, cache_dir=str(tmp_path / "cache"))
-    assert copy.read_bytes() == b"tar"
-    if not storage.is_local(root):
-        storage.remove(uri)
-        assert storage.local_copy(uri, cache_dir=str(tmp_path / "cache")).read_bytes() == b"tar"
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     target = tmp_path / "file"
     storage.publish_bytes(str(target), b"old")

@@ -6,7 +6,8 @@ All counts are of one image, and of square ones of a side that 64 divides. Lette
 from dataclasses import dataclass
 from typing import Literal
 
-_VGG_CONVS = (2, 2, 4, 1)  # between two poolings
+from adaconv.model.encoder import GROUPS
+
 _DECODER_CONVS = (1, 4, 2, 2)  # coarsest scale first
 
 
@@ -37,7 +38,7 @@ def size_of(architecture: Literal["adaconv", "adain"], *, quick: bool) -> Size:
 def encoder_convs(size: Size, side: int) -> list[tuple[int, int, int]]:
     """Channels in, channels out and side of every convolution up to relu4_1."""
     convs, channels = [], 3
-    for width, count in zip(size.widths, _VGG_CONVS, strict=True):
+    for width, count in zip(size.widths, GROUPS, strict=True):
         for _ in range(count):
             convs.append((channels, width, side))
             channels = width

@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from adaconv import storage
-from adaconv.errors import UsageError
 from adaconv.images import open_header, to_uint8
 from adaconv.stylize import large
 from adaconv.stylize.inputs import decode_picture, metadata_of
@@ -285,18 +284,6 @@ def content_thumbnail(path: Path, *, side: int) -> bytes:
     if large.reads(path):
         return thumbnail(large.thumbnail_of(path, side=side), side=side)
     return thumbnail(decode_picture(path, max_pixels=10**10), side=side)
-
-
-def options_of(base: Options, changes: dict[str, Any]) -> Options:
-    """Options with those of one pair.
-
-    Raises:
-        UsageError: an option that is none.
-    """
-    unknown = sorted(set(changes) - set(asdict(base)))
-    if unknown:
-        raise UsageError(f"expected options among {', '.join(asdict(base))}; found {', '.join(unknown)}")
-    return replace(base, **changes)
 
 
 def _write_levels(raster: FileRaster, window: Window, values: Tensor) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.servers import REPO
 
 WHEELS = os.environ.get("PIP_FIND_LINKS", "")
-CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"  # where Debian's package of that name keeps them
 BASE = "localhost/adaconv-test-base"
 STORAGE = ("--storage-driver", "vfs")
 SECRET = f"planted-{secrets.token_hex(8)}"
@@ -63,8 +63,8 @@ def base(store, tmp_path_factory):
         capture_output=True,
         timeout=280,
     )
-    shutil.copy(CERTIFICATES, root / CERTIFICATES.relative_to("/"))
-    (root / "etc/pip.conf").write_text(f"[global]\ncert = {CERTIFICATES}\n")
+    shutil.copy(Path("/") / CERTIFICATES, root / CERTIFICATES)
+    (root / "etc/pip.conf").write_text(f"[global]\ncert = /{CERTIFICATES}\n")
     (root / "etc/uv").mkdir()
     (root / "etc/uv/uv.toml").write_text("native-tls = true\n")
     container = buildah("from", "scratch").stdout.strip()
