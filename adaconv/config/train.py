@@ -99,7 +99,8 @@ class ScalingConfig(Config):
     threads_per_worker: int | None = Field(default=None, ge=1)
     """Threads that torch uses in each rank; None divides the machine's cores among the ranks when on CPUs."""
     gradient_compression: Literal["none", "bfloat16"] = "none"
-    """`bfloat16` halves the bytes that ranks exchange each step; sums of gradients are rounded."""
+    """`bfloat16` halves the bytes that GPUs exchange each step; sums of gradients are rounded. Ranks on CPUs have no
+    such exchange."""
     max_restarts: int = Field(default=3, ge=0)
     """Times in a row that the ranks are started again after one was lost to the infrastructure and no new checkpoint
     came of it. Errors in code or data are not retried."""
@@ -108,6 +109,11 @@ class ScalingConfig(Config):
     def _ordered(self) -> "ScalingConfig":
         if self.least_workers > self.most_workers:
             raise ValueError(f"scaling.num_workers ({self.num_workers}): the first number must not exceed the second")
+        if self.gradient_compression != "none" and not self.gpus_per_worker:
+            raise ValueError(
+                f"scaling.gradient_compression ({self.gradient_compression}) needs scaling.gpus_per_worker above 0: "
+                "torch has it for NCCL alone"
+            )
         return self
 
     @property

@@ -278,6 +278,16 @@ def test_random_kills_change_no_batch(training, unbroken, case):
 
 
 @pytest.mark.slow
+def test_two_numbers_of_workers_take_as_many_as_fit(training, unbroken):
+    """Between 1 and 3, on a cluster of 4 CPUs; a rank that is lost comes back with the others."""
+    training.start(workers="1 3").wait_for_step(9)
+    kill(training.cluster.workers("RayTrainWorker")[0])
+    assert training.finish() == 0, training.text()[-3000:]
+    assert 3 in {line["ranks"] for line in training.lines()}
+    compare(training, unbroken, same_ranks=False)
+
+
+@pytest.mark.slow
 def test_a_notice_that_a_node_goes_leads_to_a_checkpoint(s3, content_version, style_version, tmp_path):
     """Ray is told as a cloud would tell it, with a deadline; the run saves at once and goes on."""
     with ray_cluster({**s3.environment, "RAY_worker_niceness": "0"}) as cluster:

@@ -43,7 +43,10 @@ def test_more_ranks_compute_less_each_and_exchange_more():
     assert plans[0].exchanging == 0
     assert plans[0].computing == pytest.approx(64 * plans[-1].computing)
     assert plans[-1].exchanging > plans[2].exchanging  # over the network rather than inside a node
-    halved = step(config_of(train={"global_batch_size": 64}, scaling={"gradient_compression": "bfloat16"}), 64)
+    halved = step(
+        config_of(train={"global_batch_size": 64}, scaling={"gradient_compression": "bfloat16", "gpus_per_worker": 1}),
+        64,
+    )
     assert halved.exchanging < 0.6 * plans[-1].exchanging
 
 
@@ -88,3 +91,8 @@ def test_a_plan_has_a_row_for_each_number_of_ranks(content_version, style_versio
     config = config_of(scaling={"num_workers": 2}, hardware={"tflops": 1, "memory_gb": 80})
     lines = describe(config, content_version, style_version, ranks=(1, 2, 4, 8, 16)).splitlines()
     assert [int(line.split()[0]) for line in lines[3:]] == [2, 1, 4, 8]  # 16 ranks would share 8 pairs
+
+
+def test_gradients_are_compressed_between_gpus_alone():
+    with pytest.raises(ValueError, match=r"gradient_compression \(bfloat16\) needs scaling\.gpus_per_worker above 0"):
+        config_of(scaling={"gradient_compression": "bfloat16"})
