@@ -6,6 +6,7 @@ the same shape, made here, so that every problem of files and flags is reported 
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _with_values(model: type[Config], argv: Sequence[str]) -> list[str]:
     """A flag of yes or no that stands alone means yes: `--train.compile` is `--train.compile true`."""
     switches = {f"--{name}" for name in _switches(model)}
     given: list[str] = []
-    for argument, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for argument, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
         given.append(argument)
         if argument.replace("_", "-") in switches and after.startswith("-"):
             given.append("true")

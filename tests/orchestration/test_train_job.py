@@ -38,10 +38,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 DRAIN = """
 import sys
 import ray
-from ray.scripts.scripts import main
+from ray.scripts.scripts import cli
 ray.init(log_to_driver=False)
 (node,) = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-main(["drain-node", "--address", ray.get_runtime_context().gcs_address, "--node-id", node, *sys.argv[1:]])
+cli(["drain-node", "--address", ray.get_runtime_context().gcs_address, "--node-id", node, *sys.argv[1:]])
 """
 
 
