@@ -1,6 +1,6 @@
 """Batches of 256 px pairs from shards through the loader, by two processes: against other loaders on the same shards.
 
-    load             bare decode + crop by the same functions in two processes, no shards, no batches: the limit
+    load             bare decode + crop by the same function in two processes, no shards, no batches: the limit
     load/webdataset  webdataset's loader: its own pipeline in a DataLoader, Pillow, resize, crop
     load/ray_data    Ray Data's: read_webdataset, map_batches, iter_torch_batches
     load/one_image   decode_crop alone in this process: against Pillow's decode, resize, crop as peers do
@@ -37,7 +37,7 @@ _COLUMNS = ("key", "offset", "size", "span", "crc32")
 def rows(quick: bool, *, against: str) -> Iterator[Row]:
     folder = Path(tempfile.mkdtemp(prefix="adaconv-bench-"))
     try:
-        shards = _draw(folder, shards=8, images=4 if quick else 100)
+        shards = _draw(folder, shards=8, images=4 if quick else 400)
         yield _ROWS[against](shards, 1 if quick else 5)
     finally:
         shutil.rmtree(folder)

@@ -302,8 +302,8 @@ def _refuse_other_run(uri: str, saved: dict[str, Any], now: dict[str, Any]) -> N
 
 def _calibration_images(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> list[Tensor]:
     dataset = _dataset(config, content, style, every_rank=True)
-    batches = [dataset[step] for step in range(_CALIBRATION_BATCHES)]
-    return [images.float().div_(255) for batch in batches for images in (batch.content, batch.style)]
+    given = [images for step in range(_CALIBRATION_BATCHES) for images in dataset[step].images]
+    return [images.to(torch.float32, memory_format=torch.contiguous_format).div_(255) for images in given]
 
 
 def _dataset(

@@ -264,13 +264,13 @@ def test_a_replay_gives_the_same_bytes(flags, cluster, model, contents, styles, 
 
 @pytest.mark.slow
 def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, contents, styles, tmp_path):
-    """A style is named a failure; a content is made in tiles, which have another decoder."""
+    """A style is named a failure; a content of full size is made in tiles, which have another decoder."""
     poison = PngImagePlugin.PngInfo()
     poison.add_text("poison", "pixels")  # see conftest.py
     folders = {"content": few(contents, 2, tmp_path / "c"), "style": few(styles, 1, tmp_path / "s")}
     for name, folder in folders.items():
         Image.new("RGB", (80, 80), "red").save(folder / f"deadly {name}.png", pnginfo=poison)
-    done = stylize(cluster, model, *folders.values(), tmp_path / "out", code=1)
+    done = stylize(cluster, model, *folders.values(), tmp_path / "out", "--options.content-side", None, code=1)
     assert books_of(tmp_path / "out") == {"pairs": 6, "done": 3, "skipped": 0, "failed": 3}
     assert "style worker_died: 5 workers died at it" in done.stderr
     assert "deadly style.png" in done.stderr
