@@ -14,6 +14,8 @@ class RecipeConfig(Config):
     """Size of a shard, in megabytes (10^6 bytes), aimed at."""
     short_side: int = Field(default=512, ge=16)
     """Larger images are scaled down until their shorter side has this many pixels; none is enlarged."""
+    resample: Literal["hamming", "bicubic", "lanczos"] = "hamming"
+    """Filter that images are scaled down by, from the fastest to the sharpest."""
     min_side: int = Field(default=256, ge=1)
     """Images whose shorter side has fewer pixels are quarantined as `too_small`."""
     max_aspect: float = Field(default=8.0, ge=1)

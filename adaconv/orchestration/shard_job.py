@@ -139,9 +139,10 @@ def scan_chunk(
 
 def _candidate(found: Found, data: bytes, answer: Header | Refusal, layout: Layout) -> Candidate:
     artist, style = artist_and_style(found.source, layout)
+    sha256 = hashlib.sha256(data).hexdigest()
     return Candidate(
-        key=key_of(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        key=key_of(sha256),
+        sha256=sha256,
         found=found,
         label=found.label,
         artist=artist,

@@ -1,5 +1,6 @@
 """What a file becomes, or why it is refused."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -184,8 +185,31 @@ def test_colours_of_another_profile_become_srgb():
         assert "icc_profile" not in stored.info
 
 
+@pytest.mark.parametrize("turned", [1, 6])
+@pytest.mark.parametrize("resample", ["hamming", "bicubic", "lanczos"])
+def test_a_much_larger_jpeg_is_decoded_at_a_fraction_and_looks_as_it_would(monkeypatch, tmp_path, resample, turned):
+    generate_photos(tmp_path, 1, seed=2, size=400)
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    with Image.open(next(tmp_path.iterdir())) as photo:
+        picture = photo.convert("RGB").resize((500, 360))
+    data = saved(picture, "JPEG", quality=95, exif=exif)
+    decoded = []
+    decode_jpeg = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: decoded.append(decode_jpeg(*a, **k)) or decoded[-1])
+    recipe = RecipeConfig(short_side=64, min_side=16, resample=resample)
+    sample = ingest(data, "a.jpg", recipe)
+    assert [pixels.shape for pixels in decoded] == [(135, 188, 3)]  # three eighths: still twice what is wanted
+    upright = picture if turned == 1 else picture.transpose(Image.Transpose.ROTATE_270)
+    wanted = upright.resize(stored_size(*upright.size, recipe), Image.Resampling[resample.upper()])
+    with Image.open(io.BytesIO(sample.jpeg)) as stored:
+        assert stored.size == wanted.size == (sample.width, sample.height)
+        error = np.asarray(stored).astype(float) - np.asarray(wanted)
+    assert np.sqrt((error**2).mean()) < 3.0
+
+
 def test_a_key_is_the_hash_of_the_bytes_without_dots():
-    assert key_of(b"a") == "ca978112ca1bbdcafac231b39a23dc4d"
+    assert key_of(hashlib.sha256(b"a").hexdigest()) == "ca978112ca1bbdcafac231b39a23dc4d"
 
 
 def test_a_perceptual_hash_survives_scaling_and_encoding_and_tells_pictures_apart(tmp_path):
