@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from adaconv import allocator
 from adaconv.model.adaptive_conv import AdaConvKernels, adaptive_conv, adaptive_conv_reference
-from adaconv.training import allocator
 from bench.measure import Row, Side, alternate_processes, copy_bytes, device, peak_flops
 
 _SCALES = ((512, 512, 8), (256, 128, 4), (128, 32, 2), (64, 8, 1))  # channels, groups, stride of the map

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from adaconv import allocator
 from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
 from adaconv.model.work import Size
-from adaconv.training import allocator
 from adaconv.training.state import make_state
 from adaconv.training.step import train_step
 from bench.measure import Row, floor_seconds

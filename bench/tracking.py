@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaconv import allocator
 from adaconv.model.work import Size
-from adaconv.training import allocator
 from bench.measure import Row, environment_of_children
 from bench.train_step import our_step
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 
+from adaconv import allocator
 from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
 from adaconv.model.work import Size, size_of
-from adaconv.training import allocator
 from adaconv.training.state import make_state
 from adaconv.training.step import train_step
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds

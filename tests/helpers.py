@@ -11,7 +11,7 @@ import torch
 from adaconv import checkpoint
 from adaconv.config.shard import RecipeConfig
 from adaconv.data.ingest import Header, ingest, key_of, look, recipe_of
-from adaconv.data.manifest import IN_SHARDS, DatasetVersion, publish_version
+from adaconv.data.manifest import IN_SHARDS, DatasetVersion, latest_version, publish_version
 from adaconv.data.plan import Candidate, plan_shards
 from adaconv.data.shard_writer import write_shard
 from adaconv.data.sources import Found, iter_images, read_found
@@ -52,7 +52,8 @@ def build_version(folder: Path, root: str, recipe: RecipeConfig = RECIPE) -> Dat
         outside += [row for row in rows if row["state"] not in IN_SHARDS]
         if shard:
             shards.append(shard)
-    return publish_version(root, recipe=recipe_of(recipe), shards=shards, rows=[*in_shards, *outside])
+    rows = [*in_shards, *outside]
+    return publish_version(root, recipe=recipe_of(recipe), shards=shards, rows=rows, after=latest_version(root))
 
 
 def look_at(found: Iterable[Found], recipe: RecipeConfig = RECIPE) -> list[Candidate]:

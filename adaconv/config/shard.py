@@ -22,6 +22,8 @@ class RecipeConfig(Config):
     """Images longer than this many times their shorter side are quarantined as `too_thin`."""
     max_megapixels: float = Field(default=40.0, gt=0, le=178)
     """Images with more pixels (10^6) are quarantined undecoded as `too_many_pixels`."""
+    max_megabytes: float = Field(default=320.0, gt=0)
+    """Files with more bytes (10^6) are quarantined unread as `too_many_bytes`."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of images that are encoded anew (4:4:4); one that needs no change keeps its bytes."""
 

@@ -1,5 +1,7 @@
 """Configuration of pipelines/train.py: two dataset versions to checkpoints, as one tracked run."""
 
+import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -21,6 +23,9 @@ class DataConfig(Config):
     """Canonical partitions of the sample order; ranks whose count divides it read disjoint shards within an epoch."""
     block_shards: int = Field(default=8, ge=1)
     """Shards whose samples are shuffled together."""
+    skip_batches: tuple[str, ...] = ()
+    """Ranges FIRST:END of the order's batches that are not used, END excluded, such as 41200:41500 for data that made
+    the loss jump; steps go on with those that follow. Take up the run from a checkpoint before them (`resume`)."""
     loader_workers: int = Field(default=1, ge=0)
     """Decoding processes of each rank; 0 decodes in the training process."""
     prefetch_batches: int = Field(default=4, ge=1)
@@ -47,6 +52,22 @@ class DataConfig(Config):
         if self.crop > self.resize:
             raise ValueError(f"data.crop ({self.crop}) must not exceed data.resize ({self.resize})")
         return self
+
+    @model_validator(mode="after")
+    def _skips_are_ranges(self) -> "DataConfig":
+        for text in self.skip_batches:
+            if not re.fullmatch(r"\d+:\d+", text) or len(range(*map(int, text.split(":")))) == 0:
+                raise ValueError(f"data.skip_batches ({text}): expected FIRST:END with END above FIRST, as 41200:41500")
+        for (_, end), (first, _) in pairwise(self.skipped):
+            if first < end:
+                raise ValueError(f"data.skip_batches: two ranges hold batch {first}")
+        return self
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """First batch, and the one after the last, of each range."""
+        ranges = [text.partition(":") for text in self.skip_batches]
+        return sorted((int(first), int(end)) for first, _, end in ranges)
 
 
 class OptimConfig(Config):
@@ -212,7 +233,7 @@ class TrainConfig(Config):
         values = self.model_dump(mode="json", include={"encoder", "model", "loss", "data", "train"})
         for name in ("loader_workers", "prefetch_batches", "prefetch_shards", "verify_samples", "timeout_seconds"):
             values["data"].pop(name)
-        for name in ("cache_dir", "cache_gb"):
+        for name in ("cache_dir", "cache_gb", "skip_batches"):  # skipped by a run that goes on
             values["data"].pop(name)
         for name in ("log_every_steps", "micro_batch_size", "channels_last", "compile", "ledger"):
             values["train"].pop(name)

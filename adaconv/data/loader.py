@@ -17,7 +17,7 @@ import random
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adaconv import storage
-from adaconv.data.order import StreamOrder, rank_slice, stable_seed
+from adaconv.data.order import StreamOrder, batch_of_step, rank_slice, stable_seed
 from adaconv.data.shard_cache import ShardCache, ShardPrefetcher, default_cache_dir
 from adaconv.errors import DatasetError
 
@@ -214,10 +214,12 @@ class PairDataset(Dataset[Batch]):
         num_ranks: int = 1,
         partitions: int = 1,
         block_shards: int = 8,
+        skipped: Sequence[tuple[int, int]] = (),
         cache: ShardCache | None = None,
         verify: bool = False,
     ) -> None:
         self._seed, self._global_batch_size = seed, global_batch_size
+        self._skipped = skipped
         self._slice = rank_slice(global_batch_size, rank, num_ranks)
         self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
         self._streams = {
@@ -237,8 +239,9 @@ class PairDataset(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         geometry, pairs = self._streams["content"][2], self._slice.stop - self._slice.start
         pixels = torch.empty(2, pairs, geometry.crop, geometry.crop, 3, dtype=torch.uint8)
-        content_keys = self._decode_share("content", step, pixels[0])
-        style_keys = self._decode_share("style", step, pixels[1])
+        batch = batch_of_step(step, self._skipped)
+        content_keys = self._decode_share("content", batch, pixels[0])
+        style_keys = self._decode_share("style", batch, pixels[1])
         return Batch(step, pixels.permute(0, 1, 4, 2, 3), content_keys, style_keys)
 
     def shards_of(self, step: int) -> list[tuple[str, Shard]]:
@@ -246,17 +249,17 @@ class PairDataset(Dataset[Batch]):
         found = {}
         for name, order in self._orders_ahead.items():
             reader = self._streams[name][0]
-            for row in order.batch(step)[self._slice].tolist():
+            for row in order.batch(batch_of_step(step, self._skipped))[self._slice].tolist():
                 uri, shard = reader.shard_of(row)
                 found[uri] = shard
         return list(found.items())
 
-    def _decode_share(self, stream: str, step: int, out: Tensor) -> list[str]:
+    def _decode_share(self, stream: str, batch: int, out: Tensor) -> list[str]:
         """This rank's images of a stream into `out`, (n, S, S, 3) uint8; their keys."""
         reader, order, geometry = self._streams[stream]
-        rows = order.batch(step)[self._slice].tolist()
+        rows = order.batch(batch)[self._slice].tolist()
         # Counts over all ranks: a crop belongs to the sample, whoever makes it.
-        first_sample = step * self._global_batch_size + self._slice.start
+        first_sample = batch * self._global_batch_size + self._slice.start
         for sample, (row, place) in enumerate(zip(rows, out.numpy(), strict=True), start=first_sample):
             draw = random.Random(stable_seed(self._seed, stream, sample))
             try:

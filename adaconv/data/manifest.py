@@ -227,6 +227,7 @@ def publish_version(
     recipe: Mapping[str, Any],
     shards: Sequence[Shard],
     rows: Iterable[Row],
+    after: str | None,
     parent: DatasetVersion | None = None,
 ) -> DatasetVersion:
     """Close the books and publish: manifest, version, LATEST. The same content gives the same name and bytes.
@@ -236,10 +237,12 @@ def publish_version(
         recipe: all that determines the bytes of a shard besides the images.
         shards: of the version, in order.
         rows: for every image found; those of shards first, in their order and each tar's. Taken one at a time.
+        after: what LATEST said when the job began.
         parent: what this version was made from.
 
     Raises:
-        DatasetError: the books do not balance: the manifest's rows and the shards' disagree; or a shard is not there.
+        DatasetError: the books do not balance: the manifest's rows and the shards' disagree; a shard is not there; or
+            another job published meanwhile.
     """
     books = Books(shards)
     _refuse_absent(root, shards)
@@ -261,10 +264,21 @@ def publish_version(
         }
         text = _text_of(content)
         version = _root_hash_of(content)[:16]
+        _refuse_overtaken(root, after, version)
         storage.publish_file(path, manifest_uri(root, version))
     storage.publish_bytes(version_uri(root, version), text)
     storage.publish_bytes(latest_uri(root), version.encode())
     return open_version(f"{root}@{version}")
+
+
+def _refuse_overtaken(root: str, after: str | None, version: str) -> None:
+    """Two jobs that add to the same version would each leave out what the other added."""
+    latest = latest_version(root)
+    if latest not in (after, version):
+        raise DatasetError(
+            f"another job published version {latest} of {root} while this one ran; expected LATEST to be "
+            f"{after or 'absent'} still. Nothing was published; the same command goes on from there"
+        )
 
 
 def _refuse_absent(root: str, shards: Sequence[Shard]) -> None:

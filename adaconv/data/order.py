@@ -33,6 +33,14 @@ def stable_permutation(count: int, *seed: object) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
+def batch_of_step(step: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """Which batch of the order a step takes, where ranges of them (first, end), sorted and apart, are left out."""
+    for first, end in skipped:
+        if step >= first:
+            step += end - first
+    return step
+
+
 @dataclass
 class StreamOrder:
     """The endless order of one dataset's samples.

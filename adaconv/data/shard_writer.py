@@ -8,6 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -83,22 +84,23 @@ def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
     return shard
 
 
-def read_ahead(found: Iterable[Found]) -> Iterator[bytes | ImageError]:
+def read_ahead(found: Iterable[Found], *, max_bytes: int | None = None) -> Iterator[bytes | ImageError]:
     """The bytes of each, in order, or why they cannot be had; a few are fetched at once from an object store."""
+    read = partial(_read, max_bytes=max_bytes)
     files = iter(found)
     first = next(files, None)
     if first is None:
         return
     if storage.is_local(first.uri):
-        yield _read(first)
-        yield from map(_read, files)
+        yield read(first)
+        yield from map(read, files)
         return
     with ThreadPoolExecutor(_READ_AHEAD) as pool:
-        waiting: list[Future[bytes | ImageError]] = [pool.submit(_read, first)]
-        waiting += [pool.submit(_read, one) for one in islice(files, _READ_AHEAD - 1)]
+        waiting: list[Future[bytes | ImageError]] = [pool.submit(read, first)]
+        waiting += [pool.submit(read, one) for one in islice(files, _READ_AHEAD - 1)]
         while waiting:
             yield waiting.pop(0).result()
-            waiting += [pool.submit(_read, one) for one in islice(files, 1)]
+            waiting += [pool.submit(read, one) for one in islice(files, 1)]
 
 
 def refused_row(candidate: Candidate, refusal: Refusal) -> Row:
@@ -106,9 +108,9 @@ def refused_row(candidate: Candidate, refusal: Refusal) -> Row:
     return {**row_of(candidate, "quarantined", refusal.reason), "detail": refusal.detail, "thumbnail": thumbnail}
 
 
-def _read(found: Found) -> bytes | ImageError:
+def _read(found: Found, max_bytes: int | None) -> bytes | ImageError:
     try:
-        return read_found(found)
+        return read_found(found, max_bytes=max_bytes)
     except ImageError as error:
         return error
 

@@ -136,13 +136,20 @@ def check_sources(sources: Iterable[str], *, flag: str = "--source") -> None:
         next(iter_images((source,), flag=flag))
 
 
-def read_found(found: Found) -> bytes:
+def read_found(found: Found, *, max_bytes: int | None = None) -> bytes:
     """The bytes of an image, checked against the archive's checksum where it lies in one.
+
+    Args:
+        found: as it was listed.
+        max_bytes: more are refused unread.
 
     Raises:
         ImageError: this file alone cannot be had: `crc_mismatch`, `deflate_error`, `encrypted_member`,
-            `unknown_compression`, `unreadable`, `vanished`. A storage that fails altogether raises OSError.
+            `too_many_bytes`, `unknown_compression`, `unreadable`, `vanished`. A storage that fails altogether raises
+            OSError.
     """
+    if max_bytes is not None and found.bytes > max_bytes:
+        raise ImageError("too_many_bytes", f"{found.bytes} bytes exceed {max_bytes}")
     if found.member is not None:
         return _read_member(found, found.member)
     try:

@@ -20,6 +20,7 @@ from adaconv.data.manifest import (
     IN_SHARDS,
     Row,
     Shard,
+    latest_version,
     manifest_uri,
     open_version,
     publish_version,
@@ -65,6 +66,7 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
         DatasetError: a shard is damaged.
     """
     parent = open_version(config.dataset)
+    after = latest_version(parent.root)
     reasons = keys_to_remove(parent.rows(), criteria_of(config))
     if not reasons:
         log.info("nothing to do: they are not in version %s", parent.version)
@@ -116,7 +118,9 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
         gone += [row for row in parent.rows() if row["state"] not in IN_SHARDS and not _went(row, reasons)]
         yield from sorted(gone, key=lambda row: (row["source"], row["source_sha256"]))
 
-    version = publish_version(parent.root, recipe=parent.recipe, shards=shards, rows=rows_in_order(), parent=parent)
+    version = publish_version(
+        parent.root, recipe=parent.recipe, shards=shards, rows=rows_in_order(), after=after, parent=parent
+    )
     storage.remove_directory(work)
     kept = {shard.name for shard in parent.shards}
     return {

@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray
 
-from adaconv import storage
+from adaconv import allocator, storage
 from adaconv.config.shard import BudgetConfig, RecipeConfig, ShardConfig
 from adaconv.data.builds import Listing, note_build, result_of
 from adaconv.data.ingest import Header, Refusal, check_codecs, ingest, key_of, look, recipe_of, refusal_of, settings_of
@@ -36,6 +36,7 @@ from adaconv.data.manifest import (
     DatasetVersion,
     Row,
     Shard,
+    latest_version,
     publish_version,
     rows_of,
     table_of,
@@ -61,7 +62,7 @@ def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersi
         QuarantineBudgetError: too many images were refused; nothing was published.
         ConnectionError: the storage went away; the same command goes on.
     """
-    recipe = recipe_of(config.shard)
+    recipe, after = recipe_of(config.shard), latest_version(config.output)
     build = listing.build(recipe, parent.version if parent else None)
     work = storage.join(config.output, "work", build)
     with tempfile.TemporaryDirectory(prefix="adaconv-catalog-") as scratch:
@@ -71,7 +72,7 @@ def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersi
         memory, refused = _scan(listing, catalog, work, config, recipe)
         plans = [_publish_plan(plan, work) for plan in _plans(catalog, config.shard)]
         memory = max(memory, _write(plans, catalog, work, config, recipe, refused=refused, images=listing.images))
-        version = _publish(plans, catalog, work, config, recipe, parent)
+        version = _publish(plans, catalog, work, config, recipe, after, parent)
         catalog.close()
     note_build(config.output, build, version)
     storage.remove_directory(work)
@@ -125,7 +126,8 @@ def scan_chunk(
     files = [found_from(json.loads(line)) for line in lines]
     answers = []
     with _decoders(work, name, recipe) as (look_at, _):
-        for found, data in zip(files, read_ahead(files), strict=True):
+        read = read_ahead(files, max_bytes=int(recipe["max_megabytes"] * 1e6))
+        for found, data in zip(files, read, strict=True):
             answer = look_at(data) if isinstance(data, bytes) else refusal_of(data)
             candidate = _candidate(found, data if isinstance(data, bytes) else b"", answer, recipe["layout"])
             refused = refused_row(candidate, answer) if isinstance(answer, Refusal) else None
@@ -230,6 +232,7 @@ def write_and_note(
     job: dict[str, Any], *, board: ray.actor.ActorHandle, work: str, root: str, recipe: dict[str, Any]
 ) -> dict[str, Any]:
     """A task: a plan to a published shard, and its rows with the shard in a note."""
+    allocator.keep()  # an image's pixels come and go; see bench/, row shard
     name = job["name"]
     told = Teller(board, name)
     plan = plan_from(storage.read_bytes(storage.join(work, "plan", f"{name}.json")))
@@ -263,6 +266,7 @@ def _publish(
     work: str,
     config: ShardConfig,
     recipe: dict[str, Any],
+    after: str | None,
     parent: DatasetVersion | None,
 ) -> DatasetVersion:
     shards = list(parent.shards) if parent else []
@@ -283,7 +287,9 @@ def _publish(
     if parent and not catalog.has_news and len(shards) == len(parent.shards):
         log.info("everything is in version %s already", parent.version)
         return parent
-    return publish_version(config.output, recipe=recipe, shards=shards, rows=rows_in_order(), parent=parent)
+    return publish_version(
+        config.output, recipe=recipe, shards=shards, rows=rows_in_order(), after=after, parent=parent
+    )
 
 
 def publish_note(work: str, name: str, shard: Shard | None, rows: list[Row]) -> None:

@@ -24,14 +24,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from adaconv import checkpoint, storage
+from adaconv import allocator, checkpoint, storage
 from adaconv.config.train import TrainConfig
 from adaconv.data.manifest import open_version
 from adaconv.errors import AdaConvError, JobError
 from adaconv.orchestration.cluster import require_workers
 from adaconv.orchestration.metrics import MeteredTracker
 from adaconv.tracking.tracker import Tracker
-from adaconv.training import allocator
 from adaconv.training.distributed import barrier
 from adaconv.training.loop import Word, train
 

@@ -321,6 +321,7 @@ def _dataset(
         num_ranks=1 if every_rank else distributed.num_ranks(),
         partitions=data.partitions,
         block_shards=data.block_shards,
+        skipped=() if every_rank else data.skipped,  # the encoder was calibrated before anything was skipped
         cache=ShardCache(data.cache_dir or default_cache_dir(), int(data.cache_gb * 1e9)),
         verify=data.verify_samples,
     )

@@ -12,7 +12,7 @@ import pytest
 
 from adaconv import storage
 from adaconv.data.changes import Criterion, by_shard, collect, diff, find_garbage, keys_to_remove
-from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, open_version, publish_version
+from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, list_versions, open_version, publish_version
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import verify_manifest, verify_shard
 from adaconv.errors import AdaConvError, DatasetError, UsageError
@@ -188,7 +188,18 @@ def child_of(version, keep):
     """A version of some of the shards of another, with it as parent."""
     shards = version.shards[:keep]
     rows = [r for r in version.rows() if r["shard"] in {shard.name for shard in shards}]
-    return publish_version(version.root, recipe=version.recipe, shards=shards, rows=rows, parent=version)
+    return publish_version(
+        version.root, recipe=version.recipe, shards=shards, rows=rows, after=version.version, parent=version
+    )
+
+
+def test_a_job_that_was_overtaken_publishes_nothing(version):
+    child = child_of(version, 3)
+    with pytest.raises(DatasetError, match=f"another job published version {child.version}.*expected LATEST to be"):
+        child_of(version, 2)
+    assert open_version(version.root).version == child.version
+    assert list_versions(version.root) == sorted([child.version, version.version])
+    assert child_of(version, 3).version == child.version  # the same job, started twice
 
 
 def test_versions_know_where_they_come_from(version):

@@ -50,6 +50,13 @@ def test_a_batch_has_the_stated_shape(content_version, style_version):
     assert len(set(batch.content_keys)) == 6
 
 
+def test_skipped_batches_are_left_out_and_no_other_one_changes(content_version, style_version):
+    whole, less = (pairs(content_version, style_version, skipped=skipped) for skipped in ((), ((1, 3),)))
+    assert [less[step].step for step in (0, 1, 2)] == [0, 1, 2]
+    assert all(same(less[step], whole[batch]) for step, batch in ((0, 0), (1, 3), (2, 4)))
+    assert less.shards_of(1) == whole.shards_of(3)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_ranks_share_one_global_batch(content_version, style_version, num_ranks):
     whole = pairs(content_version, style_version)[5]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adaconv.data.order import StreamOrder, rank_slice, stable_permutation
+from adaconv.data.order import StreamOrder, batch_of_step, rank_slice, stable_permutation
 from adaconv.errors import UsageError
 
 
@@ -21,6 +21,11 @@ def test_every_sample_is_read_once_per_epoch():
     assert sorted(samples[:38]) == list(range(38))
     assert sorted(samples[38:]) == list(range(38))
     assert list(samples[:38]) != list(samples[38:])
+
+
+def test_steps_go_on_with_the_batches_after_those_that_are_skipped():
+    assert [batch_of_step(step, [(2, 4), (5, 6)]) for step in range(5)] == [0, 1, 4, 6, 7]
+    assert batch_of_step(10**6, []) == 10**6
 
 
 def test_any_step_is_found_without_the_ones_before():

@@ -96,6 +96,17 @@ def test_members_that_cannot_be_read_are_named(tmp_path):
     }
 
 
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(10**12)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.jpg", bytes(3_000_000))
+    for source in (tmp_path / "a.zip", tmp_path):
+        *_, found = iter_images((str(source),))
+        with pytest.raises(ImageError, match=f"too_many_bytes: {found.bytes} bytes exceed 1000000"):
+            read_found(found, max_bytes=1_000_000)
+
+
 def test_a_member_never_inflates_beyond_what_the_directory_admits(tmp_path):
     """A zip bomb that lies about its size is refused after so many bytes, not after all."""
     path = tmp_path / "bomb.zip"

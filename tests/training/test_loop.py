@@ -263,6 +263,33 @@ def test_the_ledger_holds_the_keys_of_every_step(content_version, style_version,
     assert all(len(line["content"]) == len(line["style"]) == 4 for line in lines)
 
 
+def test_a_run_that_goes_on_may_skip_batches(content_version, style_version, tmp_path):
+    """Two steps, then two more without the batches in between: what a run of six steps took last."""
+
+    def keys(folder):
+        return [json.loads(line)["content"] for line in next((tmp_path / folder).iterdir()).read_text().splitlines()]
+
+    run(content_version, style_version, tmp_path / "all", train__ledger=str(tmp_path / "whole"), train__steps=6)
+    run(content_version, style_version, tmp_path / "some", train__ledger=str(tmp_path / "less"), train__steps=2)
+    told = {"train__ledger": str(tmp_path / "less"), "data__skip_batches": ["2:4"]}
+    run(content_version, style_version, tmp_path / "some", **told)
+    whole = keys("whole")
+    assert keys("less") == [*whole[:2], *whole[4:]]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "told"),
+    [
+        (["5"], r"skip_batches \(5\): expected FIRST:END"),
+        (["7:7"], "END above FIRST"),
+        (["0:9", "8:10"], "two ranges hold batch 8"),
+    ],
+)
+def test_ranges_to_skip_that_mean_nothing_are_refused(content_version, style_version, ranges, told):
+    with pytest.raises(ValueError, match=told):
+        config_of(content_version, style_version, data__skip_batches=ranges)
+
+
 def test_outputs_that_collapse_are_told(content_version, style_version, unbroken, tmp_path):
     """A network whose last layer is zero paints every picture in one colour."""
 

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from adaconv.training import allocator
+from adaconv import allocator
 
 # Blocks as large as activations, taken and freed in a thread as a rank does it; page faults of five times more.
 _PROGRAM = """
-import resource, threading
+import resource, sys, threading
 
 def steps(count):
     for _ in range(count):
@@ -26,15 +26,24 @@ def work():
     steps(5)
     print(faults() - before)
 
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
+if sys.argv[1:] == ["keep"]:
+    from adaconv import allocator
+    allocator.keep()
+    work()
+else:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
 """
 
 
-def faults(environment):
+def faults(environment, *flags):
     found = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], env={**os.environ, **environment}, capture_output=True, check=True, text=True
+        [sys.executable, "-c", _PROGRAM, *flags],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=True,
+        text=True,
     )
     return int(found.stdout)
 
@@ -44,6 +53,7 @@ def test_freed_pages_are_used_again():
     pages = 5 * (134 + 67 + 33 + 8 + 1) * 2**20 / resource.getpagesize()
     assert faults({"GLIBC_TUNABLES": ""}) > 0.8 * pages
     assert faults(allocator.environment()) < 0.05 * pages
+    assert faults({"GLIBC_TUNABLES": ""}, "keep") < 0.05 * pages
 
 
 def test_other_c_libraries_are_left_as_they_are(monkeypatch, caplog):
