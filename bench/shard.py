@@ -47,9 +47,11 @@ print("seconds", time.perf_counter() - began)
 
 def rows(quick: bool) -> list[Row]:
     folder = Path(tempfile.mkdtemp(prefix="adaconv-bench-"))
-    count = 30 if quick else 2400  # so many that cores do not wait for the last shard
+    count = 30 if quick else 4800  # so many that cores do not wait for the last shard
     # Ray lowers the priority of its workers; whatever else this machine does is to fall on all that is compared.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Both sides without the start of their processes: Ray ends a worker that had nothing to do for a second.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "3600000")
     try:
         _draw(folder / "raw", count)
         with connect():

@@ -14,7 +14,7 @@ from PIL import Image
 from adaconv.tracking.mlflow_tracker import close_run, open_run
 from adaconv.tracking.time_machine import render
 from pipelines import runs
-from tests.tracking.browser import CHROMIUM, chromium
+from tests import browser
 from tests.tracking.grids import colour_of, grid_of
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_does_not_exist_is_said(two, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on this machine")
 def test_a_hundred_steps_of_64_cells_open_offline_in_at_most_20_mb(tmp_path, capsys):
     """Noisy cells of 128 px, which compress worse than pictures do. Every request would meet a proxy that notes it."""
     asked = []
@@ -123,7 +123,10 @@ def test_a_hundred_steps_of_64_cells_open_offline_in_at_most_20_mb(tmp_path, cap
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     through = (f"--proxy-server=127.0.0.1:{proxy.server_port}", "--proxy-bypass-list=<-loopback>")
-    dom = chromium(*through, "--dump-dom", f"{page.as_uri()}#step=500", budget_ms=8000)
+    with browser.page(*through) as shown:
+        shown.open(f"{page.as_uri()}#step=500")
+        shown.wait_for("document.querySelectorAll('.cell').length == 64")
+        dom = shown.evaluate("document.documentElement.outerHTML")
     proxy.shutdown()
     proxy.server_close()
     # Chromium itself may ask for its own servers; the page is a file, so whatever it asked for would be there too.

@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,14 @@ from mlflow import MlflowClient
 from adaconv.tracking.mlflow_tracker import close_run, open_run
 from adaconv.tracking.registry import register
 from adaconv.tracking.results import keep_results
+from tests import browser
 from tests.helpers import save_checkpoint
 from tests.servers import MlflowServer
-from tests.tracking.browser import CHROMIUM, page_text, screenshot
 from tests.tracking.grids import grid_of
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+    pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on this machine"),
 ]
 
 
@@ -39,8 +38,8 @@ def seen(tmp_path_factory):
             config_yaml="train: {learning_rate: 1e-3}\n",
             spool_directory=root / "run-1" / "spool",
         )
-        for step in range(1, 41):
-            tracker.metrics({"train/loss": 3 / step, "system/cpu_utilization_percentage": 50.0 + step}, step=step)
+        for step in range(41):
+            tracker.metrics({"train/loss": 3 / (step + 1), "train/style_loss": 2.0 - step / 40}, step=step)
             if step % 10 == 0:
                 tracker.image("samples/grid", grid_of(2, 2, side=32, step=step), step=step)
         _, uri = save_checkpoint(root / "run-1" / "checkpoints", 40, **tracker.reference())
@@ -49,37 +48,57 @@ def seen(tmp_path_factory):
         keep_results(tracker, checkpoints=str(root / "run-1" / "checkpoints"))
         register(uri, name="adaconv", alias="champion", reason="the sharpest so far", tracking_uri=server.uri)
         experiment = MlflowClient(server.uri).get_run(tracker.run_id).info.experiment_id
-        yield root, server.uri, f"{server.uri}/#/experiments/{experiment}/runs/{tracker.run_id}"
+        yield server.uri, f"{server.uri}/#/experiments/{experiment}/runs/{tracker.run_id}"
     finally:
         server.kill()
 
 
-def look(root: Path, name: str, url: str) -> str:
-    shot, text = screenshot(url, root / f"{name}.png"), page_text(url)
-    if folder := os.environ.get("ADACONV_SCREENSHOTS"):
-        shutil.copy(shot, Path(folder) / f"{name}.png")
-        (Path(folder) / f"{name}.html").write_text(text)
-    return text
+def look(name: str, url: str, *conditions: str) -> None:
+    """Open a page and wait until all the conditions, of JavaScript, hold."""
+    with browser.page(window=(1400, 1500)) as shown:
+        shown.open(url)
+        wait_for(shown, name, *conditions)
 
 
-def test_the_run_page_shows_curves_and_the_slider_of_grids(seen):
-    root, _, run = seen
-    text = look(root, "run-metrics", f"{run}/model-metrics")
-    assert "train/loss" in text
-    assert "samples/grid" in text
-    assert "Step" in text or 'role="slider"' in text
-    assert "plotly" in text  # the curves' own library has drawn
+def wait_for(shown: browser.Page, name: str, *conditions: str) -> None:
+    try:
+        for condition in conditions:
+            shown.wait_for(condition)
+    finally:
+        if folder := os.environ.get("ADACONV_SCREENSHOTS"):
+            shown.screenshot(Path(folder) / f"{name}.png")
+            (Path(folder) / f"{name}.html").write_text(shown.evaluate("document.documentElement.outerHTML"))
+
+
+READS = "document.body.innerText.includes({!r})".format
+
+
+def test_the_run_page_shows_curves(seen):
+    _, run = seen
+    curves = "document.querySelectorAll('.js-plotly-plot .scatterlayer .js-line').length >= 2"
+    look("run-metrics", f"{run}/model-metrics", READS("train/loss"), READS("train/style_loss"), curves)
+
+
+def test_the_run_page_shows_a_grid_for_each_step_of_the_slider(seen):
+    _, run = seen
+    grids = "[...document.images].filter(one => /get-artifact|^blob:/.test(one.src) && one.naturalWidth > 0)"
+    with browser.page(window=(1400, 1500)) as shown:
+        shown.open(f"{run}/model-metrics")
+        wait_for(shown, "run-grid-0", READS("samples/grid"), f"{grids}.length")
+        first = shown.evaluate(f"{grids}[0].src")
+        shown.evaluate("document.querySelector('[role=slider]').focus()")
+        shown.press("ArrowRight")
+        wait_for(shown, "run-grid-1", f"{grids}[0]?.src && {grids}[0].src != {first!r}")
+        assert shown.evaluate("document.querySelector('[role=slider]').getAttribute('aria-valuenow')") == "10"
 
 
 def test_the_run_page_shows_what_it_came_from(seen):
-    root, _, run = seen
-    text = look(root, "run-overview", run)
-    for words in ("Finished", "train.learning_rate", "run-1", "content", "git.commit"):
-        assert words in text, words
+    _, run = seen
+    words = ("Finished", "train.learning_rate", "run-1", "content", "git.commit")
+    look("run-overview", run, *map(READS, words))
 
 
 def test_the_model_page_shows_card_and_alias(seen):
-    root, uri, _ = seen
-    text = look(root, "model-version", f"{uri}/#/models/adaconv/versions/1")
-    for words in ("champion", "the sharpest so far", "Licences", "US 12,340,440 B2", "train/loss"):
-        assert words in text, words
+    uri, _ = seen
+    words = ("champion", "the sharpest so far", "Licences", "US 12,340,440 B2", "train/loss")
+    look("model-version", f"{uri}/#/models/adaconv/versions/1", *map(READS, words))
