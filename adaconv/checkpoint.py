@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from adaconv import storage
 from adaconv.errors import CheckpointError
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import StyleTransferNet, build_network
+from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def save(
         data: kept as `data.json`.
         meta: further keys of `meta.json`, such as the tracking run and `metrics`, which `keep` compares.
     """
-    with tempfile.TemporaryDirectory(prefix="adaconv-checkpoint-") as scratch:
-        aside = Path(scratch) / name_of(step)
+    with scratch_folder("checkpoint") as scratch:
+        aside = scratch / name_of(step)
         aside.mkdir()
         save_file(dict(weights), aside / "model.safetensors", metadata={"format": "pt"})
         described = {"format": FORMAT, "step": step, "encoder_fingerprint": encoder_fingerprint, **settings}

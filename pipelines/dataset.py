@@ -13,10 +13,8 @@ Each takes --help, --config and --dry-run as every pipeline does.
 
 import logging
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaconv import cli
@@ -40,11 +38,12 @@ def append(config: AppendConfig) -> dict[str, Any]:
     from adaconv.data.manifest import open_version
     from adaconv.data.sources import iter_images
     from adaconv.orchestration.cluster import connect
+    from adaconv.scratch import scratch_folder
 
     parent = open_version(config.dataset)
     config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
-    with tempfile.TemporaryDirectory(prefix="adaconv-listing-") as scratch:
-        listing = spill_listing(iter_images(config.source), Path(scratch))
+    with scratch_folder("listing") as scratch:
+        listing = spill_listing(iter_images(config.source), scratch)
         finished = finished_version(parent.root, listing.build(parent.recipe, parent.version))
         if finished:
             log.info("nothing to do: these images are in version %s", finished.version)

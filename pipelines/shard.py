@@ -7,9 +7,7 @@ The same images and recipe give the same bytes. The same command again goes on w
 
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from adaconv import cli
@@ -37,13 +35,14 @@ def execute(config: ShardConfig) -> dict[str, Any]:
     from adaconv.data.ingest import recipe_of
     from adaconv.data.sources import iter_images
     from adaconv.orchestration.cluster import connect
+    from adaconv.scratch import scratch_folder
 
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
     absolute = {"output": storage.absolute(config.output), "source": tuple(map(storage.absolute, config.source))}
     config = config.model_copy(update=absolute)
-    with tempfile.TemporaryDirectory(prefix="adaconv-listing-") as scratch:
-        listing = spill_listing(iter_images(config.source), Path(scratch))
+    with scratch_folder("listing") as scratch:
+        listing = spill_listing(iter_images(config.source), scratch)
         log.info("%d images, %.1f MB in %s", listing.images, listing.bytes / 1e6, ", ".join(config.source))
         finished = finished_version(config.output, listing.build(recipe_of(config.shard), None))
         if finished:

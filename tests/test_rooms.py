@@ -17,11 +17,13 @@ FORBIDDEN = {
     "images": {"ray", "mlflow", "webdataset", "pydantic", "adaconv.!errors"},
     "storage": {"torch", "ray", "mlflow", "adaconv.!errors"},
     "model": {"ray", "mlflow", "webdataset", "pydantic", "fsspec", "pyarrow", "adaconv.!errors,model,download"},
-    "data": {"ray", "mlflow", "adaconv.!data,images,storage,errors,progress,config"},
+    "scratch": {"torch", "ray", "mlflow", "adaconv.!"},
+    "allocator": {"torch", "ray", "mlflow", "adaconv.!"},
+    "data": {"ray", "mlflow", "adaconv.!data,images,storage,errors,progress,config,scratch"},
     "training": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "checkpoint": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "stylize": {"ray", "mlflow", "webdataset", "pydantic"},
-    "tracking": {"ray", "webdataset", "adaconv.!tracking,checkpoint,storage,errors,images,stylize"},
+    "tracking": {"ray", "webdataset", "adaconv.!tracking,checkpoint,storage,errors,images,stylize,scratch"},
     "orchestration": {"mlflow"},
 }
 # Only these rooms may name these libraries.

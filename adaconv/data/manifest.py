@@ -15,11 +15,9 @@ import contextlib
 import hashlib
 import io
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
@@ -27,6 +25,7 @@ import pyarrow.parquet as pq
 
 from adaconv import storage
 from adaconv.errors import DatasetError, UsageError
+from adaconv.scratch import scratch_folder
 
 SCHEMA_NUMBER = 2
 HEADER_BYTES = 512  # of a member of a tar
@@ -246,8 +245,8 @@ def publish_version(
     """
     books = Books(shards)
     _refuse_absent(root, shards)
-    with tempfile.TemporaryDirectory(prefix="adaconv-manifest-") as scratch:
-        path = Path(scratch) / "manifest.parquet"
+    with scratch_folder("manifest") as scratch:
+        path = scratch / "manifest.parquet"
         with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
             counted = map(books.count, rows)
             while some := list(islice(counted, _ROWS_AT_ONCE)):

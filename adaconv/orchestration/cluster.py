@@ -4,14 +4,13 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from adaconv.errors import ClusterError
+from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,8 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Sockets live below this folder and their paths may have 107 characters: keep it short.
-    temp_dir = None if address else tempfile.mkdtemp(prefix="adaconv-ray-", dir="/tmp")
+    files = ExitStack()
+    temp_dir = None if address else str(files.enter_context(scratch_folder("ray", "/tmp")))
     started = time.monotonic()
     try:
         if address:
@@ -65,6 +65,7 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
             )
     except Exception as error:  # Ray raises Exception itself where a node does not come up in time
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
+        files.close()
         raise ClusterError(f"cannot connect to {where}: {error}; pipelines/doctor.py checks the cluster") from error
     try:
         resources = ray.cluster_resources()
@@ -80,8 +81,7 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        if temp_dir:
-            shutil.rmtree(temp_dir, ignore_errors=True)
+        files.close()
 
 
 def quiet_ray_data() -> None:

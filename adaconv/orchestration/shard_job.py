@@ -15,12 +15,10 @@ import hashlib
 import json
 import logging
 import resource
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -46,6 +44,7 @@ from adaconv.data.shard_writer import Ingest, read_ahead, refused_row, write_sha
 from adaconv.data.sources import Found, Layout, artist_and_style
 from adaconv.errors import QuarantineBudgetError
 from adaconv.orchestration.tasks import Teller, run_tasks
+from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +64,8 @@ def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersi
     recipe, after = recipe_of(config.shard), latest_version(config.output)
     build = listing.build(recipe, parent.version if parent else None)
     work = storage.join(config.output, "work", build)
-    with tempfile.TemporaryDirectory(prefix="adaconv-catalog-") as scratch:
-        catalog = Catalog(Path(scratch) / "catalog.sqlite")
+    with scratch_folder("catalog") as scratch:
+        catalog = Catalog(scratch / "catalog.sqlite")
         if parent:
             catalog.add_parent(parent.rows())
         memory, refused = _scan(listing, catalog, work, config, recipe)
@@ -295,8 +294,8 @@ def _publish(
 def publish_note(work: str, name: str, shard: Shard | None, rows: list[Row]) -> None:
     """Note what a task made, for the driver and for a later start."""
     described = json.dumps(asdict(shard) if shard else None).encode()
-    with tempfile.TemporaryDirectory(prefix="adaconv-note-") as scratch:
-        note = Path(scratch) / "note.parquet"
+    with scratch_folder("note") as scratch:
+        note = scratch / "note.parquet"
         pq.write_table(table_of(rows).replace_schema_metadata({b"shard": described}), note)
         storage.publish_file(note, storage.join(work, "shard", f"{name}.parquet"))
 

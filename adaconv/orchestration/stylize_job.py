@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from adaconv.images import ImageError
 from adaconv.orchestration.cluster import quiet_ray_data, require_resources
 from adaconv.orchestration.metrics import output_counter
 from adaconv.progress import Progress
+from adaconv.scratch import scratch_folder
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, read_item, sha256_of
 from adaconv.stylize.outputs import Recipe, pack_name, publish_index, slug
@@ -286,9 +286,9 @@ class _ModelActor:
 
         if self._threads:
             torch.set_num_threads(self._threads)
-        with tempfile.TemporaryDirectory(prefix="adaconv-model-") as folder:
+        with scratch_folder("model") as folder:
             for name, data in ray.get(self._files).items():
-                (Path(folder) / name).write_bytes(data)
+                (folder / name).write_bytes(data)
             return Stylizer.from_folder(
                 folder,
                 device="cuda" if self._on_gpu else "cpu",
@@ -330,8 +330,8 @@ class _PackMaker(_ModelActor):
         digest = self.stylizer.info.digest
         if item.kind == "pack":
             return StylePack.from_bytes(read_item(item), name=item.source, model_digest=digest)
-        with tempfile.TemporaryDirectory(prefix="adaconv-style-", dir=self.scratch) as folder:
-            path = local_file(item, Path(folder))
+        with scratch_folder("style", self.scratch) as folder:
+            path = local_file(item, folder)
             sha256 = sha256_of(path)
             known = StylePack({}, digest, item.source, sha256, {"side": side})
             uri = storage.join(self.output, pack_name(item.source, known.digest))
@@ -358,8 +358,8 @@ class _ContentStylizer(_ModelActor):
         made: dict[int, Made] = {}
         recipes: dict[int, Recipe] = {}
         try:
-            with tempfile.TemporaryDirectory(prefix="adaconv-content-", dir=self.scratch) as folder:
-                path = local_file(item, Path(folder))
+            with scratch_folder("content", self.scratch) as folder:
+                path = local_file(item, folder)
                 sha256 = sha256_of(path)
                 recipes = {n: r for n, style, o in pairs if (r := self._recipe(item, sha256, style, o)) is not None}
                 # What is left is part of the name: who dies after having made something has not died of the content.

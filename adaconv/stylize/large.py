@@ -4,7 +4,6 @@ PNG, TIFF, WebP and JPEG are read and written row by row where their format allo
 are held as a whole by their decoder.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +88,6 @@ def thumbnail_of(path: Path, *, side: int) -> Image.Image:
     small = vips.Image.thumbnail(str(path), side, height=side, size="down").colourspace("srgb")
     small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
     return Image.fromarray(small.cast("uchar").numpy())
-
-
-def scratch_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
-    """For rasters; gone when closed."""
-    return tempfile.TemporaryDirectory(prefix="adaconv-large-", dir=parent)
 
 
 def _vips() -> Any:

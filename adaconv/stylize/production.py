@@ -5,7 +5,6 @@ fit even so is named, never skipped.
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from adaconv import storage
 from adaconv.images import open_header, to_uint8
+from adaconv.scratch import scratch_folder
 from adaconv.stylize import large
 from adaconv.stylize.inputs import decode_picture, metadata_of
 from adaconv.stylize.outputs import Metadata, Recipe, encode, is_whole
@@ -190,8 +190,7 @@ class Production:
             picture = shrink(decode_picture(path, max_pixels=pixels_limit, keep_colours=metadata is not None), side)
             yield from self._make_whole(pixels_of(picture), metadata, wanted, batch)
             return
-        with large.scratch_folder(self._limits.scratch) as scratch:
-            folder = Path(scratch)
+        with scratch_folder("large", self._limits.scratch) as folder:
             content: Raster
             if side is None and large.reads(path):
                 content = large.unpack(path, folder / "content", keep_colours=metadata is not None)
@@ -267,10 +266,10 @@ class Production:
 
     def _seen(self, one: Wanted, uri: str) -> Made:
         """An output that is there already."""
-        with tempfile.TemporaryDirectory(prefix="adaconv-seen-", dir=self._limits.scratch) as folder:
+        with scratch_folder("seen", self._limits.scratch) as folder:
             path = Path(uri)
             if not storage.is_local(uri):
-                path = Path(folder) / storage.name_of(uri)
+                path = folder / storage.name_of(uri)
                 path.write_bytes(storage.read_bytes(uri))
             with open_header(path, max_pixels=10**10) as header:
                 size = header.size

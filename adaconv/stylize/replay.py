@@ -1,6 +1,5 @@
 """An output made again from the recipe that it carries, and compared byte for byte."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from adaconv import storage
 from adaconv.errors import UsageError
+from adaconv.scratch import scratch_folder
 from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, sha256_of
 from adaconv.stylize.outputs import Recipe, pack_name, read_recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted
@@ -61,11 +61,11 @@ def replay(
             f"--replay {uri}: expected model {recipe.model_digest[:12]}, found {stylizer.info.digest[:12]} at "
             f"{model or recipe.model}; give the right one as --model"
         )
-    with tempfile.TemporaryDirectory(prefix="adaconv-replay-") as scratch:
-        path = _find(content, recipe.content, recipe.content_sha256, Path(scratch) / "content", "--content")
-        pack = _pack(uri, recipe, options, style, stylizer, Path(scratch) / "style")
-        limits = Limits(tile=recipe.made.get("tile"), max_megapixels=1e6, scratch=Path(scratch))
-        root = Path(scratch) / "made"
+    with scratch_folder("replay") as scratch:
+        path = _find(content, recipe.content, recipe.content_sha256, scratch / "content", "--content")
+        pack = _pack(uri, recipe, options, style, stylizer, scratch / "style")
+        limits = Limits(tile=recipe.made.get("tile"), max_megapixels=1e6, scratch=scratch)
+        root = scratch / "made"
         (made,) = Production(lambda: stylizer, str(root), limits).make(path, [Wanted(0, recipe, lambda: pack)])
         if made.state != "done":
             raise UsageError(f"--replay {uri}: {made.reason}")

@@ -7,7 +7,6 @@ twice. On disk lie two maps at a time, at most 96 float32 bytes a pixel of the p
 """
 
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from adaconv.errors import UsageError
 from adaconv.model.network import STRIDE, StyleTransferNet, padded_side, reflected
+from adaconv.scratch import scratch_folder
 from adaconv.stylize.layers import (
     Filter,
     Layer,
@@ -124,7 +124,7 @@ class Tiler:
         """
         frame = PaddedFrame(picture, smallest_map=self._network.transfer.smallest_map, device=self._device)
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adaconv-tiles-", dir=self._scratch)))
+            folder = stack.enter_context(scratch_folder("tiles", self._scratch))
             features, moments = self._keep(self._encoder, frame, folder / "features", frame)
             stack.callback(_close, features)
             applied = regions(moments)

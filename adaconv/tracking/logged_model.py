@@ -10,7 +10,6 @@ import importlib.metadata
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ import adaconv
 from adaconv import checkpoint
 from adaconv.checkpoint import ModelInfo, load_network
 from adaconv.images import encode_jpeg
+from adaconv.scratch import scratch_folder
 from adaconv.tracking import model_card
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def log_model(client: MlflowClient, run: Run, folder: Path, *, checkpoint_uri: s
     tags = {_DIGEST_TAG: info.digest, _CHECKPOINT_TAG: checkpoint_uri, "adaconv.step": str(info.step)}
     if roles:
         tags[_ROLES_TAG] = roles
-    with tempfile.TemporaryDirectory(prefix="adaconv-model-") as scratch, _patient():
+    with scratch_folder("model") as scratch, _patient():
         made = client.create_logged_model(
             run.info.experiment_id,
             name=f"step-{info.step:08d}",
@@ -68,7 +68,7 @@ def log_model(client: MlflowClient, run: Run, folder: Path, *, checkpoint_uri: s
             params={name: f"{value:.6g}" for name, value in metrics.items()},
             model_type="style transfer",
         )
-        target = Path(scratch) / "model"
+        target = scratch / "model"
         _save(client, run, folder, target, made, info, metrics, checkpoint_uri)
         client.log_model_artifacts(made.model_id, str(target))
     ready = client.finalize_logged_model(made.model_id, "READY")
@@ -111,7 +111,7 @@ def give_roles(client: MlflowClient, run: Run, roles: dict[str, str]) -> list[st
 
 def card_of(client: MlflowClient, model: LoggedModel) -> str:
     """Its card, as long as a description in the registry may be."""
-    with tempfile.TemporaryDirectory(prefix="adaconv-card-") as scratch:
+    with scratch_folder("card") as scratch:
         repository = get_artifact_repository(model.artifact_location)
         card = Path(repository.download_artifacts("MODEL_CARD.md", scratch)).read_text(encoding="utf-8")
     return model_card.as_description(card, _LONGEST_DESCRIPTION)
@@ -126,7 +126,7 @@ def newest_grid(client: MlflowClient, run_id: str, *, up_to_step: int) -> Image.
             found.append((int(rest.partition("+")[0]), artifact.path))
     if not found:
         return None
-    with tempfile.TemporaryDirectory(prefix="adaconv-grid-") as scratch:
+    with scratch_folder("grid") as scratch:
         path = client.download_artifacts(run_id, max(found)[1], scratch)
         return Image.open(path).convert("RGB")
 

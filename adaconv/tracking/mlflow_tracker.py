@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import threading
 import time
 import uuid
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adaconv.errors import TrackingError
+from adaconv.scratch import scratch_folder
 from adaconv.tracking import provenance
 from adaconv.tracking.runs import (
     ALIVE_TAG,
@@ -347,12 +347,12 @@ class MlflowTracker:
         if self._logged.has_image(key, record.step) or not file.exists():
             return
         name = f"{key.replace('/', '~')}+step+{record.step}+timestamp+{record.timestamp_ms}+{file.stem}"
-        with tempfile.TemporaryDirectory(prefix="adaconv-image-") as scratch, Image.open(file) as image:
+        with scratch_folder("image") as scratch, Image.open(file) as image:
             small = image.copy()
             small.thumbnail((_UI_SIDE, _UI_SIDE))
-            small.save(Path(scratch) / f"{name}+compressed.webp")
-            client.log_artifact(run_id, str(Path(scratch) / f"{name}+compressed.webp"), "images")
-            whole = Path(scratch) / f"{name}.png"
+            small.save(scratch / f"{name}+compressed.webp")
+            client.log_artifact(run_id, str(scratch / f"{name}+compressed.webp"), "images")
+            whole = scratch / f"{name}.png"
             whole.write_bytes(file.read_bytes())
             client.log_artifact(run_id, str(whole), "images")  # last: it says that the step is there
         client.set_tag(run_id, "mlflow.loggedImages", "True")  # MLflow's pages look for images only with it
@@ -412,7 +412,7 @@ def logged_checkpoints(client: MlflowClient, run_id: str) -> list[dict[str, Any]
     """Every checkpoint that a run told of: step, uri, time_ms; retention may have removed it since."""
     if CHECKPOINTS_FILE not in {artifact.path for artifact in client.list_artifacts(run_id)}:
         return []
-    with tempfile.TemporaryDirectory(prefix="adaconv-checkpoints-") as scratch:
+    with scratch_folder("checkpoints") as scratch:
         found: list[dict[str, Any]] = json.loads(
             Path(client.download_artifacts(run_id, CHECKPOINTS_FILE, scratch)).read_text()
         )

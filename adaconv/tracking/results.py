@@ -1,7 +1,6 @@
 """What is made of a run when it has ended: its page, and models of its last and best checkpoints."""
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from adaconv import checkpoint, storage
 from adaconv.errors import AdaConvError, TrackingError
+from adaconv.scratch import scratch_folder
 from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
@@ -60,8 +60,8 @@ def keep_page(client: MlflowClient, run: Run, *, local: Path | None = None) -> s
     page = time_machine.render(client, [run])
     if page is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="adaconv-page-") as scratch:
-        folder = local or Path(scratch)
+    with scratch_folder("page") as scratch:
+        folder = local or scratch
         storage.publish_bytes(str(folder / time_machine.PAGE_FILE), page.encode())
         client.log_artifact(run.info.run_id, str(folder / time_machine.PAGE_FILE))
     return str(folder / time_machine.PAGE_FILE) if local else None

@@ -9,7 +9,6 @@ import html
 import io
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from mlflow.entities import Run
 from PIL import Image
 
 from adaconv import storage
+from adaconv.scratch import scratch_folder
 from adaconv.tracking.mlflow_tracker import logged_checkpoints
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def render(client: MlflowClient, runs: Sequence[Run], *, max_bytes: int = _MAX_B
 
 
 def _data_of(client: MlflowClient, run: Run, max_bytes: int) -> dict[str, Any] | None:
-    with tempfile.TemporaryDirectory(prefix="adaconv-page-") as scratch:
-        grids = _grids(client, run, Path(scratch))
+    with scratch_folder("page") as scratch:
+        grids = _grids(client, run, scratch)
         if not grids:
             return None
         side = int(run.data.params.get("data.crop", "0"))

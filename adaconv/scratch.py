@@ -1,0 +1,55 @@
+"""Folders for the time of a piece of work. What a killed process left of its own, the next one removes."""
+
+import contextlib
+import fcntl
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SWEEP_SECONDS = 60
+_swept: dict[Path, float] = {}
+
+
+@contextmanager
+def scratch_folder(what: str, parent: str | Path | None = None) -> Iterator[Path]:
+    """An empty folder, gone when the block is left.
+
+    A lock beside it is held as long as its process lives, however that ends: a worker that ran out of memory among its
+    tiles leaves gigabytes.
+
+    Args:
+        what: it is for; part of its name.
+        parent: None: the system's temporary folder.
+    """
+    within = Path(parent or tempfile.gettempdir())
+    _sweep(within)
+    folder = Path(tempfile.mkdtemp(prefix=f"adaconv-{what}-", dir=within))
+    lock = _lock_of(folder)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _sweep(within: Path) -> None:
+    """Remove folders whose process is gone; now and then, for the temporary folder may hold many files."""
+    if time.monotonic() - _swept.get(within, -_SWEEP_SECONDS) < _SWEEP_SECONDS:
+        return
+    _swept[within] = time.monotonic()
+    for lock in within.glob("adaconv-*.lock"):
+        with contextlib.suppress(OSError), lock.open() as held:  # another user's, or just removed
+            if time.time() - lock.stat().st_mtime < _SWEEP_SECONDS:
+                continue  # just made, perhaps not yet held
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
