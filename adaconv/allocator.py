@@ -33,6 +33,16 @@ def keep() -> None:
             libc.mallopt(option, value)
 
 
+def give_back() -> None:
+    """Let the system have what is free now; nothing where the C library is not glibc.
+
+    What is free lies in pieces among what is not, and pieces of the wrong size are not used again: what a process takes
+    grows with what it took before.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def environment() -> dict[str, str]:
     """What a process must find in its environment when it starts, to keep the most memory that it ever used.
 

@@ -1,5 +1,7 @@
 """A PNG of any size to a stylized PNG, with the peak of memory: does it grow with the picture?
 
+Memory is what the process has and the system cannot take back: without pages of files, which are read anew when needed.
+
 python bench/stylize_large.py --side 2048 --max-memory-gb 0.6 --small      2048² and 8192², a narrow network
 python bench/stylize_large.py --side 8192 --growth 1 --max-memory-gb 4     the paper's network
 """
@@ -9,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -73,10 +76,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         picture.write(window, drawn.mul(255).to(torch.uint8))
     large.pack(picture, folder / "content.png", recipe)
     picture.close()
-    began, before = time.perf_counter(), _status("VmRSS")
+    began, before = time.perf_counter(), _memory()
     limits = Limits(max_megapixels=1e6, scratch=folder)
     wanted = Wanted(0, recipe, lambda: pack)
-    (made,) = Production(lambda: stylizer, str(folder), limits).make(folder / "content.png", [wanted])
+    with _Peak() as peak:
+        (made,) = Production(lambda: stylizer, str(folder), limits).make(folder / "content.png", [wanted])
     with open_header(folder / recipe.name, max_pixels=10**12) as image:
         assert image.size == (options.side, options.side)
     return {
@@ -86,13 +90,32 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "tile": made.tile,
         "seconds": round(time.perf_counter() - began, 1),
         "memory_before_mb": round(before / 1e6),
-        "peak_mb": round(_status("VmHWM") / 1e6),
+        "peak_mb": round(peak.bytes / 1e6),
         "limit_mb": round(options.max_memory_gb * 1e3),
     }
 
 
-def _status(name: str) -> int:
-    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024
+class _Peak:
+    """The most memory that is seen while the block runs, a hundred times a second."""
+
+    def __enter__(self) -> "_Peak":
+        self.bytes, self._over = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.01):
+            self.bytes = max(self.bytes, _memory())
+
+
+def _memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

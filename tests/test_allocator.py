@@ -61,3 +61,26 @@ def test_other_c_libraries_are_left_as_they_are(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         assert allocator.environment() == {}
     assert "no glibc" in caplog.text
+
+
+_GROWN = """
+import os
+from adaconv import allocator
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+allocator.keep()
+blocks = [b"x" * (1 << 20) for _ in range(200)]
+del blocks[::2]  # holes between what stays
+before = held()
+allocator.give_back()
+print(before - held())
+"""
+
+
+@pytest.mark.skipif(not allocator.environment(), reason="the C library is not glibc")
+def test_what_is_free_goes_back_when_asked():
+    done = subprocess.run([sys.executable, "-c", _GROWN], capture_output=True, check=True, text=True)
+    assert int(done.stdout) > 90 << 20

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adaconv import allocator
 from adaconv.errors import UsageError
 from adaconv.model.network import STRIDE, StyleTransferNet, padded_side, reflected
 from adaconv.scratch import scratch_folder
@@ -192,6 +193,8 @@ class Tiler:
         side = max(height, width) if self._side is None else max(1, self._side * height // frame.height)
         for window in tiles(height, width, side):
             sink(window, run(layers, source, window))
+            if self._side is not None:
+                allocator.give_back()  # tiles of other sizes would not use it again
 
     @staticmethod
     def _sink(picture: Raster, write: Callable[[Window, Tensor], None]) -> Callable[[Window, Tensor], None]:
