@@ -193,7 +193,7 @@ def _walk_zip(root: str, source: str, flag: str) -> Iterator[Found]:
     try:
         with storage.open_binary(root) as file, zipfile.ZipFile(file) as archive:
             members = [m for m in archive.infolist() if not m.is_dir()]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, IndexError, ValueError, struct.error) as error:
         raise UsageError(
             f"{flag} {source}: expected a zip archive, found a damaged one ({error}); download it again"
         ) from None
@@ -210,7 +210,8 @@ def _read_member(found: Found, member: Member) -> bytes:
     if member.flags & _ENCRYPTED:
         raise ImageError("encrypted_member", "the archive's member is encrypted")
     # The local header repeats the name and may have other extra fields than the directory: only their lengths count.
-    header = storage.read_range(found.uri, member.header_offset, _LOCAL_HEADER.size)
+    here = member.header_offset >= 0
+    header = storage.read_range(found.uri, member.header_offset, _LOCAL_HEADER.size) if here else b""
     if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
         raise ImageError("deflate_error", "no member starts where the archive's directory says")
     *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)

@@ -4,6 +4,7 @@ import os
 import random
 import tracemalloc
 import zipfile
+from collections import Counter
 
 import pytest
 
@@ -94,6 +95,35 @@ def test_members_that_cannot_be_read_are_named(tmp_path):
         "empty.jpg": 0,
         "gone.jpg": "deflate_error",
     }
+
+
+def test_a_damaged_archive_is_refused_or_its_members_are(tmp_path):
+    """Bytes of its directory are overwritten, or its end is missing, 600 times."""
+    draw = random.Random(0)
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(f"d/{number}.jpg", draw.randbytes(50) + bytes(300))
+    data = whole.read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    answers = Counter()
+    for number in range(600):
+        changed = bytearray(data)
+        for _ in range(draw.choice((1, 1, 2, 4))):
+            changed[draw.randrange(directory, len(data))] = draw.choice((0, 255, draw.randrange(256)))
+        if number % 5 == 0:
+            del changed[draw.randrange(len(data)) :]
+        (tmp_path / "a.zip").write_bytes(changed)
+        try:
+            for found in iter_images((str(tmp_path / "a.zip"),)):
+                try:
+                    read_found(found)
+                    answers["read"] += 1
+                except ImageError as error:
+                    answers[error.reason] += 1
+        except UsageError:
+            answers["refused"] += 1
+    assert set(answers) >= {"read", "refused", "crc_mismatch", "deflate_error", "unknown_compression"}
 
 
 def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
