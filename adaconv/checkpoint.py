@@ -29,14 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaconv import storage
-from adaconv.errors import CheckpointError
+from adaconv.errors import CheckpointError, UsageError
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import StyleTransferNet, build_network
 from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 BEST_BY = "probe/loss"  # a function of the weights alone, where a batch's loss would choose by luck
 _PREFIX = "step-"
 
@@ -83,7 +83,7 @@ def save(
         aside.mkdir()
         save_file(dict(weights), aside / "model.safetensors", metadata={"format": "pt"})
         described = {"format": FORMAT, "step": step, "encoder_fingerprint": encoder_fingerprint, **settings}
-        _write_json(aside / "model.json", described)
+        _write_json(aside / "model.json", {**described, "weights_sha256": _sha256(aside / "model.safetensors")})
         torch.save(dict(trainer), aside / "trainer.pt")
         _write_json(aside / "data.json", data)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(aside.iterdir())}
@@ -195,7 +195,8 @@ def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:
         the network, in eval mode on the CPU, and what it is.
 
     Raises:
-        CheckpointError: a file is missing, is no safetensors file, or does not fit the configuration beside it.
+        CheckpointError: a file is missing, is no safetensors file, is not what was saved, or does not fit the
+            configuration beside it.
     """
     folder = Path(folder)
     weights = folder / "model.safetensors"
@@ -205,19 +206,25 @@ def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:
     described = _read_json(folder / "model.json")
     if described.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: expected model format {FORMAT}, found {described.get('format')}")
-    network = build_network(encoder=VGGEncoder(widths=tuple(described["encoder_widths"])), **described["model"])
+    digest = _sha256(weights)
+    if described.get("weights_sha256") != digest:
+        raise CheckpointError(f"{weights} is not the file that was saved (its sha256 differs from model.json's)")
+    try:
+        network = build_network(encoder=VGGEncoder(widths=tuple(described["encoder_widths"])), **described["model"])
+        info = ModelInfo(
+            digest=digest,
+            settings={"model": described["model"], "encoder_widths": described["encoder_widths"]},
+            encoder_fingerprint=described["encoder_fingerprint"],
+            step=described["step"],
+        )
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise CheckpointError(f"{folder}: model.json does not describe a model: {error}") from error
     try:
         network.load_state_dict(load_file(weights))
     except SafetensorError as error:
         raise CheckpointError(f"{weights} is not a safetensors file: {error}") from error
     except RuntimeError as error:
         raise CheckpointError(f"{weights} does not hold the network that model.json describes: {error}") from error
-    info = ModelInfo(
-        digest=_sha256(weights),
-        settings={"model": described["model"], "encoder_widths": described["encoder_widths"]},
-        encoder_fingerprint=described["encoder_fingerprint"],
-        step=described["step"],
-    )
     return network.eval(), info
 
 
@@ -250,6 +257,8 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values

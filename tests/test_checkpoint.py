@@ -1,4 +1,7 @@
+import contextlib
+import hashlib
 import json
+import random
 
 import pytest
 import torch
@@ -59,14 +62,36 @@ def test_other_formats_and_networks_are_refused(tmp_path):
     path = tmp_path / "step-00000007" / "model.json"
     described = json.loads(path.read_text())
     path.write_text(json.dumps({**described, "format": 99}))
-    with pytest.raises(CheckpointError, match="expected model format 2, found 99"):
+    with pytest.raises(CheckpointError, match="expected model format 3, found 99"):
         checkpoint.load_network(uri)
     path.write_text(json.dumps({**described, "model": {**TINY_MODEL, "descriptor_channels": 9}}))
     with pytest.raises(CheckpointError, match="does not hold the network"):
         checkpoint.load_network(uri)
-    (tmp_path / "step-00000007" / "model.safetensors").write_bytes(b"nonsense")
+    weights = tmp_path / "step-00000007" / "model.safetensors"
+    weights.write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="is not the file that was saved"):
+        checkpoint.load_network(uri)
+    path.write_text(json.dumps({**described, "weights_sha256": hashlib.sha256(b"nonsense").hexdigest()}))
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
         checkpoint.load_network(uri)
+
+
+def test_a_model_whose_bytes_changed_is_refused_and_nothing_else_is_raised(tmp_path):
+    """A registered model has no meta.json beside it."""
+    _, uri = save_checkpoint(tmp_path)
+    draw = random.Random(0)
+    for name in ("model.json", "model.safetensors"):
+        path = tmp_path / "step-00000007" / name
+        whole = path.read_bytes()
+        for _ in range(60):
+            changed = bytearray(whole)
+            changed[draw.randrange(len(whole))] ^= draw.randrange(1, 256)
+            path.write_bytes(changed)
+            # A byte of model.json that says nothing of the network, such as one of its step, may change unheard.
+            with contextlib.suppress(CheckpointError) if name == "model.json" else pytest.raises(CheckpointError):
+                checkpoint.load_network(uri)
+        path.write_bytes(whole)
+    checkpoint.load_network(uri)
 
 
 @pytest.mark.parametrize(

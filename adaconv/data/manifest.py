@@ -107,14 +107,20 @@ class DatasetVersion:
     def _manifest_file(self, *, whole: bool) -> Iterator[BinaryIO]:
         uri = manifest_uri(self.root, self.version)
         try:
-            with io.BytesIO(storage.read_bytes(uri)) if whole else storage.open_binary(uri) as file:
+            with self._checked(uri) if whole else storage.open_binary(uri) as file:
                 yield file
         except FileNotFoundError:
             raise DatasetError(f"expected the manifest {uri}, found none there; {_MEND}") from None
-        except (pa.ArrowException, OSError) as error:  # pyarrow tells damage of compressed pages as an OSError
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow tells damaged pages as an OSError
             if isinstance(error, ConnectionError):
                 raise
             raise DatasetError(f"{uri}: expected a Parquet file, found damage ({error}); {_MEND}") from error
+
+    def _checked(self, uri: str) -> BinaryIO:
+        data = storage.read_bytes(uri)
+        if hashlib.sha256(data).hexdigest() != self.manifest_sha256:
+            raise DatasetError(f"{uri} is not the manifest that was written (its sha256 differs); {_MEND}")
+        return io.BytesIO(data)
 
     def shard_uri(self, name: str) -> str:
         return storage.join(self.root, "shards", name)

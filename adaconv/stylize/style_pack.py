@@ -14,7 +14,7 @@ from adaconv.errors import UsageError
 from adaconv.model.network import StyleCode
 from adaconv.stylize.blend import mix
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class StylePack:
             "thumbnail": base64.b64encode(self.thumbnail).decode(),
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.code.items()}
+        described["code_sha256"] = _sha256_of(tensors)
         data: bytes = save(tensors, metadata={"style_pack": json.dumps(described, sort_keys=True)})
         return data
 
@@ -89,6 +90,8 @@ class StylePack:
                 raise UsageError(
                     f"{name}: expected style pack format {FORMAT}, found {described['format']}; make the pack again"
                 )
+            if described["code_sha256"] != _sha256_of(code):
+                raise UsageError(f"{name}: its bytes are not those that were written; make the pack again")
             pack = cls(
                 code,
                 described["model_digest"],
@@ -101,6 +104,13 @@ class StylePack:
             raise UsageError(f"{name} is not a style pack: {error}") from error
         pack.require_model(model_digest, name=name)
         return pack
+
+
+def _sha256_of(tensors: StyleCode) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def mix_packs(packs: Sequence[StylePack], weights: Sequence[float] | None = None) -> StylePack:

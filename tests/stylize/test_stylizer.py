@@ -91,6 +91,16 @@ def test_a_pack_of_another_model_is_refused_by_name(stylizer, tmp_path):
         StylePack.from_bytes(pack.to_bytes(), name="monet-pack", model_digest=stylizer.info.digest)
 
 
+def test_a_pack_whose_bytes_changed_is_refused(stylizer):
+    data = stylizer.style_pack(picture(32, 32)).to_bytes()
+    code = data[8 + int.from_bytes(data[:8], "little") :]
+    for place in range(len(data) - len(code), len(data), max(1, len(code) // 50)):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        with pytest.raises(UsageError, match="not those that were written"):
+            StylePack.from_bytes(bytes(changed), name="monet", model_digest=stylizer.info.digest)
+
+
 @pytest.mark.parametrize("data", [b"", b"nonsense" * 9, save({"x": torch.ones(1)})])
 def test_other_files_are_no_packs(data):
     with pytest.raises(UsageError, match="x is not a style pack"):
