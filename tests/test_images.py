@@ -38,6 +38,17 @@ def test_a_bomb_is_refused_from_its_header_alone(monkeypatch):
     assert raised.value.reason == "too_many_pixels"
 
 
+def test_a_picture_may_be_as_large_as_the_caller_says():
+    """Beyond Pillow's own limit of 179 megapixels, which stays what it was."""
+    large = png(Image.new("1", (20_000, 10_000)))
+    limit = Image.MAX_IMAGE_PIXELS
+    with open_header(large, max_pixels=10**9) as image:
+        assert image.size == (20_000, 10_000)
+    assert limit == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ImageError, match="20000x10000 exceeds 40000000 pixels"):
+        open_header(large)
+
+
 def test_formats_with_risky_decoders_are_not_recognised():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "EPS")

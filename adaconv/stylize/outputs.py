@@ -26,6 +26,7 @@ from PIL import Image, PngImagePlugin
 
 from adaconv import storage
 from adaconv.errors import UsageError
+from adaconv.images import ImageError, open_header
 
 Format = Literal["png", "jpeg", "webp", "tiff"]
 
@@ -168,13 +169,16 @@ def read_recipe(data: bytes, *, name: str = "the file") -> Recipe | None:
     """The recipe of an output; None where the picture carries none.
 
     Raises:
-        UsageError: what it carries cannot be read.
+        UsageError: it is no picture, or what it carries cannot be read.
     """
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "TIFF")) as image:
-        text = getattr(image, "text", {}).get(RECIPE_KEY)
-        xmp = image.info.get("xmp") or getattr(image, "tag_v2", {}).get(_XMP_TAG) or b""
+    try:
+        with open_header(data, max_pixels=10**12) as image:
+            text = image.info.get(RECIPE_KEY)
+            xmp = image.info.get("xmp") or getattr(image, "tag_v2", {}).get(_XMP_TAG) or b""
+    except (ImageError, OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{name}: expected a picture, found damage: {error}") from None
     if text is None and (found := re.search(rb'adaconv:recipe="([^"]*)"', xmp)):
-        text = html.unescape(found[1].decode())
+        text = html.unescape(found[1].decode(errors="replace"))
     return Recipe.from_json(text, name=name) if text else None
 
 

@@ -1,4 +1,6 @@
+import contextlib
 import io
+import random
 import re
 from dataclasses import replace
 
@@ -6,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageCms
 
+from adaconv.errors import UsageError
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.outputs import INDEX, Metadata, Recipe, encode, is_whole, publish_index, read_recipe, slug
 from adaconv.stylize.pictures import thumbnail
@@ -119,3 +122,18 @@ def test_a_gallery_is_one_file_that_escapes_what_it_shows():
     assert "\\u003ci>" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "{{columns}}" not in page
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+def test_a_damaged_output_is_no_surprise(kind):
+    """Bytes are overwritten, or the end is missing: a recipe, none, or one kind of error."""
+    data = encode(Image.effect_noise((20, 10), 50).convert("RGB"), replace(RECIPE, options={"format": kind}))
+    draw = random.Random(0)
+    for number in range(200):
+        changed = bytearray(data)
+        for _ in range(draw.choice((1, 1, 3))):
+            changed[draw.randrange(len(data))] = draw.choice((0, 255, draw.randrange(256)))
+        if number % 5 == 0:
+            del changed[draw.randrange(len(data)) :]
+        with contextlib.suppress(UsageError):
+            assert isinstance(read_recipe(bytes(changed)), Recipe | None)
