@@ -59,7 +59,7 @@ def open_header(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 @contextlib.contextmanager
 def _no_limit() -> Iterator[None]:
-    """Pillow's own limit of 179 megapixels, a global of the process, gives way to the caller's; and it does not warn."""
+    """Pillow's own limit of 179 megapixels, a global of the process, gives way to the caller's; it does not warn."""
     with _PILLOWS_LIMIT, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged EXIF and the like
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
