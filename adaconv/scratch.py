@@ -29,7 +29,8 @@ def scratch_folder(what: str, parent: str | Path | None = None) -> Iterator[Path
     folder = Path(tempfile.mkdtemp(prefix=f"adaconv-{what}-", dir=within))
     lock = _lock_of(folder)
     with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems have no locks: nothing is swept there
+            fcntl.flock(held, fcntl.LOCK_EX)
         try:
             yield folder
         finally:
