@@ -224,7 +224,8 @@ def test_the_best_checkpoint_stays(content_version, style_version, tmp_path):
         tracker=tracker,
         checkpoint__every_steps=1,
         checkpoint__keep_last=1,
-        train__learning_rate=0.3,  # so large that it gets worse
+        train__learning_rate=1.0,  # far too large, and rising: every step is worse than the one before
+        train__warmup_steps=4,
         train__clip_norm=None,
     )
     metas = {step: checkpoint.meta_of(uri) for step, uri in checkpoint.steps_in(str(tmp_path)).items()}
