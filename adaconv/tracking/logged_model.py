@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 
 _REQUIREMENTS = ("mlflow", "torch", "numpy", "pillow", "pandas", "safetensors", "fsspec")
 # Fewer files: each is a request, and a server with accounts takes a good part of a second for one.
-_ROOMS = {"__init__.py", "py.typed", "checkpoint.py", "errors.py", "images.py", "storage.py", "model", "stylize"}
+_ROOMS = {
+    *("__init__.py", "py.typed", "allocator.py", "checkpoint.py", "errors.py", "images.py", "scratch.py", "storage.py"),
+    *("model", "stylize"),
+}
 _DIGEST_TAG, _CHECKPOINT_TAG, _ROLES_TAG = "adaconv.digest", "adaconv.checkpoint", "adaconv.roles"
 _SHOWN_METRICS = ("train/", "probe/")
 _EXAMPLE_SIDE, _GRID_SIDE, _LONGEST_DESCRIPTION = 64, 1024, 5000

@@ -3,6 +3,9 @@
 import base64
 import io
 import re
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import mlflow
@@ -88,6 +91,21 @@ def test_a_version_says_what_it_is(trained, versions):
     assert all(pin.count("==") == 1 and "+" not in pin for pin in pins)
     assert {pin.partition("==")[0] for pin in pins} >= {"torch", "mlflow", "safetensors"}
     assert MlflowClient(uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_the_code_of_a_model_is_whole(trained, versions, tmp_path):
+    """With nothing of this project on the path but what lies in the model: -S leaves out its editable installation."""
+    code = Path(mlflow.artifacts.download_artifacts("models:/adaconv@champion/code", tracking_uri=trained[0]))
+    program = "import sys; sys.path += sys.argv[1:]; import adaconv.stylize.stylizer as s; print(s.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program, str(code), sysconfig.get_path("purelib")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(code))
 
 
 def test_a_model_takes_pixels_or_image_files_and_gives_the_same_picture(trained, versions):
