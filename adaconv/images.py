@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # sharding needs no torch, and a worker that does not import 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 40_000_000
+_PILLOWS_LIMIT = threading.Lock()
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 
@@ -67,9 +68,6 @@ def _no_limit() -> Iterator[None]:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-
-
-_PILLOWS_LIMIT = threading.Lock()
 
 
 def _start_of(data: bytes | Path) -> bytes:
