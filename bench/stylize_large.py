@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
+from adaconv import allocator
 from adaconv.checkpoint import ModelInfo
 from adaconv.images import open_header
 from adaconv.model.encoder import VGGEncoder
@@ -76,6 +77,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         picture.write(window, drawn.mul(255).to(torch.uint8))
     large.pack(picture, folder / "content.png", recipe)
     picture.close()
+    allocator.give_back()  # what drawing it left is not the job's
     began, before = time.perf_counter(), _memory()
     limits = Limits(max_megapixels=1e6, scratch=folder)
     wanted = Wanted(0, recipe, lambda: pack)
