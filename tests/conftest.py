@@ -8,6 +8,8 @@ import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels for GPUs run, slowly, on the CPU
 
 from adaconv.data.manifest import DatasetVersion
 from adaconv.data.synthetic import generate_paintings, generate_photos

@@ -3,25 +3,15 @@
 Letters: B batch, C channels, G groups, k kernel size, H W height and width, h = k // 2.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-EPS = 1e-5  # on the variance: 1e-7 on the deviation would amplify the noise of a constant channel 200 times
-
-# oneDNN's vectorised kernels want 8 channels a group; zeros that fill up 2 or 4 to 8 cost less than its plain loops.
-_CPU_GROUP_WIDTH = 8
-
-
-class AdaConvKernels(NamedTuple):
-    """Kernels of one scale. depthwise (B, C, C/G, k, k), pointwise (B, C, C/G, 1, 1), bias (B, C)."""
-
-    depthwise: Tensor
-    pointwise: Tensor
-    bias: Tensor
+from adaconv.model import gpu
+from adaconv.model.kernels import EPS, AdaConvKernels, compose, narrow, per_input, widen
 
 
 def adaptive_conv_reference(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
@@ -74,27 +64,26 @@ def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
     with torch.autocast(device, enabled=False):
         exact = torch.promote_types(x.dtype, torch.float32)
         kernels = AdaConvKernels(*(k.to(exact).expand(len(x), *k.shape[1:]) for k in kernels))
+        weight = compose(kernels, groups=groups)
+        out: Tensor
+        if gpu.adaptive_conv is not None and gpu.adaptive_conv.suits(x, weight, dtype):
+            out = gpu.adaptive_conv.adaptive_conv(x, weight, kernels.bias, dtype)
+            return out
+        if device == "cuda" and dtype.itemsize == 2:
+            dtype = torch.float32  # cuDNN's convolutions of small groups take 50 times as long in 16 bits
         if torch.compiler.is_compiling():  # or exporting
-            return _of_plain_operators(x.to(exact), kernels, groups=groups, dtype=dtype)
-        out: Tensor = _AdaptiveConv.apply(x, compose(kernels, groups=groups), kernels.bias, dtype)  # type: ignore[no-untyped-call]
+            return _of_plain_operators(x.to(exact), weight, kernels.bias, dtype=dtype)
+        out = _AdaptiveConv.apply(x, weight, kernels.bias, dtype)  # type: ignore[no-untyped-call]
     return out
 
 
-def compose(kernels: AdaConvKernels, *, groups: int) -> Tensor:
-    """One kernel that does both convolutions: (B, C, C/G, k, k)."""
-    batch, channels, per_group, size, _ = kernels.depthwise.shape
-    depthwise = kernels.depthwise.reshape(batch, groups, channels // groups, per_group * size * size)
-    pointwise = kernels.pointwise.reshape(batch, groups, channels // groups, per_group)
-    return (pointwise @ depthwise).reshape(batch, channels, per_group, size, size)
-
-
-def _of_plain_operators(x: Tensor, kernels: AdaConvKernels, *, groups: int, dtype: torch.dtype) -> Tensor:
+def _of_plain_operators(x: Tensor, weight: Tensor, bias: Tensor, *, dtype: torch.dtype) -> Tensor:
     """The same of operators that graphs have: a compiler joins normalisation and padding by itself."""
-    half = kernels.depthwise.shape[-1] // 2
+    half, groups = weight.shape[-1] // 2, weight.shape[1] // weight.shape[2]
     normal = F.instance_norm(x, eps=EPS).to(dtype)
     padded = F.pad(normal, (half,) * 4, mode="reflect").flatten(0, 1)[None]
-    weight = compose(kernels, groups=groups).flatten(0, 1).to(dtype)
-    return F.conv2d(padded, weight, kernels.bias.flatten().to(dtype), groups=len(x) * groups).view(x.shape)
+    kernels, biases = weight.flatten(0, 1).to(dtype), bias.flatten().to(dtype)
+    return F.conv2d(padded, kernels, biases, groups=len(x) * groups).view(x.shape)
 
 
 class _AdaptiveConv(torch.autograd.Function):
@@ -145,7 +134,7 @@ class _AdaptiveConv(torch.autograd.Function):
             batch * channels // wide.shape[1],
             [True, True, False],
         )
-        grad_weight = _narrow(grad_wide, weight.shape).to(weight.dtype) * scales
+        grad_weight = narrow(grad_wide, weight.shape).to(weight.dtype) * scales
 
         of_group = (batch, -1, weight.shape[2], *weight.shape[2:])  # (B, G, out of a group, in of a group, k, k)
         with_z = (weight * grad_weight).view(of_group).sum(dim=(2, 4, 5)).view(batch, channels, 1, 1)
@@ -186,33 +175,3 @@ def _mirrors(padded: Tensor, half: int) -> list[tuple[Tensor, Tensor]]:
         pairs.append((padded[..., near, :], padded[..., 2 * half - near, :]))
         pairs.append((padded[..., height - near, :], padded[..., height - 2 * half + near, :]))
     return pairs
-
-
-def per_input(scale: Tensor, weight: Tensor) -> Tensor:
-    """(B, C) of input channels -> (B, C, C/G, 1, 1), which multiplies the inputs of every output channel."""
-    batch, channels, per_group = weight.shape[:3]
-    of_group = scale.view(batch, channels // per_group, 1, per_group)
-    return of_group.expand(-1, -1, per_group, -1).reshape(batch, channels, per_group, 1, 1)
-
-
-def widen(weight: Tensor, device: torch.device) -> Tensor:
-    """(B, C, C/G, k, k) -> (B*C, wide, k, k): groups joined, with zeros between them, where that is fast."""
-    batch, channels, per_group, *size = weight.shape
-    joined = _CPU_GROUP_WIDTH // per_group
-    if device.type != "cpu" or per_group == 1 or joined < 2 or channels % _CPU_GROUP_WIDTH:
-        return weight.flatten(0, 1)
-    blocks = weight.view(-1, joined, per_group, per_group, *size)
-    wide = weight.new_zeros(len(blocks), joined, per_group, joined, per_group, *size)
-    for index in range(joined):
-        wide[:, index, :, index] = blocks[:, index]
-    return wide.view(batch * channels, _CPU_GROUP_WIDTH, *size)
-
-
-def _narrow(wide: Tensor, shape: torch.Size) -> Tensor:
-    """What `widen` put in: (B, C, C/G, k, k)."""
-    per_group, size = shape[2], shape[3:]
-    if wide.shape[1] == per_group:
-        return wide.view(shape)
-    joined = wide.shape[1] // per_group
-    blocks = wide.view(-1, joined, per_group, joined, per_group, *size)
-    return torch.stack([blocks[:, index, :, index] for index in range(joined)], dim=1).view(shape)

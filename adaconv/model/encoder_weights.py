@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from adaconv.download import DownloadError, download
 from adaconv.errors import WeightsError
-from adaconv.model.encoder import VGGEncoder
+from adaconv.model.encoder import THEN, VGGEncoder
 
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # torchvision's VGG19_Weights.IMAGENET1K_V1
 IMAGENET_SHA256 = "dcbb9e9d"  # its first digits, as torchvision publishes and checks them
@@ -219,11 +219,14 @@ def normalise_encoder(encoder: VGGEncoder, images: Iterable[Tensor]) -> None:
     batches = list(images)
     means: list[Tensor] = []
     for batch in batches:
-        for index, (_, x) in enumerate(encoder._walk(batch)):
+        x = (batch - encoder.mean) / encoder.std
+        for index, (conv, step) in enumerate(zip(encoder.convs, THEN, strict=True)):
+            x = F.relu(conv(x))
             mean = x.mean(dim=(0, 2, 3)) * (len(batch) / sum(map(len, batches)))
             if index == len(means):
                 means.append(torch.zeros_like(mean))
             means[index] += mean
+            x = F.max_pool2d(x, 2) if step == "pool" else x
     before: Tensor | None = None
     for conv, mean in zip(encoder.convs, means, strict=True):
         assert isinstance(conv, nn.Conv2d)

@@ -9,14 +9,16 @@ mixed and faded. The encoder is frozen; `transfer` is what is trained, and what 
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaconv.model.adaptive_conv import EPS, AdaConvKernels, adaptive_conv
-from adaconv.model.encoder import ReflectConv2d, VGGEncoder
+from adaconv.model import gpu
+from adaconv.model.adaptive_conv import adaptive_conv
+from adaconv.model.encoder import ReflectConv2d, Then, VGGEncoder, convolve, with_border
+from adaconv.model.kernels import EPS, AdaConvKernels
 
 StyleCode = dict[str, Tensor]
 
@@ -65,7 +67,13 @@ class StyleEncoder(nn.Module):
         height, width = (max(side, smallest) for side in features.shape[-2:])
         if (height, width) != features.shape[-2:]:
             features = F.interpolate(features, size=(height, width), mode="nearest")
+        conv: Any
         for conv in self.convs:
+            even = features.shape[2] % 2 == features.shape[3] % 2 == 0
+            if self.pool_first and even and gpu.maps is not None and gpu.maps.suits(features):
+                y = conv.of_padded(with_border(features), None)
+                features = gpu.maps.finish(y, conv.bias, negative=_SLOPE, resample=gpu.maps.AVERAGE)
+                continue
             features = conv(features)
             if self.pool_first:
                 features = F.leaky_relu(F.avg_pool2d(features, 2, ceil_mode=True), _SLOPE)
@@ -159,13 +167,9 @@ class DecoderScale(nn.Module):
             _initialise(self.convs[-1], std=0.1 / (9 * channels) ** 0.5, bias=grey)
 
     def forward(self, x: Tensor) -> Tensor:
-        for index, conv in enumerate(self.convs):
-            x = conv(x)
-            if not (self.last and index == len(self.convs) - 1):
-                x = F.relu(x)
-        if not self.last:
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return x.sigmoid() if self.sigmoid else x
+        steps: list[Then] = ["relu"] * (len(self.convs) - 1)
+        *_, out = convolve(x, self.convs, [*steps, "last" if self.last else "upsample"])
+        return out.sigmoid() if self.last and self.sigmoid else out
 
 
 def _decoder_scales(

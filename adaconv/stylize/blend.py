@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from adaconv.errors import UsageError
-from adaconv.model.adaptive_conv import AdaConvKernels, compose
+from adaconv.model.kernels import AdaConvKernels, compose
 from adaconv.model.network import StyleCode
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaconv.model.adaptive_conv import EPS, compose, per_input, widen
 from adaconv.model.encoder import GROUPS, VGGEncoder
+from adaconv.model.kernels import EPS, compose, per_input, widen
 from adaconv.model.network import AdaConvTransfer, DecoderScale, StyleCode, StyleTransferNet
 from adaconv.stylize.blend import kernels_of
 from adaconv.stylize.raster import Raster, Window

@@ -22,7 +22,7 @@ from torch import Tensor
 from adaconv.checkpoint import ModelInfo, fetched, load_network
 from adaconv.errors import UsageError
 from adaconv.images import to_rgb, to_tensor
-from adaconv.model.adaptive_conv import EPS
+from adaconv.model.kernels import EPS
 from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, padded_side, reflected
 from adaconv.stylize.blend import mix
 from adaconv.stylize.colour import Color, ColorStatistics, coral, with_chroma_of

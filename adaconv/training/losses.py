@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from adaconv.model import gpu
+
 EPS = 1e-5  # inside the root: the gradient of the root of a zero variance is not finite
 
 
@@ -41,7 +43,7 @@ def style_transfer_losses(
         tv_weight: of the mean absolute difference of neighbouring pixels of the output, `tv_loss`; 0 leaves it out.
     """
     with torch.autocast(output.device.type, enabled=False):
-        content_loss = F.mse_loss(
+        content_loss = _squared_difference(
             _content(output_features[-1].float(), content_target), _content(content_features.float(), content_target)
         )
         style_loss = output.new_zeros((), dtype=torch.float32)
@@ -59,6 +61,11 @@ def style_transfer_losses(
         return {"loss": loss, **losses}
 
 
+def _squared_difference(a: Tensor, b: Tensor) -> Tensor:
+    """The mean of it. On GPUs mse_loss's gradient gives up channels_last."""
+    return (a - b).square().mean() if a.is_cuda else F.mse_loss(a, b)
+
+
 def _content(features: Tensor, target: Literal["raw", "normalised"]) -> Tensor:
     return F.instance_norm(features, eps=EPS) if target == "normalised" else features
 
@@ -70,6 +77,9 @@ def _total_variation(image: Tensor) -> Tensor:
 
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel: (B, C) each, float32."""
+    if torch.compiler.is_compiling():  # a compiler joins the passes by itself
+        variance, mean = torch.var_mean(features.float(), dim=(2, 3), correction=0)
+        return mean, (variance + EPS).sqrt()
     mean, std = _ChannelStatistics.apply(features)  # type: ignore[no-untyped-call]
     return mean.float(), std.float()
 
@@ -84,7 +94,10 @@ class _ChannelStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(features.dtype, torch.float32)
-        if features.is_cuda:
+        ctx.on_gpu = gpu.maps is not None and gpu.maps.suits(features)
+        if ctx.on_gpu:
+            mean, variance = gpu.maps.statistics(features)
+        elif features.is_cuda:
             variance, mean = torch.var_mean(features.to(wide), dim=(2, 3), correction=0)
         else:
             mean = features.mean(dim=(2, 3), dtype=wide)
@@ -101,6 +114,9 @@ class _ChannelStatistics(torch.autograd.Function):
         # d mean / d x = 1 / n, and d std / d x = (x - mean) / (n * std): a slope and a constant for each channel.
         slope = of_std / (values * std)
         constant = of_mean / values - slope * mean
+        if ctx.on_gpu:
+            fused: Tensor = gpu.maps.affine(features, slope, constant)
+            return fused
         # In the statistics' dtype: rounded before they are added up, they would leave an offset all over the map.
         gradient = torch.addcmul(constant[..., None, None], features.to(slope.dtype), slope[..., None, None])
         return gradient.to(features.dtype)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaconv.model.adaptive_conv import AdaConvKernels, adaptive_conv, adaptive_conv_reference, compose
+from adaconv.model.adaptive_conv import adaptive_conv, adaptive_conv_reference
+from adaconv.model.kernels import AdaConvKernels, compose
 
 PAPER = [(512, 512, 32), (256, 128, 64), (128, 32, 128), (64, 8, 256)]  # channels, groups, side of the map at 256 px
 

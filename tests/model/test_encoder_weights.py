@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adaconv.errors import WeightsError
-from adaconv.model.encoder import ReflectConv2d, VGGEncoder
+from adaconv.model.encoder import THEN, ReflectConv2d, VGGEncoder
 from adaconv.model.encoder_weights import cached_file, fingerprint, load_encoder, normalise_encoder
 
 WIDTHS = (8, 16, 24, 32)
@@ -141,11 +141,13 @@ def test_seeded_features_tell_images_apart(images):
 
 def test_normalised_features_are_the_old_ones_times_a_factor_per_channel(images):
     encoder, images = load_encoder("seeded:3", widths=WIDTHS).double(), images.double()
-    before = [x for _, x in encoder._walk(images)]
+    before = list(encoder._maps(images))
     normalise_encoder(encoder, [images[:1], images[1:]])
-    for old, (_, new) in zip(before, encoder._walk(images), strict=True):
+    for old, new, step in zip(before, encoder._maps(images), THEN, strict=True):
         factor = new.mean(dim=(0, 2, 3)) / old.mean(dim=(0, 2, 3)).clamp(min=1e-12)
         torch.testing.assert_close(new, old * factor.view(1, -1, 1, 1), rtol=1e-9, atol=1e-9)
+        if step == "pool":  # which raises the mean
+            continue
         alive = old.mean(dim=(0, 2, 3)) > 0.1 * old.mean()
         torch.testing.assert_close(new.mean(dim=(0, 2, 3))[alive], torch.ones(int(alive.sum())).double())
 

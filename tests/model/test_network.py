@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from adaconv.model.adaptive_conv import AdaConvKernels, adaptive_conv
+from adaconv.model.adaptive_conv import adaptive_conv
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.encoder_weights import load_encoder
+from adaconv.model.kernels import AdaConvKernels
 from adaconv.model.network import build_network
 from adaconv.training.losses import style_transfer_losses
 

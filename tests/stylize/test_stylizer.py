@@ -13,8 +13,9 @@ from safetensors.torch import save
 from adaconv import checkpoint
 from adaconv.errors import UsageError
 from adaconv.images import to_tensor, to_uint8
-from adaconv.model.adaptive_conv import AdaConvKernels, adaptive_conv_reference
+from adaconv.model.adaptive_conv import adaptive_conv_reference
 from adaconv.model.encoder_weights import load_encoder
+from adaconv.model.kernels import AdaConvKernels
 from adaconv.model.network import build_network
 from adaconv.stylize.blend import kernels_of, mix
 from adaconv.stylize.pictures import shrink
