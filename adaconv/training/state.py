@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from adaconv.model.network import StyleTransferNet
+from adaconv.training.recorded import RecordedGradients
 
 if TYPE_CHECKING:  # any object with these attributes serves; pydantic need not be installed
     from adaconv.config.train import OptimConfig
@@ -35,6 +36,7 @@ class TrainState:
     gradient_compression: Literal["none", "bfloat16"] = "none"
     average: dict[str, Tensor] = field(init=False, default_factory=dict)
     transfer: nn.Module = field(init=False)
+    recorded: dict[tuple[int, int], RecordedGradients] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.transfer = self.network.transfer

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adaconv.errors import NonFiniteError
 from adaconv.training import distributed
 from adaconv.training.losses import style_transfer_losses
+from adaconv.training.recorded import RecordedGradients
 from adaconv.training.schedule import learning_rate
 from adaconv.training.state import TrainState
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # any objects with their attributes serve; torch is all that 
     from adaconv.config.model import LossConfig
     from adaconv.config.train import OptimConfig
     from adaconv.data.loader import Batch
+
+_compiled_losses = torch.compile(style_transfer_losses)
 
 
 @dataclass
@@ -51,10 +54,12 @@ def train_step(state: TrainState, batch: Batch, *, optim: OptimConfig, loss: Los
     state.optimizer.zero_grad(set_to_none=True)
     losses = _accumulate_gradients(state, batch, optim, loss)
     norm = torch.nn.utils.clip_grad_norm_(state.network.transfer.parameters(), optim.clip_norm or float("inf"))
-    gradient_norm = norm.item()
-    if not torch.isfinite(norm):  # gradients are averaged, so every rank sees this and stops at the same step
-        raise NonFiniteError(_not_finite(state.step, gradient_norm, losses, batch))
+    # Whether the update is done is decided where the norm is, so that nothing waits for it.
+    state.optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
     state.optimizer.step()
+    gradient_norm = norm.item()
+    if not math.isfinite(gradient_norm):  # gradients are averaged, so every rank sees this and stops at the same step
+        raise NonFiniteError(_not_finite(state.step, gradient_norm, losses, batch))
     state.step += 1
     state.update_average()
     return StepResult(losses, rate, gradient_norm)
@@ -82,22 +87,49 @@ def _not_finite(step: int, gradient_norm: float, losses: dict[str, Tensor], batc
 
 
 def _accumulate_gradients(state: TrainState, batch: Batch, optim: OptimConfig, loss: LossConfig) -> dict[str, Tensor]:
-    device = next(state.network.transfer.parameters()).device
     pairs = len(batch.content)
     size = min(optim.micro_batch_size or pairs, pairs)
+    if size == pairs and _can_record(state, optim):
+        return _recorded(state, batch, optim, loss)
     totals: dict[str, Tensor] = {}
     for first in range(0, pairs, size):
-        content = _to_device(batch.content[first : first + size], device, optim.channels_last)
-        style = _to_device(batch.style[first : first + size], device, optim.channels_last)
-        share = len(content) / optim.global_batch_size
-        last = first + size >= pairs
-        with _no_reduction(state, unless=last):
-            losses = _losses(state, content, style, optim, loss)
-            # DDP divides the sum of the ranks' gradients by their number; shares may differ by rank.
-            (losses["loss"] * share * distributed.num_ranks()).backward()  # type: ignore[no-untyped-call]
+        content, style = (images[first : first + size] for images in (batch.content, batch.style))
+        with _no_reduction(state, unless=first + size >= pairs):
+            losses = _gradients(state, content, style, optim, loss)
         for name, value in losses.items():
-            totals[name] = totals.get(name, 0) + value.detach() * share
+            totals[name] = totals.get(name, 0) + value
     return totals
+
+
+def _gradients(
+    state: TrainState, content: Tensor, style: Tensor, optim: OptimConfig, loss: LossConfig
+) -> dict[str, Tensor]:
+    """Add the gradients of these pairs, (n, 3, S, S) uint8, to the weights'; returns their share of the losses."""
+    device = next(state.network.transfer.parameters()).device
+    share = len(content) / optim.global_batch_size
+    content, style = (_to_device(images, device, optim.channels_last) for images in (content, style))
+    losses = _losses(state, content, style, optim, loss)
+    # DDP divides the sum of the ranks' gradients by their number; shares may differ by rank.
+    (losses["loss"] * share * distributed.num_ranks()).backward()  # type: ignore[no-untyped-call]
+    return {name: value.detach() * share for name, value in losses.items()}
+
+
+def _can_record(state: TrainState, optim: OptimConfig) -> bool:
+    """Not with DDP, whose reduction is not part of the graph, nor of compiled code, which has its own ways."""
+    alone = state.transfer is state.network.transfer
+    return optim.cuda_graph and alone and not optim.compile and next(state.transfer.parameters()).is_cuda
+
+
+def _recorded(state: TrainState, batch: Batch, optim: OptimConfig, loss: LossConfig) -> dict[str, Tensor]:
+    which = (len(batch.content), state.step % 2 if loss.identity_weight else 0)  # of what `_losses` decides by
+    if which not in state.recorded:
+        state.recorded[which] = RecordedGradients(
+            lambda content, style: _gradients(state, content, style, optim, loss),
+            state.transfer.parameters(),
+            batch.content,
+            batch.style,
+        )
+    return state.recorded[which](batch.content, batch.style)
 
 
 def _losses(
@@ -106,8 +138,12 @@ def _losses(
     encoder = state.network.encoder
     with torch.autocast(content.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
         with torch.no_grad():
-            content_features = encoder.relu4_1(content)
-            style_features = encoder(style)
+            if content.is_cuda:  # in one pass: a GPU likes one better than two
+                together = encoder(torch.cat([content, style]))
+                content_features = together[-1][: len(content)]
+                style_features = tuple(features[len(content) :] for features in together)
+            else:
+                content_features, style_features = encoder.relu4_1(content), encoder(style)
             identity = None if not loss.identity_weight else content if state.step % 2 == 0 else style
             wanted, styled_as = content_features, style_features[-1]
             if identity is not None:  # in one pass: DDP and the GPU like one better than two
@@ -115,7 +151,7 @@ def _losses(
                 wanted, styled_as = torch.cat([wanted, itself]), torch.cat([styled_as, itself])
         images = state.transfer(wanted, styled_as)
         output, reconstructed = images[: len(content)], images[len(content) :]
-        return style_transfer_losses(
+        return (_compiled_losses if optim.compile else style_transfer_losses)(
             output,
             encoder(output),
             content_features,
