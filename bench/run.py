@@ -2,6 +2,7 @@
 
 python bench/run.py                    every row
 python bench/run.py adaptive_conv      rows whose name begins so
+python bench/run.py =train_step/bf16   one row
 python bench/run.py --quick --json rows.json
 """
 
@@ -23,8 +24,15 @@ from bench.measure import Row, device
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Row -> the file that measures it, and what its `rows` is told besides; rows told the same are measured together.
 QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adaptive_conv/forward": ("adaptive_conv", {}),
-    "adaptive_conv/train": ("adaptive_conv", {}),
+    **{
+        f"adaptive_conv/{name}{suffix}": ("adaptive_conv", how)
+        for suffix, how in (
+            ("", {"precision": "float32"}),
+            ("/bf16", {"precision": "bfloat16"}),
+            ("/bf16/batch_32", {"precision": "bfloat16", "batch": 32}),
+        )
+        for name in ("forward", "train")
+    },
     **{
         f"{name}/{label}{suffix}": ("train_step", {"architecture": architecture, "precision": precision, **how})
         for name, architecture in (("train_step", "adaconv"), ("adain/train_step", "adain"))
@@ -34,10 +42,13 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
             ("/batch_2", {"batch": 2}),
             ("/same_allocator", {"same_allocator": True}),
             ("/compiled", {"compiled": True}),
+            ("/tf32", {"tf32": True}),
+            ("/batch_32", {"batch": 32}),
+            ("/batch_32/tf32", {"batch": 32, "tf32": True}),
         )
     },
     **{
-        f"{name}/{side}/{label}": ("stylize", {**network, "side": side, "precision": precision})
+        f"{name}/{side}/{label}{suffix}": ("stylize", {**network, "side": side, "precision": precision, **how})
         for name, network in (
             ("stylize/one", {}),
             ("stylize/cached", {"style_cached": True}),
@@ -45,6 +56,7 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for side in (256, 512, 1024)
         for label, precision in _PRECISIONS.items()
+        for suffix, how in (("", {}), ("/batch_16", {"batch": 16}))
     },
     "stylize/tiled/2048": ("stylize_tiled", {"side": 2048, "tile": 512}),
     "stylize/grid": ("stylize_grid", {}),
@@ -72,7 +84,9 @@ def line(row: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="beginnings of rows' names; none: all rows")
+    parser.add_argument(
+        "names", nargs="*", help="beginnings of rows' names, or with a = before them whole names; none: all"
+    )
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer: shows that it runs, not how fast")
     parser.add_argument("--json", metavar="FILE", help="write the rows here, in seconds")
@@ -80,10 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(QUESTIONS))
         return 0
-    unknown = [name for name in options.names if not any(row.startswith(name) for row in QUESTIONS)]
+
+    def meant(row: str, name: str) -> bool:
+        return row == name[1:] if name.startswith("=") else row.startswith(name)
+
+    unknown = [name for name in options.names if not any(meant(row, name) for row in QUESTIONS)]
     if unknown:
         parser.error(f"expected rows of {', '.join(QUESTIONS)}; found {', '.join(unknown)}")
-    wanted = [row for row in QUESTIONS if not options.names or row.startswith(tuple(options.names))]
+    wanted = [row for row in QUESTIONS if not options.names or any(meant(row, name) for name in options.names)]
     print(machine())
     print(f"{'row':30} {'ours ms':>10} {'base ms':>10} {'ratio':>7} {'floor ms':>10} {'of floor':>8}", flush=True)
     measured = []

@@ -28,26 +28,27 @@ def rows(
     side: int,
     precision: Precision,
     style_cached: bool = False,
+    batch: int = 1,
     architecture: Literal["adaconv", "adain"] = "adaconv",
 ) -> Iterable[Row]:
     size, scaled = size_of(architecture, quick=quick), side // 8 if quick else side
-    shared = {"size": size, "side": scaled}
+    shared = {"size": size, "side": scaled, "batch": batch}
     ours, theirs = alternate_processes(
         Side(our_forward, {**shared, "precision": precision, "style_cached": style_cached}),
         Side(peers_forward, shared),
         rounds=1 if quick else 9 if side < 1024 else 5,
     )
     dtype = getattr(torch, precision)
-    flops = work.stylize_flops(size, scaled, style_cached=style_cached)
-    moved = work.stylize_values(size, scaled, style_cached=style_cached) * dtype.itemsize
+    flops = batch * work.stylize_flops(size, scaled, style_cached=style_cached)
+    moved = batch * work.stylize_values(size, scaled, style_cached=style_cached) * dtype.itemsize
     what = "adain/stylize" if architecture == "adain" else "stylize/cached" if style_cached else "stylize/one"
     yield Row(
-        f"{what}/{side}/{SHORT[precision]}",
+        f"{what}/{side}/{SHORT[precision]}" + (f"/batch_{batch}" if batch > 1 else ""),
         ours.seconds,
         theirs.seconds,
         floor_seconds(flops, moved, dtype),
-        unit=f"one content of {scaled} px, style of {size.side} px",
-        against=f"{PEERS[architecture]}, float32, no_grad, default layout and allocator, style anew",
+        unit=f"{batch} contents of {scaled} px, as many styles of {size.side} px",
+        against=f"{PEERS[architecture]}, float32 without TF32, no_grad, default layout and allocator, style anew",
         flops=flops,
         bytes_moved=moved,
         ours_peak_bytes=ours.peak_bytes,
@@ -55,7 +56,7 @@ def rows(
     )
 
 
-def our_forward(*, size: Size, side: int, precision: Precision, style_cached: bool) -> Callable[[], Any]:
+def our_forward(*, size: Size, side: int, batch: int, precision: Precision, style_cached: bool) -> Callable[[], Any]:
     torch.manual_seed(0)
     network = build_network(
         encoder=VGGEncoder(widths=size.widths),
@@ -64,7 +65,7 @@ def our_forward(*, size: Size, side: int, precision: Precision, style_cached: bo
         groups=size.groups,
     )
     network = network.to(device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    content, style = _images(size, side)
+    content, style = _images(size, side, batch)
 
     def stylize(code: StyleCode | None) -> Any:
         with torch.inference_mode(), torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -75,14 +76,15 @@ def our_forward(*, size: Size, side: int, precision: Precision, style_cached: bo
     return lambda: stylize(code)
 
 
-def peers_forward(*, size: Size, side: int) -> Callable[[], Any]:
+def peers_forward(*, size: Size, side: int, batch: int) -> Callable[[], Any]:
     network: torch.nn.Module
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if size.architecture == "adain":
         network = NaotoAdaIN(widths=size.widths)
     else:
         network = RElbersAdaConv(widths=size.widths, descriptor_channels=size.descriptor_channels, style_size=size.side)
     network = network.to(device()).eval()
-    content, style = _images(size, side)
+    content, style = _images(size, side, batch)
 
     def forward() -> Any:
         with torch.no_grad():
@@ -91,5 +93,6 @@ def peers_forward(*, size: Size, side: int) -> Callable[[], Any]:
     return forward
 
 
-def _images(size: Size, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(1, 3, side, side, device=device()), torch.rand(1, 3, size.side, size.side, device=device())
+def _images(size: Size, side: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    contents = torch.rand(batch, 3, side, side, device=device())
+    return contents, torch.rand(batch, 3, size.side, size.side, device=device())

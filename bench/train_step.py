@@ -38,6 +38,7 @@ OPTIM = {
     "micro_batch_size": None,
     "channels_last": True,
     "compile": False,
+    "cuda_graph": True,
 }
 LOSS = {
     "content_weight": 1.0,
@@ -56,13 +57,14 @@ def rows(
     batch: int = 8,
     same_allocator: bool = False,
     compiled: bool = False,
+    tf32: bool = False,
 ) -> Iterable[Row]:
     size = size_of(architecture, quick=quick)
     shared = {"size": size, "batch": batch}
     keep = allocator.environment()
     ours, theirs = alternate_processes(
         Side(our_step, {**shared, "precision": precision, "compiled": compiled}, keep),
-        Side(peers_step, shared, keep if same_allocator else {}),
+        Side(peers_step, {**shared, "tf32": tf32}, keep if same_allocator else {}),
         rounds=1 if quick else 3,
     )
     dtype = getattr(torch, precision)
@@ -71,6 +73,7 @@ def rows(
     moved = batch * work.train_values(size) * dtype.itemsize + 7 * work.trained_weights(size) * 4
     name = "adain/train_step" if architecture == "adain" else "train_step"
     how = "/same_allocator" if same_allocator else "/compiled" if compiled else "" if batch == 8 else f"/batch_{batch}"
+    how += "/tf32" if tf32 else ""
     yield Row(
         f"{name}/{SHORT[precision]}{how}",
         ours.seconds,
@@ -78,6 +81,7 @@ def rows(
         floor_seconds(flops, moved, dtype),
         unit=f"a step of {batch} at {size.side} px",
         against=f"{PEERS[architecture]}, float32, "
+        + (f"on a GPU TF32 {'on' if tf32 else 'off'}, on a CPU ")
         + ("freed memory kept as ours does" if same_allocator else "as shipped: the C library's default allocator"),
         flops=flops,
         bytes_moved=moved,
@@ -98,11 +102,14 @@ def our_step(*, size: Size, batch: int, precision: Precision, compiled: bool) ->
     loss: Any = SimpleNamespace(**LOSS)
     state = make_state(network, optim, device=device())
     content, style = torch.randint(0, 256, (2, batch, 3, size.side, size.side), dtype=torch.uint8)
+    if torch.cuda.is_available():  # as the loader's
+        content, style = content.pin_memory(), style.pin_memory()
     pairs: Any = SimpleNamespace(content=content, style=style, content_keys=[], style_keys=[])
     return lambda: train_step(state, pairs, optim=optim, loss=loss)
 
 
-def peers_step(*, size: Size, batch: int) -> Callable[[], Any]:
+def peers_step(*, size: Size, batch: int, tf32: bool) -> Callable[[], Any]:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     step: Callable[[torch.Tensor, torch.Tensor], float]
     if size.architecture == "adain":
         step = naoto_step(NaotoAdaIN(widths=size.widths).to(device()))
