@@ -5,6 +5,7 @@ killed, which is its power cut, and its cable can be pulled, which tells nobody.
 """
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -156,7 +157,8 @@ class Site:
             check=False,
             timeout=60,
         )
-        return int(done.stdout.rpartition("alive ")[2]) if "alive " in done.stdout else 0
+        found = re.search(r"alive (\d+)", done.stdout)  # Ray's own lines may follow it
+        return int(found[1]) if found else 0
 
     def wait_for_nodes(self, number: int, *, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
