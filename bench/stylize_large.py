@@ -1,6 +1,6 @@
 """A PNG of any size to a stylized PNG, with the peak of memory: does it grow with the picture?
 
-Memory is what the process has and the system cannot take back: without pages of files, which are read anew when needed.
+Memory is all that the process has, pages of files and libraries included (VmRSS).
 
 python bench/stylize_large.py --side 2048 --max-memory-gb 0.6 --small      2048² and 8192², a narrow network
 python bench/stylize_large.py --side 8192 --growth 1 --max-memory-gb 4     the paper's network
@@ -117,7 +117,7 @@ class _Peak:
 
 def _memory() -> int:
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

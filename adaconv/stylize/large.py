@@ -4,6 +4,7 @@ PNG, TIFF, WebP and JPEG are read and written row by row where their format allo
 are held as a whole by their decoder.
 """
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from PIL import Image
 from adaconv.images import ImageError
 from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
 from adaconv.stylize.raster import FileRaster
+
+_STRIP_BYTES = 2**20
 
 
 def reads(path: Path) -> bool:
@@ -34,9 +37,9 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
     """
     vips = _vips()
     try:
-        image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error")
+        image = vips.Image.new_from_source(_as_it_is(path), "", access="sequential", fail_on="error")
         if image.get_typeof("orientation") and image.get("orientation") > 1:
-            image = vips.Image.new_from_file(str(path), fail_on="error").autorot()
+            image = vips.Image.new_from_source(_as_it_is(path), "", fail_on="error").autorot()
         if image.get_typeof("icc-profile-data") and (not keep_colours or image.bands not in (3, 4)):
             image = image.icc_transform("srgb", embedded=True, intent="relative", black_point_compensation=True)
         elif image.interpretation != "srgb":
@@ -55,7 +58,7 @@ def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata |
     """A raster (3, H, W) uint8 as a file with its recipe, as outputs.encode writes it for small pictures."""
     vips = _vips()
     kept = metadata or Metadata()
-    image = vips.Image.rawload(str(raster.path), raster.width, raster.height, 3).copy(interpretation="srgb")
+    image = vips.Image.new_from_source(_as_tiff(raster), "", access="sequential").copy(interpretation="srgb")
     kind = recipe.options.get("format", "png")
     blob, text = vips.GValue.blob_type, vips.GValue.gstr_type
     notes: list[tuple[Any, str, Any]] = [
@@ -88,6 +91,66 @@ def thumbnail_of(path: Path, *, side: int) -> Image.Image:
     small = vips.Image.thumbnail(str(path), side, height=side, size="down").colourspace("srgb")
     small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
     return Image.fromarray(small.cast("uchar").numpy())
+
+
+def _as_it_is(path: Path) -> Any:
+    """A file for libvips, which would map a file that it opens itself."""
+    file = path.open("rb")
+    source = _vips().SourceCustom()
+    source.on_read(file.read)
+    source.on_seek(file.seek)
+    return source
+
+
+def _as_tiff(raster: FileRaster) -> Any:
+    """A raster for libvips as a TIFF of strips that are not compressed: it maps raw pixels, and takes no others."""
+    head, length = _tiff_head(raster.height, raster.width)
+    place = 0
+
+    def read(size: int) -> bytes:
+        nonlocal place
+        found = head[place : place + size] or raster.read_bytes(place - len(head), size)
+        place += len(found)
+        return found
+
+    def seek(offset: int, whence: int) -> int:
+        nonlocal place
+        place = offset + (0, place, length)[whence]
+        return place
+
+    source = _vips().SourceCustom()
+    source.on_read(read)
+    source.on_seek(seek)
+    return source
+
+
+def _tiff_head(height: int, width: int) -> tuple[bytes, int]:
+    """What stands before the pixels (H, W, 3) uint8 in a BigTIFF file, and the file's length."""
+    short, long = 3, 16
+    rows = max(1, min(height, _STRIP_BYTES // (3 * width)))
+    strips = -(-height // rows)
+    entries = 10
+    tables = 16 + 8 + 20 * entries + 8  # where the strips' places and sizes begin, if they are more than one
+    first = tables + 16 * strips
+    sizes = [3 * width * min(rows, height - rows * index) for index in range(strips)]
+    places = [first + 3 * width * rows * index for index in range(strips)]
+    colours = struct.unpack("<Q", struct.pack("<4H", 8, 8, 8, 0))[0]
+    fields = (
+        (256, long, 1, width),
+        (257, long, 1, height),
+        (258, short, 3, colours),  # bits of each colour
+        (259, short, 1, 1),  # not compressed
+        (262, short, 1, 2),  # RGB
+        (273, long, strips, places[0] if strips == 1 else tables),
+        (277, short, 1, 3),
+        (278, long, 1, rows),
+        (279, long, strips, sizes[0] if strips == 1 else tables + 8 * strips),
+        (284, short, 1, 1),  # colours side by side
+    )
+    directory = struct.pack("<Q", len(fields)) + b"".join(struct.pack("<HHQQ", *field) for field in fields)
+    head = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16) + directory + struct.pack("<Q", 0)
+    head += struct.pack(f"<{2 * strips}Q", *places, *sizes)
+    return head, first + 3 * width * height
 
 
 def _vips() -> Any:

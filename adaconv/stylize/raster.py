@@ -95,6 +95,10 @@ class FileRaster:
         for row, offset in zip(rows.numpy(), self._offsets(window), strict=True):
             os.pwrite(self._file, row, offset)
 
+    def read_bytes(self, offset: int, size: int) -> bytes:
+        """Of the file as it lies."""
+        return os.pread(self._file, size, offset)
+
     def close(self) -> None:
         os.close(self._file)
         self.path.unlink(missing_ok=True)

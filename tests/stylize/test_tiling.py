@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 from adaconv.errors import UsageError
+from adaconv.images import to_tensor
 from adaconv.model.encoder_weights import load_encoder
 from adaconv.model.network import build_network
+from adaconv.stylize import large
 from adaconv.stylize.layers import Moments, Region
+from adaconv.stylize.outputs import Recipe
 from adaconv.stylize.pictures import reduced
 from adaconv.stylize.raster import FileRaster, MemoryRaster, Window, tiles
 from adaconv.stylize.stylizer import Stylizer
@@ -91,9 +94,28 @@ def test_the_papers_network_in_tiles_equals_the_whole_frame(height, width, side)
     assert difference < 1e-4
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 7), (700, 900), (2, 400_000)])
+def test_a_raster_is_handed_to_libvips_as_it_is(height, width, tmp_path):
+    """In one strip and in many, of rows longer than a strip too; Pillow reads the same file."""
+    values = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    raster = FileRaster(tmp_path / "raw", 3, height, width, torch.uint8)
+    raster.write(Window(0, height, 0, width), values)
+    recipe = Recipe("a.png", "0" * 64, "style", "1" * 64, "2" * 64, "model", "0" * 64, {"format": "png"})
+    large.pack(raster, tmp_path / "packed.png", recipe)
+    head, length = large._tiff_head(height, width)
+    (tmp_path / "whole.tif").write_bytes(head + raster.read_bytes(0, length))
+    assert (tmp_path / "whole.tif").stat().st_size == length
+    for name in ("packed.png", "whole.tif"):
+        with Image.open(tmp_path / name) as image:
+            assert (to_tensor(image.convert("RGB")).mul(255).round().to(torch.uint8) == values[0]).all(), name
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_from_4_to_64_megapixels():
-    """File to file, with an eighth of the paper's channels: what grows would be the picture, its maps, its files."""
+    """File to file, with an eighth of the paper's channels: what grows would be the picture, its maps, its files.
+
+    All of the process's memory, pages of files included.
+    """
     script = str(REPO / "bench" / "stylize_large.py")
     flags = ("--small", "--side", "2048", "--growth", "4", "--max-memory-gb", "0.6")
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, check=True)
