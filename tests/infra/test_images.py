@@ -6,11 +6,11 @@ import secrets
 import shutil
 import socket
 import subprocess
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 
 from tests.servers import REPO
@@ -184,28 +184,17 @@ def test_the_s3_server_serves_and_keeps(s3_image):
                     client.put_object(Bucket="adaconv", Key="x", Body=b"kept")
                 assert client.get_object(Bucket="adaconv", Key="x")["Body"].read() == b"kept"
             finally:
-                end_inside(name, "infra.local.ceph")
+                end_inside(server, "infra.local.ceph")
                 server.wait(60)
 
 
-def end_inside(name, word):
-    """SIGTERM to the process of that name that was started for this container."""
-    root = buildah("mount", name).stdout.strip()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            inside = os.readlink(process / "root") == root
-            if inside and word in (process / "cmdline").read_bytes().decode().replace("\0", " "):
-                os.kill(int(process.name), 15)
-        except OSError:
-            continue
-    deadline = time.monotonic() + 60
-    while any(_root_of(process) == root for process in Path("/proc").glob("[0-9]*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-def _root_of(process):
-    try:
-        return os.readlink(process / "root")
-    except OSError:
-        return None
+def end_inside(runner, word):
+    """SIGTERM to the process of that name that a `buildah run` has started; all that it started has to end."""
+    inside = psutil.Process(runner.pid).children(recursive=True)
+    for process in inside:
+        if process.name().startswith("python") and any(word in part for part in process.cmdline()):
+            process.terminate()
+    _, left = psutil.wait_procs(inside, timeout=60)
+    for process in left:
+        process.kill()
+    assert not left
