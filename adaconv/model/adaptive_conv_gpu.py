@@ -42,7 +42,7 @@ def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         and _BLOCK.value % per_group == 0
         and size == _SIZE.value
         and min(height, width) > size  # a pixel has one mirror image along each axis
-        and channels * height * width < 2**31  # offsets in an image
+        and channels * height * width <= 2**30  # places in an image are numbers of 32 bits
     )
 
 

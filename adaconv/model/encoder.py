@@ -83,9 +83,21 @@ def convolve(x: Tensor, convs: Iterable[nn.Module], then: Sequence[Then]) -> Ite
 
 def _fused(x: Tensor, convs: Iterable[Any], then: Sequence[Then]) -> bool:
     """Whether all maps on the way are such as `gpu.maps` takes."""
-    widths = [conv.out_channels for conv, step in zip(convs, then, strict=True) if step != "last"]
-    smallest = [side >> then.count("pool") for side in x.shape[2:]]
-    return gpu.maps is not None and gpu.maps.takes(x.device, _computed_in(x), widths, smallest)
+    if gpu.maps is None:
+        return False
+    (height, width), widths, largest = x.shape[2:], [], x.shape[1:].numel()
+    smallest = height, width
+    for conv, step in zip(convs, then, strict=True):
+        widths += [conv.out_channels] if step != "last" else []
+        largest = max(largest, conv.out_channels * height * width)
+        if step == "pool":
+            height, width = height // 2, width // 2
+        elif step == "upsample":
+            height, width = 2 * height, 2 * width
+        largest = max(largest, conv.out_channels * height * width)
+        smallest = min(smallest[0], height), min(smallest[1], width)
+    fits: bool = gpu.maps.takes(x.device, _computed_in(x), widths, smallest, largest=largest)
+    return fits
 
 
 def _computed_in(x: Tensor) -> torch.dtype:

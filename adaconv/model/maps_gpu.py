@@ -23,20 +23,24 @@ RESAMPLE = {"relu": NONE, "pool": POOL, "upsample": UPSAMPLE}
 
 _WIDE = 16  # channels that a program takes at least
 _SMALLEST = 4  # a side of a map whose pixels have one mirror image at most
+_LARGEST = 2**30  # values of an image, whose places are numbers of 32 bits, with a border too
 
 
 def suits(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether these kernels take maps like x (B, C, H, W), in its dtype or in the one that it is going to have."""
-    return takes(x.device, dtype or x.dtype, [x.shape[1]], x.shape[2:])
+    return takes(x.device, dtype or x.dtype, [x.shape[1]], x.shape[2:], largest=x.shape[1:].numel())
 
 
-def takes(device: torch.device, dtype: torch.dtype, channels: Iterable[int], sides: Sequence[int]) -> bool:
-    """The same of all maps with these numbers of channels and sides no smaller than these."""
+def takes(
+    device: torch.device, dtype: torch.dtype, channels: Iterable[int], sides: Sequence[int], *, largest: int
+) -> bool:
+    """The same of all maps with these numbers of channels, sides no smaller than these and no more values an image."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16, torch.float32)
         and all(count % _WIDE == 0 for count in channels)
         and min(sides) >= _SMALLEST
+        and largest <= _LARGEST
         and not torch.compiler.is_compiling()  # a compiler joins such passes by itself
     )
 

@@ -159,6 +159,15 @@ def test_constant_channels_give_the_bias():
     torch.testing.assert_close(out.float(), bias[..., None, None].expand_as(out), rtol=1e-2, atol=1e-2)
 
 
+def test_maps_that_32_bits_cannot_number_are_left_to_torch():
+    cuda = torch.device("cuda")
+    assert maps_gpu.takes(cuda, torch.bfloat16, [64], (4096, 4096), largest=64 * 4096**2)
+    assert not maps_gpu.takes(cuda, torch.bfloat16, [64], (4097, 4096), largest=64 * 4097 * 4096)
+    assert not maps_gpu.takes(cuda, torch.bfloat16, [64, 24], (8, 8), largest=64 * 64)
+    assert not maps_gpu.takes(cuda, torch.bfloat16, [64], (8, 3), largest=64 * 24)
+    assert not maps_gpu.takes(torch.device("cpu"), torch.bfloat16, [64], (8, 8), largest=64 * 64)
+
+
 COMPILE = """
 import itertools, torch, triton
 from triton.compiler import ASTSource
