@@ -34,10 +34,41 @@ def draw_hashes(count, seed):
 
 @pytest.mark.parametrize("distance", [0, 1, 4, 7])
 def test_no_pair_is_missed_and_none_invented(distance):
-    hashes, others = draw_hashes(150, 0), draw_hashes(120, 1)
+    hashes, others = np.unique(draw_hashes(150, 0)), np.unique(draw_hashes(120, 1))
     others[:20] = hashes[:20] ^ np.uint64(5)
     assert similar_pairs(hashes, distance=distance) == brute(hashes, distance)
     assert similar_pairs(hashes, distance=distance, others=others) == brute(hashes, distance, others)
+
+
+@pytest.mark.parametrize("distance", [0, 4])
+def test_images_of_one_hash_stand_for_one_another(distance):
+    """Each pair is one of all, and whoever is near anything is in one."""
+    rng = np.random.default_rng(0)
+    hashes, others = (rng.choice(draw_hashes(40, 0), count) for count in (120, 90))
+    for second in (None, others):
+        every, ours = brute(hashes, distance, second), similar_pairs(hashes, distance=distance, others=second)
+        assert set(ours) <= set(every)
+        assert len(ours) == len(set(ours)) < len(every)
+        if second is None:
+            assert parts_of(ours, len(hashes)) == parts_of(every, len(hashes))
+        else:
+            assert {pair.first for pair in ours} == {pair.first for pair in every}
+            assert {pair.second for pair in ours} == {pair.second for pair in every}
+
+
+def parts_of(pairs, count):
+    """For each row the least row that pairs connect it with."""
+    least = list(range(count))
+    for _ in range(count):
+        for pair in pairs:
+            least[pair.first] = least[pair.second] = min(least[pair.first], least[pair.second])
+    return least
+
+
+def test_thousands_of_black_images_are_not_millions_of_pairs():
+    hashes = np.full(20_000, 7, np.uint64)
+    assert len(similar_pairs(hashes, distance=4)) == len(hashes) - 1
+    assert len(similar_pairs(hashes, distance=4, others=hashes[:5000])) == len(hashes) + 4999
 
 
 def test_nothing_has_no_pairs():
