@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +24,6 @@ if TYPE_CHECKING:  # any objects with their attributes serve; torch is all that 
     from adaconv.config.model import LossConfig
     from adaconv.config.train import OptimConfig
     from adaconv.data.loader import Batch
-
-_compiled_losses = torch.compile(style_transfer_losses)
 
 
 @dataclass
@@ -151,7 +151,7 @@ def _losses(
                 wanted, styled_as = torch.cat([wanted, itself]), torch.cat([styled_as, itself])
         images = state.transfer(wanted, styled_as)
         output, reconstructed = images[: len(content)], images[len(content) :]
-        return (_compiled_losses if optim.compile else style_transfer_losses)(
+        return (_compiled_losses() if optim.compile else style_transfer_losses)(
             output,
             encoder(output),
             content_features,
@@ -163,6 +163,11 @@ def _losses(
             identity_weight=loss.identity_weight,
             tv_weight=loss.tv_weight,
         )
+
+
+@cache
+def _compiled_losses() -> Callable[..., dict[str, Tensor]]:
+    return torch.compile(style_transfer_losses)  # which imports the compiler: seconds
 
 
 def _to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:

@@ -1,6 +1,8 @@
 """One update in bfloat16 against the same in float32; what the options may change and what not."""
 
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from adaconv.model.encoder_weights import load_encoder
 from adaconv.model.network import build_network
 from adaconv.training.state import make_state
 from adaconv.training.step import train_step
+from tests.servers import REPO
 
 # Widths as in conf/train/smoke.yaml: bfloat16 keeps three digits, and sums of few values show it most.
 WIDTHS, MODEL = (8, 16, 32, 64), {"descriptor_channels": 16, "groups": (64, 16, 4, 1)}
@@ -72,3 +75,10 @@ def test_a_picture_stylized_in_bfloat16_is_float32s_up_to_its_digits():
     assert wanted.std() > 0.05
     difference = (found - wanted).square().mean().sqrt()  # in the image's [0, 1]
     assert 1e-4 < difference < 2e-2
+
+
+def test_the_compiler_is_not_imported_before_it_is_asked_for():
+    """It takes every rank ten seconds to start with."""
+    code = "import sys, adaconv.training.step; print('torch._inductor' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
