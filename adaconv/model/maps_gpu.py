@@ -26,9 +26,9 @@ _SMALLEST = 4  # a side of a map whose pixels have one mirror image at most
 _LARGEST = 2**30  # values of an image, whose places are numbers of 32 bits, with a border too
 
 
-def suits(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether these kernels take maps like x (B, C, H, W), in its dtype or in the one that it is going to have."""
-    return takes(x.device, dtype or x.dtype, [x.shape[1]], x.shape[2:], largest=x.shape[1:].numel())
+def suits(x: Tensor) -> bool:
+    """Whether these kernels take maps like x (B, C, H, W)."""
+    return takes(x.device, x.dtype, [x.shape[1]], x.shape[2:], largest=x.shape[1:].numel())
 
 
 def takes(
@@ -481,10 +481,15 @@ def _of_image(
     )
 
 
+def _by_rows(x: Tensor) -> Tensor:
+    """As `statistics` takes it: channels innermost and rows without gaps, which a map inside its border has too."""
+    lies = x.stride(1) == 1 and x.stride(3) == x.shape[1]
+    return x if lies else x.contiguous(memory_format=torch.channels_last)
+
+
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, C, H, W), a channels_last map or one without its border -> mean and variance, (B, C) float32."""
-    if x.stride(1) != 1 or x.stride(3) != x.shape[1]:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = _by_rows(x)
     batch, channels, height, width = x.shape
     pixels, wide = _block(channels)
     pixels //= 2
@@ -569,8 +574,7 @@ def _whole_statistics(
 
 def affine(x: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
     """X (B, C, H, W) as `statistics` takes it, slope and constant (B, C) float32 -> slope x + constant, as x."""
-    if x.stride(1) != 1 or x.stride(3) != x.shape[1]:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = _by_rows(x)
     batch, channels, height, width = x.shape
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     pixels, wide = _block(channels)
