@@ -32,7 +32,8 @@ class RecordedGradients:
         with torch.cuda.stream(stream):  # what is made once must not be recorded: handles, plans, compiled kernels
             compute(self._content, self._style)
         torch.cuda.current_stream().wait_stream(stream)
-        self._forget()
+        for weight in self._weights:
+            weight.grad = None
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, which decode images and pin memory, may go on meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -47,7 +48,3 @@ class RecordedGradients:
         for weight, gradient in zip(self._weights, self._gradients, strict=True):
             weight.grad = gradient
         return {name: loss.clone() for name, loss in self._losses.items()}
-
-    def _forget(self) -> None:
-        for weight in self._weights:
-            weight.grad = None
