@@ -15,12 +15,12 @@ from adaconv.model import gpu
 # Convolutions between two poolings; the first of each group ends in relu1_1, relu2_1, relu3_1, relu4_1.
 GROUPS = (2, 2, 4, 1)
 
-# What follows each convolution, and which of their outputs are the four.
-THEN: tuple["Then", ...] = ("relu", "pool", "relu", "pool", "relu", "relu", "relu", "pool", "relu")
-_TAPS = (True, False, True, False, True, False, False, False, True)
-
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
 Then = Literal["relu", "pool", "upsample", "last"]
+
+# What follows each convolution, and which of their outputs are the four.
+THEN: tuple[Then, ...] = ("relu", "pool", "relu", "pool", "relu", "relu", "relu", "pool", "relu")
+_TAPS = tuple(position == 0 for count in GROUPS for position in range(count))
 
 
 class ReflectConv2d(nn.Conv2d):
