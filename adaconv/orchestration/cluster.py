@@ -84,9 +84,15 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
         files.close()
 
 
-def quiet_ray_data() -> None:
-    """Our own status line instead of Ray Data's bars and messages; its import sets its logger up anew."""
-    import ray.data
+def set_up_ray_data() -> None:
+    """Our own status line instead of Ray Data's bars and messages, and no second with one task at each start."""
+    import ray.data  # sets its logger up anew
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    # Its first look at what the cluster has finds nothing, for that is asked for then; until the next one it starts one
+    # task, so as not to wait for ever. There is no setting.
+    assert hasattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S"), f"not an attribute in Ray {ray.__version__}"
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

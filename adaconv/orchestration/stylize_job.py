@@ -26,7 +26,7 @@ from adaconv import storage
 from adaconv.config.stylize import OptionsConfig, StylizeConfig
 from adaconv.errors import AdaConvError, JobError, UsageError
 from adaconv.images import ImageError
-from adaconv.orchestration.cluster import quiet_ray_data, require_resources
+from adaconv.orchestration.cluster import require_resources, set_up_ray_data
 from adaconv.orchestration.metrics import output_counter
 from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
@@ -203,7 +203,7 @@ def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig,
     Raises:
         AdaConvError, OSError: what an actor raised.
     """
-    quiet_ray_data()
+    set_up_ray_data()
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what an actor raises is raised here, without its trace
     ray.data.DataContext.get_current().raise_original_map_exception = True
     scaling = config.scaling

@@ -11,7 +11,7 @@ import ray
 from ray.data import TaskPoolStrategy
 
 from adaconv.errors import AdaConvError, JobError
-from adaconv.orchestration.cluster import quiet_ray_data
+from adaconv.orchestration.cluster import set_up_ray_data
 from adaconv.orchestration.metrics import TaskMetrics
 from adaconv.progress import Progress
 
@@ -87,7 +87,7 @@ def run_tasks(
     if not jobs:
         progress.close()
         return
-    quiet_ray_data()
+    set_up_ray_data()
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a task raises is raised here, without its trace
     ray.data.DataContext.get_current().raise_original_map_exception = True
     # One a driver, for it takes a process: what runs next clears it.
