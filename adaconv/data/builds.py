@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
         for one in found:
             counted["images"] += 1
             counted["bytes"] += one.bytes
-            lines.append(json.dumps(asdict(one)) + "\n")
+            lines.append(json.dumps(one, default=vars) + "\n")
             if len(lines) == _CHUNK_IMAGES:
                 spill()
             yield one

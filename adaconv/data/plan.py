@@ -7,7 +7,7 @@ plan_shards    candidates in the order of their keys -> shards of about the targ
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,11 @@ class ShardPlan:
     candidates: tuple[Candidate, ...]
 
     def to_json(self) -> str:
-        return json.dumps([asdict(candidate) for candidate in self.candidates])
+        return json.dumps(self.candidates, default=vars)  # asdict copies, and takes four times as long
 
 
 def candidate_from(values: dict[str, Any]) -> Candidate:
-    """A candidate from what `asdict` made of it."""
+    """A candidate from its fields, and those of what it holds."""
     return Candidate(**{**values, "found": found_from(values["found"])})
 
 
@@ -119,7 +119,7 @@ class Catalog:
         self.has_news = True
         taken = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
         if taken is None:
-            text = json.dumps(asdict(candidate))
+            text = json.dumps(candidate, default=vars)
             self._rows.execute("INSERT INTO candidate VALUES (?, ?, ?)", (candidate.key, candidate.source, text))
         elif taken[0] == "excluded":
             self._insert_outside(row_of(candidate, "excluded", "removed_before"))

@@ -45,7 +45,7 @@ def write_shard(
     rows = []
     folder = storage.join(root, "shards")
     with storage.file_for(folder) as path:
-        with tarfile.open(path, "w") as tar:
+        with tarfile.TarFile(path, "w", copybufsize=_COPY_BYTES) as tar:
             read = read_ahead([candidate.found for candidate in plan.candidates])
             for candidate, data in zip(plan.candidates, read, strict=True):
                 row = _write_sample(tar, candidate, data, ingest)

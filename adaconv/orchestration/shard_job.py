@@ -131,7 +131,7 @@ def scan_chunk(
             candidate = _candidate(found, data if isinstance(data, bytes) else b"", answer, recipe["layout"])
             refused = refused_row(candidate, answer) if isinstance(answer, Refusal) else None
             refusal = {k: refused[k] for k in ("reason", "detail", "thumbnail")} if refused else None
-            answers.append(json.dumps({"candidate": asdict(candidate), "refusal": refusal}) + "\n")
+            answers.append(json.dumps({"candidate": candidate, "refusal": refusal}, default=vars) + "\n")
             told(1, found.bytes, refused is not None)
     storage.publish_bytes(storage.join(work, "scan", f"{name}.jsonl"), "".join(answers).encode())
     told.close()
