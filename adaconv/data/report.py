@@ -118,22 +118,26 @@ def _evenly(places: pa.Table, count: int) -> Iterable[Row]:
 def _figure_of(version: DatasetVersion, row: Row) -> str:
     caption = html.escape(row["source"])
     detail = html.escape(row.get("detail") or row["key"], quote=True)
-    if row.get("state", "kept") in IN_SHARDS:
-        picture = _img(_thumbnail(version, row))
-    elif row["thumbnail"]:
-        picture = _img(row["thumbnail"])
+    thumbnail = _thumbnail(version, row) if row.get("state", "kept") in IN_SHARDS else row["thumbnail"]
+    if thumbnail:
+        picture = _img(thumbnail)
     else:
         picture = '<div class="unseen">not shown</div>'
         caption += f"<br>{detail}"
     return f'<figure title="{detail}">{picture}<figcaption>{caption}</figcaption></figure>'
 
 
-def _thumbnail(version: DatasetVersion, row: Row) -> str:
-    """A small JPEG of a sample, in base64."""
-    data = storage.read_range(version.shard_uri(row["shard"]), row["offset"], row["size"])
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))
-        small = image.convert("RGB")
+def _thumbnail(version: DatasetVersion, row: Row) -> str | None:
+    """A small JPEG of a sample, in base64; None where the shard is gone or damaged: `verify` says how."""
+    try:
+        data = storage.read_range(version.shard_uri(row["shard"]), row["offset"], row["size"])
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))
+            small = image.convert("RGB")
+    except ConnectionError:
+        raise
+    except (OSError, SyntaxError, ValueError):
+        return None
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     return base64.b64encode(encode_jpeg(small, quality=80)).decode()
 

@@ -181,9 +181,12 @@ def run_verify(config: VerifyConfig) -> dict[str, Any]:
     }
     if damages:
         files = sorted({damage.file for damage in damages})
+        again = "run pipelines/shard.py with the same sources"
+        if version.parent:
+            again += ", then every append and remove that led here"
         error = (
             f"{len(damages)} places of {len(files)} files are damaged, the first: {damages[0]}. Delete the damaged "
-            "shards and run pipelines/shard.py with the same sources: it makes them again, byte for byte"
+            f"files and {again}: what is missing is made again, byte for byte"
         )
         return {**result, "status": "failed", "error": error}
     return result

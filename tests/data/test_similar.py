@@ -2,11 +2,14 @@
 
 import base64
 import io
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from adaconv.data.manifest import open_version
 from adaconv.data.report import render
 from adaconv.data.similar import Pair, similar_pairs
 from tests.helpers import build_version
@@ -108,3 +111,17 @@ def test_the_report_is_whole_and_leans_on_nothing(pictures):
     first = page.index("base64,") + len("base64,")
     with Image.open(io.BytesIO(base64.b64decode(page[first : page.index('"', first)]))) as image:
         assert max(image.size) <= 112
+
+
+def test_the_report_of_a_damaged_version_shows_the_rest(pictures, tmp_path):
+    shutil.copytree(pictures.root, tmp_path / "data")
+    version = open_version(str(tmp_path / "data"))
+    whole, row = render(version, distance=4, sheet=100), next(version.rows())
+    path = Path(version.shard_uri(row["shard"]))
+    path.write_bytes(path.read_bytes()[: row["offset"] + row["size"] // 2])
+    cut = render(version, distance=4, sheet=100)
+    assert whole.count("not shown") < cut.count("not shown")
+    assert cut.count("<figure") == whole.count("<figure")
+    path.unlink()
+    assert "data:image" in whole
+    assert render(version, distance=4, sheet=100).count("<figure") == whole.count("<figure")

@@ -88,6 +88,34 @@ def test_verify_names_what_is_damaged(cluster, root, tmp_path):
     assert (damage["key"], damage["what"]) == (row["key"], "its bytes have changed")
 
 
+def test_what_verify_advises_makes_a_damaged_version_whole(cluster, images, root, tmp_path):
+    first = open_version(str(root))
+    more = tmp_path / "more"
+    generate_photos(more, 1, seed=9, size=144)
+    steps = (
+        lambda: shard(cluster, images, root),
+        lambda: dataset(cluster, "append", "--dataset", root, "--source", more),
+        lambda: dataset(cluster, "remove", "--dataset", root, "--label", "more"),
+    )
+    for step in steps[1:]:
+        step()
+    version, before = open_version(str(root)), hashes_of(root)
+    of_both = next(s for s in version.shards if s in first.shards)
+    of_removal = next(s for s in version.shards if s not in open_version(f"{root}@{version.parent}").shards)
+    for damaged in (of_both, of_removal):
+        Path(version.shard_uri(damaged.name)).write_bytes(b"damaged")
+    done = dataset(cluster, "verify", "--dataset", root, "--output", tmp_path / "out", code=1)
+    assert "then every append and remove" in done.stderr
+    for damaged in (of_both, of_removal):
+        assert damaged.name in done.stderr
+        Path(version.shard_uri(damaged.name)).unlink()
+    for step in steps:
+        step()
+    assert dataset(cluster, "verify", "--dataset", root).returncode == 0
+    assert open_version(str(root)).version == version.version
+    assert hashes_of(root) == before
+
+
 def test_the_tars_are_read_by_ray_data_as_they_are(cluster, undisturbed):
     root = undisturbed[0]
     script = f"""
