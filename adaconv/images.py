@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,6 +142,31 @@ def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
+
+
+def libvips() -> Any:
+    """The module pyvips; it brings a library of 40 MB that many a process does not need."""
+    import pyvips
+
+    pyvips.cache_set_max(0)  # of results, each of which keeps its pictures
+    return pyvips
+
+
+def scale_down(pixels: NDArray[np.uint8], width: int, height: int, *, kernel: str) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 to height x width, the same bytes on every machine, at a third of the time that Pillow takes.
+
+    Args:
+        pixels: of a picture that is as large or larger.
+        width: of the result.
+        height: of the result.
+        kernel: of libvips: `linear`, `cubic` or `lanczos3`, each widened by the factor.
+    """
+    vips = libvips()
+    image = vips.Image.new_from_memory(pixels.data, pixels.shape[1], pixels.shape[0], 3, "uchar").copy()
+    image.set_type(vips.GValue.gint_type, "concurrency", 1)  # tasks share the machine, not the threads within one
+    small = image.resize(width / pixels.shape[1], vscale=height / pixels.shape[0], kernel=kernel)
+    assert (small.width, small.height) == (width, height)
+    return np.frombuffer(small.write_to_memory(), np.uint8).reshape(height, width, 3)
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:

@@ -86,10 +86,16 @@ def _loader_row(shards: list[_Shard], rounds: int) -> Row:
         def decoding() -> None:
             list(pool.map(partial(_decode_all, crop=False), parts))
 
-        seconds = alternate(ours, bare, rounds=rounds)
-        floor, _ = alternate(decoding, lambda: None, rounds=rounds)
+        ours_seconds, peers_seconds, floor = alternate(ours, bare, decoding, rounds=rounds)
     close()
-    return Row("load", *seconds, floor=floor, unit=_unit(shards), against="decode + crop alone, the same functions")
+    return Row(
+        "load",
+        ours_seconds,
+        peers_seconds,
+        floor=floor,
+        unit=_unit(shards),
+        against="decode + crop alone, the same functions",
+    )
 
 
 def _webdataset_row(shards: list[_Shard], rounds: int) -> Row:
@@ -107,12 +113,12 @@ def _webdataset_row(shards: list[_Shard], rounds: int) -> Row:
 
 def _ray_data_row(shards: list[_Shard], rounds: int) -> Row:
     os.environ.setdefault("RAY_worker_niceness", "0")
-    from adaconv.orchestration.cluster import connect, quiet_ray_data
+    from adaconv.orchestration.cluster import connect, set_up_ray_data
 
     with connect(object_store_mb=1500):
         import ray.data
 
-        quiet_ray_data()
+        set_up_ray_data()
 
         def passing() -> None:
             data = ray.data.read_webdataset([shard.path for shard in shards], decoder=None, shuffle="files")
@@ -138,10 +144,11 @@ def _one_image_row(shards: list[_Shard], rounds: int) -> Row:
         for data in images:
             Image.open(io.BytesIO(data)).load()
 
-    seconds = alternate(ours, peers, rounds=rounds)
-    floor, _ = alternate(decoding, lambda: None, rounds=rounds)
+    ours_seconds, peers_seconds, floor = alternate(ours, peers, decoding, rounds=rounds)
     unit = f"{len(images)} images of {_size_text()}, one process"
-    return Row("load/one_image", *seconds, floor=floor, unit=unit, against="Pillow: decode, resize, crop")
+    return Row(
+        "load/one_image", ours_seconds, peers_seconds, floor=floor, unit=unit, against="Pillow: decode, resize, crop"
+    )
 
 
 _ROWS: dict[str, Callable[[list[_Shard], int], Row]] = {
@@ -154,14 +161,15 @@ _ROWS: dict[str, Callable[[list[_Shard], int], Row]] = {
 
 def _against(shards: list[_Shard], rounds: int, passing: Callable[[], None], name: str, against: str) -> Row:
     ours, close = _ours(shards)
-    seconds = alternate(ours, passing, rounds=rounds)
-    close()
     with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("spawn")) as pool:
         parts = _parts(shards)
-        floor, _ = alternate(
-            lambda: list(pool.map(partial(_decode_all, crop=False), parts)), lambda: None, rounds=rounds
-        )
-    return Row(name, *seconds, floor=floor, unit=_unit(shards), against=against)
+
+        def decoding() -> None:
+            list(pool.map(partial(_decode_all, crop=False), parts))
+
+        ours_seconds, peers_seconds, floor = alternate(ours, passing, decoding, rounds=rounds)
+    close()
+    return Row(name, ours_seconds, peers_seconds, floor=floor, unit=_unit(shards), against=against)
 
 
 def _ours(shards: list[_Shard]) -> tuple[Callable[[], None], Callable[[], None]]:

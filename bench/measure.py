@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def alternate(ours: Callable[[], Any], baseline: Callable[[], Any], *, rounds: int) -> tuple[float, float]:
-    """Median seconds of both, run in turns after one unmeasured round: load of other programs falls on both."""
-    ours_seconds, baseline_seconds = _in_turns([lambda: _seconds(ours), lambda: _seconds(baseline)], rounds)
-    return ours_seconds, baseline_seconds
+def alternate(*works: Callable[[], Any], rounds: int) -> list[float]:
+    """Median seconds of each, run in turns after one unmeasured round: load of other programs falls on all.
+
+    Args:
+        works: one that returns a float is taken at its word.
+        rounds: that are measured.
+    """
+    return _in_turns([partial(_seconds, work) for work in works], rounds)
 
 
 def alternate_processes(ours: Side, baseline: Side, *, rounds: int) -> tuple[Taken, Taken]:
@@ -157,11 +161,13 @@ def _peak_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def _seconds(work: Callable[[], Any]) -> float:
     """Of one call; on a GPU, where a call may end before its work, the mean of as many as a tenth of a second holds."""
     calls, began = 0, _now()
     while True:
-        function()
+        own = work()
+        if isinstance(own, float):
+            return own
         calls += 1
         if not torch.cuda.is_available() or time.perf_counter() - began > _GPU_SECONDS or calls == _GPU_CALLS:
             return (_now() - began) / calls

@@ -8,7 +8,6 @@ decode, resize, encode every image into a tar; no checks, no hashes, no manifest
 import io
 import os
 import shutil
-import statistics
 import subprocess
 import tarfile
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -26,13 +26,12 @@ from adaconv.data.builds import spill_listing
 from adaconv.data.ingest import stored_size
 from adaconv.data.sources import iter_images
 from adaconv.data.synthetic import generate_paintings
-from adaconv.images import encode_jpeg
+from adaconv.images import encode_jpeg, scale_down
 from adaconv.orchestration.cluster import connect
 from bench.measure import Row, alternate
 
 _SIZES = ((1280, 960), (960, 720), (640, 480))  # two of three are scaled down, one keeps its bytes
 _RECIPE = RecipeConfig(target_mb=16)
-_FILTER = Image.Resampling[_RECIPE.resample.upper()]
 _IMG2DATASET = """
 import sys, time
 from img2dataset import download
@@ -79,24 +78,28 @@ def _row(folder: Path, count: int, rounds: int) -> Row:
             list(pool.map(work, [files[first::cores] for first in range(cores)]))
 
     python = os.environ.get("ADACONV_IMG2DATASET")
-    peer_seconds: list[float] = []  # by its own clock: our cluster has been started before, so is its Python
     if python:
         urls = folder / "urls.txt"
         urls.write_text("".join(f"file://{file}\n" for file in files))
 
-        def baseline() -> None:
-            peer_seconds.append(_img2dataset(python, urls, folder / "img2dataset", cores))
+        def baseline() -> Any:
+            return _img2dataset(python, urls, folder / "img2dataset", cores)
     else:
 
-        def baseline() -> None:
+        def baseline() -> Any:
             in_processes(_as_peers_do)
 
-    seconds = alternate(ours, baseline, rounds=rounds)
-    if peer_seconds:
-        seconds = (seconds[0], statistics.median(peer_seconds[1:]))
-    floor, _ = alternate(lambda: in_processes(_decode_resize_encode), lambda: None, rounds=rounds)
+    ours_seconds, peers_seconds, floor = alternate(
+        ours, baseline, lambda: in_processes(_decode_resize_encode), rounds=rounds
+    )
     peer = "img2dataset" if python else "Pillow as img2dataset's workers"
-    return Row("shard", *seconds, floor=floor, unit=f"{count} images on {cores} cores; the baseline is {peer}")
+    return Row(
+        "shard",
+        ours_seconds,
+        peers_seconds,
+        floor=floor,
+        unit=f"{count} images on {cores} cores; the baseline is {peer}",
+    )
 
 
 def _decode_resize_encode(files: Sequence[Path]) -> None:
@@ -107,16 +110,16 @@ def _decode_resize_encode(files: Sequence[Path]) -> None:
         if stored_size(*size, _RECIPE) == size:
             simplejpeg.decode_jpeg(data, "GRAY")
         else:
-            picture = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
-            small = picture.resize(stored_size(*size, _RECIPE), _FILTER)
-            encode_jpeg(small, quality=_RECIPE.jpeg_quality)
+            pixels = simplejpeg.decode_jpeg(data, "RGB")
+            small = scale_down(pixels, *stored_size(*size, _RECIPE), kernel=_RECIPE.resample)
+            encode_jpeg(Image.fromarray(small), quality=_RECIPE.jpeg_quality)
 
 
 def _as_peers_do(files: Sequence[Path]) -> None:
     with tempfile.TemporaryFile() as target, tarfile.open(fileobj=target, mode="w") as tar:
         for file in files:
             with Image.open(file) as image:
-                picture = image.convert("RGB").resize(stored_size(*image.size, _RECIPE), _FILTER)
+                picture = image.convert("RGB").resize(stored_size(*image.size, _RECIPE), Image.Resampling.BICUBIC)
             jpeg = encode_jpeg(picture, quality=_RECIPE.jpeg_quality)
             member = tarfile.TarInfo(file.name)
             member.size = len(jpeg)
@@ -124,6 +127,7 @@ def _as_peers_do(files: Sequence[Path]) -> None:
 
 
 def _img2dataset(python: str, urls: Path, output: Path, processes: int) -> float:
+    """Seconds by its own clock: our cluster was started before, so is its Python."""
     shutil.rmtree(output, ignore_errors=True)
     command = [python, "-c", _IMG2DATASET, str(urls), str(output), str(processes)]
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}

@@ -11,7 +11,6 @@ refusals     by the header: empty, not_an_image, damaged_header, too_many_pixels
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from PIL import Image, ImageOps, features
 
 from adaconv.config.shard import RecipeConfig
 from adaconv.errors import DatasetError
-from adaconv.images import ImageError, decode, encode_jpeg, is_srgb, open_header, to_rgb, to_srgb
+from adaconv.images import ImageError, decode, encode_jpeg, is_srgb, libvips, open_header, scale_down, to_rgb, to_srgb
 
 _EXTENSIONS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "libtiff", "littlecms2")
@@ -82,6 +81,7 @@ def recipe_of(config: RecipeConfig) -> dict[str, Any]:
     """All that determines the bytes of a version besides the images: settings, and the versions of the codecs."""
     codecs = {name: features.version(name) for name in _CODECS}
     codecs |= {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "pyarrow": pyarrow.__version__}
+    codecs["libvips"] = ".".join(str(libvips().version(part)) for part in range(3))
     return {**config.model_dump(mode="json"), "codecs": codecs}
 
 
@@ -153,7 +153,7 @@ def perceptual_hash(luma: Image.Image) -> int:
 
     The signs, against their median, of the lowest 8 x 8 frequencies of the picture at 32 x 32 pixels.
     """
-    small = np.asarray(luma.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX), np.float64)
+    small = np.asarray(luma.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX, reducing_gap=2.0), np.float64)
     low = (_COSINES @ small @ _COSINES.T).reshape(-1)  # (64,)
     bits = low > np.partition(low[1:], _HASH_MEDIAN)[_HASH_MEDIAN]  # of 63 values; np.median takes as long as all else
     # The mean tells nothing of what is shown; its place tells which way the picture is brighter, left to right.
@@ -197,30 +197,31 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
     foreign = profile is not None and not is_srgb(profile)
     size = stored_size(*image.size, recipe)
     unchanged = mode == "RGB" and orientation == 1 and not foreign and size == image.size
+    pixels = None
     if stored_format == "JPEG" and unchanged:
-        luma, repair = _decode_jpeg(data, "L")
+        # Its bytes stay: all that is asked is whether they are whole, and an eighth of the size tells that too.
+        luma, repair = _decode_jpeg(data, "GRAY", at_least=(_HASH_SIDE, _HASH_SIDE))
         if luma is not None and not repair:
-            return Sample(data, *image.size, tuple(repairs), perceptual_hash(luma))
-    picture, repair = _load(image, data, size)
-    repairs += repair
-    if orientation != 1:
-        picture = ImageOps.exif_transpose(picture)
-        size = size if orientation < _LYING else size[::-1]
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    if "A" in picture.getbands() and picture.getchannel("A").getextrema() == (0, 0):
-        raise ImageError("transparent", "not a single pixel is visible")
-    if foreign:
-        try:
-            picture = to_srgb(picture)
-            repairs.append("icc_profile")
-        except ValueError:
-            repairs.append("icc_unreadable")
+            return Sample(data, *image.size, tuple(repairs), perceptual_hash(Image.fromarray(luma)))
+    if stored_format == "JPEG" and mode == "RGB":
+        # One that is to become much smaller is decoded at a fraction of its size, at twice the wanted one or more:
+        # the kernel is what shapes the result.
+        pixels, repair = _decode_jpeg(data, "RGB", at_least=(2 * size[0], 2 * size[1]))
+        repairs += repair
+    if pixels is None or orientation != 1 or foreign:
+        picture = _loaded(image) if pixels is None else Image.fromarray(pixels)
+        picture.info.update(image.info)
+        if orientation != 1:
+            picture = ImageOps.exif_transpose(picture)
+            size = size if orientation < _LYING else size[::-1]
+        picture, repair = _visible_srgb(picture, foreign)
+        repairs += repair
+        pixels = np.asarray(picture)
     if mode != "RGB":
         repairs.append(f"mode_{mode.lower().replace(';', '_')}")
-    picture = to_rgb(picture)
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling[recipe.resample.upper()])
+    if size != (pixels.shape[1], pixels.shape[0]):
+        pixels = scale_down(pixels, *size, kernel=recipe.resample)
+    picture = Image.fromarray(pixels)
     jpeg = encode_jpeg(picture, quality=recipe.jpeg_quality)
     return Sample(jpeg, *size, tuple(sorted(repairs)), perceptual_hash(picture.convert("L")))
 
@@ -236,63 +237,70 @@ def _orientation(image: Image.Image) -> tuple[int, list[str]]:
     return (orientation, ["exif_orientation"]) if orientation in range(2, 9) else (1, ["exif_invalid"])
 
 
-def _load(image: Image.Image, data: bytes, wanted: tuple[int, int]) -> tuple[Image.Image, list[str]]:
-    """The decoded picture, with the `info` of the file, and how its data was mended.
-
-    A JPEG that is to become much smaller is decoded at a fraction of its size, at twice the `wanted` one or more: the
-    resampling filter is what shapes the result.
-    """
-    if image.format == "JPEG" and image.mode == "RGB":
-        picture, repair = _decode_jpeg(data, "RGB", (2 * wanted[0], 2 * wanted[1]))
-        if picture is not None:
-            picture.info.update(image.info)
-            return picture, repair
+def _loaded(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError("truncated", _told(error)) from error
-    return image, []
+    return image
+
+
+def _visible_srgb(picture: Image.Image, foreign: bool) -> tuple[Image.Image, list[str]]:
+    """A picture of any mode as sRGB on white, and whether its profile, if that is `foreign`, could be used."""
+    repairs = []
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    if "A" in picture.getbands() and picture.getchannel("A").getextrema() == (0, 0):
+        raise ImageError("transparent", "not a single pixel is visible")
+    if foreign:
+        try:
+            picture = to_srgb(picture)
+            repairs.append("icc_profile")
+        except ValueError:
+            repairs.append("icc_unreadable")
+    return to_rgb(picture), repairs
 
 
 def _decode_jpeg(
-    data: bytes, mode: Literal["RGB", "L"], at_least: tuple[int, int] = (0, 0)
-) -> tuple[Image.Image | None, list[str]]:
+    data: bytes, colours: Literal["RGB", "GRAY"], at_least: tuple[int, int]
+) -> tuple[NDArray[np.uint8] | None, list[str]]:
     """A JPEG's pixels, bit-equal to Pillow's and in less time, and strict where Pillow hears no warning.
 
     Args:
         data: the file's bytes.
-        mode: of the picture.
-        at_least: width and height that may be given instead of the stored ones; 0: the stored size.
+        colours: of the result.
+        at_least: width and height that may be given instead of the stored ones.
 
     Returns:
-        the picture, None for a kind of JPEG that this decoder does not know; and the repair, if one was needed.
+        the pixels, (H, W, 3) or (H, W), None for a kind of JPEG that this decoder does not know; and the repair, if one
+        was needed.
 
     Raises:
         ImageError: `truncated` or `corrupt_data`: libjpeg would make up pixels.
     """
-    decode_pixels = partial(
-        simplejpeg.decode_jpeg,
-        data,
-        "GRAY" if mode == "L" else mode,
-        min_width=at_least[0],
-        min_height=at_least[1],
-        min_factor=2 if any(at_least) else 1,  # smaller ones take longer than they save
-    )
+
+    def decoded(strict: bool) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data,
+            colours,
+            min_width=at_least[0],
+            min_height=at_least[1],
+            min_factor=2,  # smaller ones take longer than they save
+            strict=strict,
+        )
+        return pixels if colours == "RGB" else pixels[..., 0]
+
     try:
-        return _from_pixels(decode_pixels()), []
+        return decoded(strict=True), []
     except ValueError as error:
         message = str(error)
     if "extraneous bytes" in message:  # between segments, where nothing reads them: all pixels are there
-        return _from_pixels(decode_pixels(strict=False)), ["stray_bytes"]
+        return decoded(strict=False), ["stray_bytes"]
     if message.startswith("Premature end"):
         raise ImageError("truncated", message)
     if message.startswith("Corrupt JPEG data"):
         raise ImageError("corrupt_data", message)
     return None, []
-
-
-def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)  # (H, W, 1) or (H, W, 3)
 
 
 def _told(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from adaconv.images import ImageError
+from adaconv.images import ImageError, libvips
 from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
 from adaconv.stylize.raster import FileRaster
 
@@ -35,7 +35,7 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
     Raises:
         ImageError: `truncated` where the pixels are not all there.
     """
-    vips = _vips()
+    vips = libvips()
     try:
         image = vips.Image.new_from_source(_as_it_is(path), "", access="sequential", fail_on="error")
         if image.get_typeof("orientation") and image.get("orientation") > 1:
@@ -56,7 +56,7 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
 
 def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata | None = None) -> None:
     """A raster (3, H, W) uint8 as a file with its recipe, as outputs.encode writes it for small pictures."""
-    vips = _vips()
+    vips = libvips()
     kept = metadata or Metadata()
     image = vips.Image.new_from_source(_as_tiff(raster), "", access="sequential").copy(interpretation="srgb")
     kind = recipe.options.get("format", "png")
@@ -87,7 +87,7 @@ def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata |
 
 def thumbnail_of(path: Path, *, side: int) -> Image.Image:
     """At most `side` pixels a side, without the whole picture in memory."""
-    vips = _vips()
+    vips = libvips()
     small = vips.Image.thumbnail(str(path), side, height=side, size="down").colourspace("srgb")
     small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
     return Image.fromarray(small.cast("uchar").numpy())
@@ -96,7 +96,7 @@ def thumbnail_of(path: Path, *, side: int) -> Image.Image:
 def _as_it_is(path: Path) -> Any:
     """A file for libvips, which would map a file that it opens itself."""
     file = path.open("rb")
-    source = _vips().SourceCustom()
+    source = libvips().SourceCustom()
     source.on_read(file.read)
     source.on_seek(file.seek)
     return source
@@ -118,7 +118,7 @@ def _as_tiff(raster: FileRaster) -> Any:
         place = offset + (0, place, length)[whence]
         return place
 
-    source = _vips().SourceCustom()
+    source = libvips().SourceCustom()
     source.on_read(read)
     source.on_seek(seek)
     return source
@@ -151,10 +151,3 @@ def _tiff_head(height: int, width: int) -> tuple[bytes, int]:
     head = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16) + directory + struct.pack("<Q", 0)
     head += struct.pack(f"<{2 * strips}Q", *places, *sizes)
     return head, first + 3 * width * height
-
-
-def _vips() -> Any:
-    import pyvips  # a library of 40 MB that most pictures do not need
-
-    pyvips.cache_set_max(0)
-    return pyvips

@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image, ImageCms, ImageFilter
 from adaconv.config.shard import RecipeConfig
 from adaconv.data.ingest import Header, Refusal, Sample, ingest, key_of, look, perceptual_hash, stored_size
 from adaconv.data.synthetic import generate_photos
+from adaconv.images import scale_down
 
 RECIPE = RecipeConfig(short_side=64, min_side=16)
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -185,8 +189,49 @@ def test_colours_of_another_profile_become_srgb():
         assert "icc_profile" not in stored.info
 
 
+PILLOWS = {
+    "linear": Image.Resampling.BILINEAR,
+    "cubic": Image.Resampling.BICUBIC,
+    "lanczos3": Image.Resampling.LANCZOS,
+}
+SCALING = """
+import hashlib, numpy, adaconv.images
+pixels = numpy.random.default_rng(0).integers(0, 256, (721, 977, 3), numpy.uint8)
+for kernel in ("linear", "cubic", "lanczos3"):
+    for width, height in ((694, 512), (87, 64)):
+        small = adaconv.images.scale_down(pixels, width, height, kernel=kernel)
+        print(hashlib.sha256(small.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("kernel", PILLOWS)
+def test_scaling_down_is_pillows_to_a_few_levels(tmp_path, kernel):
+    """libvips rounds between its two passes, and places its samples by 64ths of a pixel."""
+    generate_photos(tmp_path, 1, seed=3, size=400)
+    with Image.open(next(tmp_path.iterdir())) as photo:
+        picture = photo.convert("RGB").resize((401, 300))
+    for width, height in ((267, 200), (150, 100), (33, 25)):
+        wanted = np.asarray(picture.resize((width, height), PILLOWS[kernel]), dtype=float)
+        error = scale_down(np.asarray(picture), width, height, kernel=kernel) - wanted
+        assert error.shape == (height, width, 3)
+        assert abs(error.mean()) < 0.5
+        assert np.sqrt((error**2).mean()) < 2.0
+
+
+def test_scaling_down_gives_the_same_bytes_whatever_instructions_a_machine_has():
+    """libvips takes the widest vectors there are; a bit of VIPS_VECTOR allows one kind, VIPS_NOVECTOR none."""
+    given = {
+        subprocess.run(
+            [sys.executable, "-c", SCALING], env={**os.environ, **limit}, capture_output=True, text=True, check=True
+        ).stdout
+        for limit in ({}, {"VIPS_NOVECTOR": "1"}, {"VIPS_VECTOR": "512"}, {"VIPS_CONCURRENCY": "7"})
+    }
+    assert len(given) == 1
+    assert len(set(given.pop().split())) == 6
+
+
 @pytest.mark.parametrize("turned", [1, 6])
-@pytest.mark.parametrize("resample", ["hamming", "bicubic", "lanczos"])
+@pytest.mark.parametrize("resample", PILLOWS)
 def test_a_much_larger_jpeg_is_decoded_at_a_fraction_and_looks_as_it_would(monkeypatch, tmp_path, resample, turned):
     generate_photos(tmp_path, 1, seed=2, size=400)
     exif = Image.Exif()
@@ -201,7 +246,7 @@ def test_a_much_larger_jpeg_is_decoded_at_a_fraction_and_looks_as_it_would(monke
     sample = ingest(data, "a.jpg", recipe)
     assert [pixels.shape for pixels in decoded] == [(135, 188, 3)]  # three eighths: still twice what is wanted
     upright = picture if turned == 1 else picture.transpose(Image.Transpose.ROTATE_270)
-    wanted = upright.resize(stored_size(*upright.size, recipe), Image.Resampling[resample.upper()])
+    wanted = upright.resize(stored_size(*upright.size, recipe), PILLOWS[resample])
     with Image.open(io.BytesIO(sample.jpeg)) as stored:
         assert stored.size == wanted.size == (sample.width, sample.height)
         error = np.asarray(stored).astype(float) - np.asarray(wanted)
