@@ -78,11 +78,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+class Seconds(float):
+    """What a work returns that has a clock of its own."""
+
+
 def alternate(*works: Callable[[], Any], rounds: int) -> list[float]:
     """Median seconds of each, run in turns after one unmeasured round: load of other programs falls on all.
 
     Args:
-        works: one that returns a float is taken at its word.
+        works: one that returns Seconds is taken at its word.
         rounds: that are measured.
     """
     return _in_turns([partial(_seconds, work) for work in works], rounds)
@@ -166,7 +170,7 @@ def _seconds(work: Callable[[], Any]) -> float:
     calls, began = 0, _now()
     while True:
         own = work()
-        if isinstance(own, float):
+        if isinstance(own, Seconds):
             return own
         calls += 1
         if not torch.cuda.is_available() or time.perf_counter() - began > _GPU_SECONDS or calls == _GPU_CALLS:

@@ -28,7 +28,7 @@ from adaconv.data.sources import iter_images
 from adaconv.data.synthetic import generate_paintings
 from adaconv.images import encode_jpeg, scale_down
 from adaconv.orchestration.cluster import connect
-from bench.measure import Row, alternate
+from bench.measure import Row, Seconds, alternate
 
 _SIZES = ((1280, 960), (960, 720), (640, 480))  # two of three are scaled down, one keeps its bytes
 _RECIPE = RecipeConfig(target_mb=16)
@@ -83,7 +83,7 @@ def _row(folder: Path, count: int, rounds: int) -> Row:
         urls.write_text("".join(f"file://{file}\n" for file in files))
 
         def baseline() -> Any:
-            return _img2dataset(python, urls, folder / "img2dataset", cores)
+            return Seconds(_img2dataset(python, urls, folder / "img2dataset", cores))
     else:
 
         def baseline() -> Any:

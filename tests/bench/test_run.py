@@ -100,3 +100,11 @@ def test_counted_flops_are_those_that_torch_counts(architecture):
     whole = work.stylize_flops(size, side, style_cached=True)
     # Composing the kernels, and whatever way the adaptive convolution takes, is not counted.
     assert whole - work.adaptive_flops(size, side) <= counted.get_total_flops() <= 1.05 * whole
+
+
+def test_a_works_own_clock_counts_and_what_else_it_returns_does_not():
+    from bench.measure import Seconds, alternate
+
+    told, timed = alternate(lambda: Seconds(1000), lambda: 1000.0, rounds=1)
+    assert told == 1000
+    assert 0 < timed < 100
