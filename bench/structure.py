@@ -45,8 +45,9 @@ _SMALL = (16, 32, 64, 128)  # channels, a quarter of VGG-19's
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contents", type=Path, required=True, help="folder of images")
-    parser.add_argument("--styles", type=Path, required=True, help="folder of images")
+    parser.add_argument("--contents", type=Path, required=True, help="images in any folders below it")
+    parser.add_argument("--styles", type=Path, required=True, help="images in any folders below it")
+    parser.add_argument("--limit", type=int, default=5000, help="of each, evenly; they are held in memory")
     parser.add_argument("--encoder", default="seeded:0", help="as model.encoder; then normalised on both folders")
     parser.add_argument("--small", action="store_true", help="a quarter of the paper's channels; with a seeded encoder")
     parser.add_argument("--steps", type=int, default=2000)
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     allocator.keep()
-    contents, styles = (_read(folder, options.side * 5 // 3) for folder in (options.contents, options.styles))
+    contents, styles = (
+        _read(folder, options.side * 5 // 3, options.limit) for folder in (options.contents, options.styles)
+    )
     encoder = load_encoder(options.encoder, **({"widths": _SMALL} if options.small else {}))
     normalise_encoder(encoder, [_as_float(torch.cat([contents[:32], styles[:32]]))])
     encoder.to(device())
@@ -156,10 +159,11 @@ def _parameters(network: StyleTransferNet, rate: float) -> list[dict[str, Any]]:
     return [{"params": rest, "lr": rate}, *([{"params": slow, "lr": rate / 10}] if slow else [])]
 
 
-def _read(folder: Path, side: int) -> Tensor:
+def _read(folder: Path, side: int, limit: int) -> Tensor:
     """(N, 3, side, side) uint8: the middle of every image, its shorter side scaled."""
     pictures = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS):
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    for path in paths[:: -(-len(paths) // limit) or 1]:
         try:
             image = to_rgb(decode(path.read_bytes()))
         except ImageError:
