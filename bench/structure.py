@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaconv import allocator
+from adaconv.errors import AdaConvError
 from adaconv.images import EXTENSIONS, ImageError, decode, to_rgb
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.encoder_weights import load_encoder, normalise_encoder
@@ -57,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--style-weight", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.limit < 2 * _HELD_OUT:
+        parser.error(f"--limit: expected {2 * _HELD_OUT} or more, found {options.limit}")
+    try:
+        return compare(options)
+    except AdaConvError as error:
+        parser.error(str(error))
+
+
+def compare(options: argparse.Namespace) -> int:
+    """A line of JSON for each network."""
     allocator.keep()
     contents, styles = (
         _read(folder, options.side * 5 // 3, options.limit) for folder in (options.contents, options.styles)
@@ -163,7 +174,8 @@ def _read(folder: Path, side: int, limit: int) -> Tensor:
     """(N, 3, side, side) uint8: the middle of every image, its shorter side scaled."""
     pictures = []
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    for path in paths[:: -(-len(paths) // limit) or 1]:
+    count = min(limit, len(paths))
+    for path in (paths[number * len(paths) // count] for number in range(count)):
         try:
             image = to_rgb(decode(path.read_bytes()))
         except ImageError:
