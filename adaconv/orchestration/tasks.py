@@ -100,7 +100,7 @@ def run_tasks(
             function,
             fn_kwargs={"board": board, **shared},
             num_cpus=1,
-            compute=TaskPoolStrategy(size=num_workers),
+            compute=TaskPoolStrategy(size=num_workers and min(num_workers, len(jobs))),
             max_retries=_WORKER_DEATHS_ADMITTED,
         )
     with _watched(progress, board, TaskMetrics(what)):
