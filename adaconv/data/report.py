@@ -118,9 +118,12 @@ def _evenly(places: pa.Table, count: int) -> Iterable[Row]:
 def _figure_of(version: DatasetVersion, row: Row) -> str:
     caption = html.escape(row["source"])
     detail = html.escape(row.get("detail") or row["key"], quote=True)
-    thumbnail = _thumbnail(version, row) if row.get("state", "kept") in IN_SHARDS else row["thumbnail"]
+    in_shard = row.get("state", "kept") in IN_SHARDS
+    thumbnail = _thumbnail(version, row) if in_shard else row["thumbnail"]
     if thumbnail:
         picture = _img(thumbnail)
+    elif in_shard:
+        picture = '<div class="unseen">damaged: see verify</div>'
     else:
         picture = '<div class="unseen">not shown</div>'
         caption += f"<br>{detail}"
