@@ -29,8 +29,9 @@ from adaconv.data.manifest import (
 )
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import Damage, verify_manifest, verify_shard
+from adaconv.orchestration.board import Teller
 from adaconv.orchestration.shard_job import publish_note, read_note, run_shard_job
-from adaconv.orchestration.tasks import Teller, run_tasks
+from adaconv.orchestration.tasks import run_tasks
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,8 @@ from adaconv.data.plan import Candidate, Catalog, candidate_from, found_from, pl
 from adaconv.data.shard_writer import Ingest, read_ahead, refused_row, write_shard
 from adaconv.data.sources import Found, Layout, artist_and_style
 from adaconv.errors import QuarantineBudgetError
-from adaconv.orchestration.tasks import Teller, run_tasks
+from adaconv.orchestration.board import Teller
+from adaconv.orchestration.tasks import run_tasks
 from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)

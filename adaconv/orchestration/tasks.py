@@ -11,6 +11,7 @@ import ray
 from ray.data import TaskPoolStrategy
 
 from adaconv.errors import AdaConvError, JobError
+from adaconv.orchestration.board import Board
 from adaconv.orchestration.cluster import set_up_ray_data
 from adaconv.orchestration.metrics import TaskMetrics
 from adaconv.progress import Progress
@@ -18,44 +19,9 @@ from adaconv.progress import Progress
 # Of one task; Ray's own default is without end. Whoever may be killed by its input looks out for itself after the first
 # death, so what is left are machines and operators.
 _WORKER_DEATHS_ADMITTED = 10
-_TELL_SECONDS, _ASK_SECONDS = 1.0, 1.0
+_ASK_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
-
-
-class Board:
-    """What tasks have done so far, by task: one that is started again begins at nothing."""
-
-    def __init__(self) -> None:
-        self._of_task: dict[str, tuple[int, int, int]] = {}
-
-    def clear(self) -> None:
-        self._of_task.clear()
-
-    def set(self, task: str, images: int, read_bytes: int, refused: int) -> None:
-        self._of_task[task] = (images, read_bytes, refused)
-
-    def totals(self) -> tuple[int, int, int]:
-        images, read_bytes, refused = zip((0, 0, 0), *self._of_task.values(), strict=True)
-        return sum(images), sum(read_bytes), sum(refused)
-
-
-class Teller:
-    """A task's side of the board; tells it at most once a second."""
-
-    def __init__(self, board: ray.actor.ActorHandle, task: str) -> None:
-        self._board, self._task = board, task
-        self._done = (0, 0, 0)
-        self._last = 0.0
-
-    def __call__(self, images: int, read_bytes: int, refused: int) -> None:
-        self._done = (self._done[0] + images, self._done[1] + read_bytes, self._done[2] + int(refused))
-        if time.monotonic() - self._last >= _TELL_SECONDS:
-            self.close()
-
-    def close(self) -> None:
-        self._last = time.monotonic()
-        self._board.set.remote(self._task, *self._done)
 
 
 def run_tasks(
