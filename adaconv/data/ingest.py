@@ -148,12 +148,13 @@ def refusal_of(error: ImageError, data: bytes = b"") -> Refusal:
     return Refusal(error.reason, detail, thumbnail)
 
 
-def perceptual_hash(luma: Image.Image) -> int:
+def perceptual_hash(picture: Image.Image) -> int:
     """64 bits that hardly change when an image is scaled, encoded anew or brightened.
 
-    The signs, against their median, of the lowest 8 x 8 frequencies of the picture at 32 x 32 pixels.
+    The signs, against their median, of the lowest 8 x 8 frequencies of the luma at 32 x 32 pixels.
     """
-    small = np.asarray(luma.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX, reducing_gap=2.0), np.float64)
+    little = picture.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    small = np.asarray(little.convert("L"), np.float64)
     low = (_COSINES @ small @ _COSINES.T).reshape(-1)  # (64,)
     bits = low > np.partition(low[1:], _HASH_MEDIAN)[_HASH_MEDIAN]  # of 63 values; np.median takes as long as all else
     # The mean tells nothing of what is shown; its place tells which way the picture is brighter, left to right.
@@ -223,7 +224,7 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
         pixels = scale_down(pixels, *size, kernel=recipe.resample)
     picture = Image.fromarray(pixels)
     jpeg = encode_jpeg(picture, quality=recipe.jpeg_quality)
-    return Sample(jpeg, *size, tuple(sorted(repairs)), perceptual_hash(picture.convert("L")))
+    return Sample(jpeg, *size, tuple(sorted(repairs)), perceptual_hash(picture))
 
 
 def _orientation(image: Image.Image) -> tuple[int, list[str]]:

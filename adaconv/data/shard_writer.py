@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from adaconv import storage
 from adaconv.data.ingest import Refusal, Sample, refusal_of
@@ -42,19 +41,26 @@ def write_shard(
     Returns:
         the shard, or None if every image was refused; and a manifest row for each image.
     """
-    rows = []
+    rows, samples = [], []
     folder = storage.join(root, "shards")
     with storage.file_for(folder) as path:
-        with tarfile.TarFile(path, "w", copybufsize=_COPY_BYTES) as tar:
-            read = read_ahead([candidate.found for candidate in plan.candidates])
-            for candidate, data in zip(plan.candidates, read, strict=True):
-                row = _write_sample(tar, candidate, data, ingest)
-                rows.append(row)
-                told(1, candidate.found.bytes, row["state"] == "quarantined")
-        samples = [row for row in rows if row["state"] != "quarantined"]
+        with path.open("wb") as raw:
+            file = _Hashed(raw)
+            # The names are of a kind that all of tar's formats write alike, and this one takes the least time.
+            with tarfile.TarFile(
+                fileobj=cast(BinaryIO, file), mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_COPY_BYTES
+            ) as tar:
+                read = read_ahead([candidate.found for candidate in plan.candidates])
+                for candidate, data in zip(plan.candidates, read, strict=True):
+                    row = _write_sample(tar, candidate, data, ingest)
+                    rows.append(row)
+                    if row["state"] != "quarantined":
+                        row["crc32"] = file.crc32_since()
+                        samples.append(row)
+                    told(1, candidate.found.bytes, row["state"] == "quarantined")
         if not samples:
             return None, rows
-        shard = _measure(path, samples)
+        shard = file.shard_of(samples)
         storage.publish_written(path, storage.join(folder, shard.name))
     return shard, rows
 
@@ -71,7 +77,8 @@ def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
     folder = storage.join(root, "shards")
     old = storage.join(folder, rows[0]["shard"])
     with storage.file_for(folder) as path:
-        with path.open("wb") as tar:
+        with path.open("wb") as raw:
+            tar = _Hashed(raw)
             for row in rows:
                 span = storage.read_range(old, row["offset"] - HEADER_BYTES, row["span"])
                 check_span(old, row, span)
@@ -79,9 +86,39 @@ def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
                 tar.write(span)
             tar.write(bytes(2 * tarfile.BLOCKSIZE))
             tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
-        shard = _measure(path, rows)
+        shard = tar.shard_of(rows)
         storage.publish_written(path, storage.join(folder, shard.name))
     return shard
+
+
+class _Hashed:
+    """A file that is written from start to end, and named by what went into it: to read it again costs as much."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._bytes = file, 0
+        self._sha256, self._crc32 = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._sha256.update(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._bytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def crc32_since(self) -> int:
+        """Of what was written since this was asked last."""
+        crc32, self._crc32 = self._crc32, 0
+        return crc32
+
+    def shard_of(self, rows: Sequence[Row]) -> Shard:
+        """What was written, as a shard of these samples; its name is entered into their rows."""
+        sha256 = self._sha256.hexdigest()
+        shard = Shard(f"{sha256[:16]}.tar", rows=len(rows), bytes=self._bytes, sha256=sha256)
+        for row in rows:
+            row["shard"] = shard.name
+        return shard
 
 
 def read_ahead(found: Iterable[Found], *, max_bytes: int | None = None) -> Iterator[bytes | ImageError]:
@@ -151,26 +188,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o644
     tar.addfile(member, io.BytesIO(data))
-
-
-def _measure(path: Path, rows: Sequence[Row]) -> Shard:
-    """Name a written tar by its content, and complete the rows of its samples."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        for row in rows:
-            assert file.tell() == row["offset"] - HEADER_BYTES, "samples lie end to end"
-            span = file.read(row["span"])
-            sha256.update(span)
-            row["crc32"] = zlib.crc32(span)
-        for block in _blocks(file):
-            sha256.update(block)
-        total = file.tell()
-    shard = Shard(f"{sha256.hexdigest()[:16]}.tar", rows=len(rows), bytes=total, sha256=sha256.hexdigest())
-    for row in rows:
-        row["shard"] = shard.name
-    return shard
-
-
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(_COPY_BYTES):
-        yield block
