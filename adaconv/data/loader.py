@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import multiprocessing
+import multiprocessing.context
 import os
 import random
 import sys
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -292,10 +295,37 @@ def make_loader(
         prefetch_factor=prefetch_batches if workers else None,
         pin_memory=pin_memory,
         timeout=timeout_seconds if workers else 0,
-        # A Ray worker runs threads that a forked child would find stopped half-way.
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context=_context() if workers else None,
+        worker_init_fn=_end_with_parent if workers else None,
     )
     return iter(loader)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Workers are forked from a process that has imported what they need: one import for all, and one copy of it.
+
+    Not from this one: a Ray worker runs threads that a forked child would find stopped half-way.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # A child imports its parent's main module again, and that of a Ray worker imports Ray.
+    context.set_forkserver_preload([__name__, *(["ray"] if "ray" in sys.modules else [])])
+    return context
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker's own look at the process that reads its batches.
+
+    PyTorch looks at the process that it was forked from; that one lives as long as its children, who would wait for
+    each other for ever once the reader was killed.
+    """
+    reader = multiprocessing.parent_process()
+    assert reader is not None
+
+    def wait() -> None:
+        reader.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="reader", daemon=True).start()
 
 
 @contextlib.contextmanager

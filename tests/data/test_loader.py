@@ -1,9 +1,15 @@
 """Batches are what the pure order says, whoever reads them."""
 
 import io
+import os
 import pickle
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -74,6 +80,39 @@ def test_a_loader_that_starts_later_gives_the_same(content_version, style_versio
     assert [b.step for b in late] == [4, 5]
     assert same(whole[4], late[0])
     assert same(whole[5], late[1])
+
+
+READS_UNTIL_IT_IS_KILLED = """
+import os, pickle, signal, sys
+import psutil
+from adaconv.data.loader import make_loader
+if __name__ == "__main__":
+    dataset = pickle.load(open(sys.argv[1], "rb"))
+    batches = make_loader(dataset, first_step=0, steps=9999, workers=2, prefetch_batches=2, pin_memory=False)
+    next(batches)
+    print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_is_killed_leaves_no_workers(content_version, style_version, tmp_path):
+    (tmp_path / "dataset").write_bytes(pickle.dumps(pairs(content_version, style_version)))
+    (tmp_path / "rank.py").write_text(READS_UNTIL_IT_IS_KILLED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "rank.py", tmp_path / "dataset"],
+        env={**os.environ, "PYTHONPATH": str(Path(loader.__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 4  # two workers, what they are forked from, and multiprocessing's resource tracker
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_a_sample_is_cropped_anew_each_time(content_version, style_version):
