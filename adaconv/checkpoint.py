@@ -151,8 +151,9 @@ def meta_of(uri: str) -> dict[str, Any]:
     return values
 
 
-def fetch(uri: str) -> Path:
-    """A local folder with the checkpoint's files, each compared with its sha256.
+@contextlib.contextmanager
+def fetched(uri: str) -> Iterator[Path]:
+    """A local folder with the checkpoint's files, each compared with its sha256; from an object store for the block.
 
     Raises:
         CheckpointError: it is not there, incomplete, damaged, or of another format.
@@ -162,30 +163,19 @@ def fetch(uri: str) -> Path:
             f"expected a checkpoint at {uri}, found no meta.json there; name a folder such as "
             ".../checkpoints/step-00001000"
         )
-    local = storage.local_directory(uri)
-    meta = _read_json(local / "meta.json")
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{uri}: expected format {FORMAT}, found {meta.get('format')}; use the release that wrote it"
-        )
-    for name, expected in meta["files"].items():
-        path = local / name
-        if not path.exists():
-            raise CheckpointError(f"{uri}: {name} is missing")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{uri}: {name} is not the file that was saved (its sha256 differs)")
-    return local
-
-
-@contextlib.contextmanager
-def fetched(uri: str) -> Iterator[Path]:
-    """The same for as long as a block lasts: what was copied from an object store is removed after it."""
-    folder = fetch(uri)
-    try:
-        yield folder
-    finally:
-        if not storage.is_local(uri):
-            shutil.rmtree(folder, ignore_errors=True)
+    with storage.local_directory(uri) as local:
+        meta = _read_json(local / "meta.json")
+        if meta.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{uri}: expected format {FORMAT}, found {meta.get('format')}; use the release that wrote it"
+            )
+        for name, expected in meta["files"].items():
+            path = local / name
+            if not path.exists():
+                raise CheckpointError(f"{uri}: {name} is missing")
+            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+                raise CheckpointError(f"{uri}: {name} is not the file that was saved (its sha256 differs)")
+        yield local
 
 
 def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:

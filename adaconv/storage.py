@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from adaconv.errors import UsageError
+from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -262,14 +263,16 @@ def remove_directory(uri: str, *, first: str | None = None) -> None:
         _patiently(uri, lambda: _filesystem(uri).rm(uri, recursive=True))
 
 
-def local_directory(uri: str) -> Path:
-    """A flat folder as a local one: itself, or a fresh copy."""
+@contextmanager
+def local_directory(uri: str) -> Iterator[Path]:
+    """A flat folder as a local one: itself, or a copy for as long as the block lasts."""
     if is_local(uri):
-        return Path(uri)
-    target = Path(tempfile.mkdtemp(prefix="adaconv-fetch-"))
-    for file in list_files(uri):
-        (target / name_of(file)).write_bytes(read_bytes(file))
-    return target
+        yield Path(uri)
+        return
+    with scratch_folder("fetch") as target:
+        for file in list_files(uri):
+            (target / name_of(file)).write_bytes(read_bytes(file))
+        yield target
 
 
 def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hidden: bool) -> Iterator[Entry]:

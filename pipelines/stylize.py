@@ -12,6 +12,7 @@ makes an output again from its recipe, and ends with 1 if the bytes are others.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,22 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.orchestration.cluster import connect
     from adaconv.stylize.inputs import check_sources
-    from adaconv.tracking.registry import resolve_model
+    from adaconv.tracking.registry import resolved_model
     from adaconv.tracking.runs import default_uri
 
-    def resolve(model: str) -> tuple[str, Path]:
-        return resolve_model(model, tracking_uri=default_uri(config.tracking.uri, Path.cwd()))
+    resolved = partial(resolved_model, tracking_uri=default_uri(config.tracking.uri, Path.cwd()))
 
     if config.replay:
         from adaconv.stylize.replay import replay
 
-        return replay(config.replay, resolve=resolve, **config.model_dump(include={"model", "content", "style"}))
+        return replay(config.replay, resolved=resolved, **config.model_dump(include={"model", "content", "style"}))
     check_sources(config.content, flag="--content")  # a typo is answered before a cluster is started
     check_sources(config.style, flag="--style", packs=True)
     assert config.output is not None
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
     config = config.model_copy(update={"output": storage.absolute(config.output)})
-    model, folder = resolve(config.model)
-    with connect():
+    with resolved(config.model) as (model, folder), connect():
         from adaconv.orchestration.stylize_job import run_stylize_job
 
         return run_stylize_job(config, model=model, folder=folder)

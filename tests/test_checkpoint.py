@@ -14,14 +14,14 @@ from tests.helpers import TINY_MODEL, save_checkpoint
 
 def test_a_network_comes_back_as_it_was(tmp_path):
     network, uri = save_checkpoint(tmp_path)
-    folder = checkpoint.fetch(uri)
-    again, info = checkpoint.load_network(folder)
+    with checkpoint.fetched(uri) as folder:
+        again, info = checkpoint.load_network(folder)
+        assert checkpoint.load_trainer(folder)["moments"].tolist() == [1, 1, 1]
+        assert checkpoint.load_data(folder) == {"seed": 1}
     x, y = torch.rand(2, 1, 3, 32, 32)
     assert torch.equal(network.eval()(x, y), again(x, y))
     assert info.step == 7
     assert info.encoder_fingerprint == fingerprint(network.encoder)
-    assert checkpoint.load_trainer(folder)["moments"].tolist() == [1, 1, 1]
-    assert checkpoint.load_data(folder) == {"seed": 1}
     assert checkpoint.meta_of(uri)["run_id"] == "r"
 
 
@@ -38,8 +38,8 @@ def test_a_checkpoint_without_its_last_file_is_none(tmp_path):
         _, uri = save_checkpoint(tmp_path, step)
     (tmp_path / "step-00000002" / "meta.json").unlink()
     assert list(checkpoint.steps_in(str(tmp_path))) == [1]
-    with pytest.raises(CheckpointError, match=r"found no meta\.json"):
-        checkpoint.fetch(uri)
+    with pytest.raises(CheckpointError, match=r"found no meta\.json"), checkpoint.fetched(uri):
+        pass
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json", "trainer.pt", "data.json"])
@@ -49,11 +49,11 @@ def test_a_changed_byte_is_found(tmp_path, name):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{name} is not the file that was saved"):
-        checkpoint.fetch(uri)
+    with pytest.raises(CheckpointError, match=f"{name} is not the file that was saved"), checkpoint.fetched(uri):
+        pass
     path.unlink()
-    with pytest.raises(CheckpointError, match=f"{name} is missing"):
-        checkpoint.fetch(uri)
+    with pytest.raises(CheckpointError, match=f"{name} is missing"), checkpoint.fetched(uri):
+        pass
     assert checkpoint.newest(str(tmp_path)) is None
 
 

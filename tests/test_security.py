@@ -22,7 +22,7 @@ from adaconv.data.manifest import _text_of, open_version
 from adaconv.data.verify import verify_shard
 from adaconv.errors import CheckpointError, DatasetError, TrackingError
 from adaconv.stylize.outputs import pack_name, slug
-from adaconv.tracking.registry import resolve_model
+from adaconv.tracking.registry import resolved_model
 from adaconv.tracking.runs import default_uri
 from tests.helpers import build_version, save_checkpoint
 
@@ -75,8 +75,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(saved, tmp_path, how):
         pickle.dump(Bomb(mark), held)
     for name, load in (("trainer.pt", checkpoint.load_trainer), ("model.safetensors", checkpoint.load_network)):
         replace_file(saved, name, held.getvalue())
-        folder = checkpoint.fetch(str(saved))
-        with pytest.raises((CheckpointError, pickle.UnpicklingError)):
+        with checkpoint.fetched(str(saved)) as folder, pytest.raises((CheckpointError, pickle.UnpicklingError)):
             load(folder)
     assert not mark.exists()
 
@@ -91,8 +90,9 @@ def test_a_pickled_model_of_the_registry_is_not_unpickled(tmp_path):
     (model / "python_model.pkl").write_bytes(pickle.dumps(Bomb(mark)))
     (model / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: mlflow.pyfunc.model\n")
     client.log_artifacts(run.info.run_id, str(model), "evil")
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
-        resolve_model(f"runs:/{run.info.run_id}/evil", tracking_uri=uri)
+    evil = resolved_model(f"runs:/{run.info.run_id}/evil", tracking_uri=uri)
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"), evil:
+        pass
     assert not mark.exists()
 
 

@@ -88,8 +88,9 @@ def test_a_folder_is_published_with_its_mark_last_and_replaces_an_older_one(root
             (source / name).write_text(name)
         storage.publish_directory(source, target, last="meta")
         assert [storage.name_of(uri) for uri in storage.list_files(target)] == sorted(names)
-    local = storage.local_directory(target)
-    assert (local / "c").read_text() == "c"
+    with storage.local_directory(target) as local:
+        assert (local / "c").read_text() == "c"
+    assert local.exists() == storage.is_local(target)
     storage.remove_directory(target, first="meta")
     assert storage.list_files(target) == []
 

@@ -1,6 +1,7 @@
 """An output made again from the recipe that it carries, and compared byte for byte."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from adaconv.stylize.stylizer import Stylizer
 def replay(
     uri: str,
     *,
-    resolve: Callable[[str], tuple[str, Path]],
+    resolved: Callable[[str], AbstractContextManager[tuple[str, Path]]],
     model: str = "",
     content: Sequence[str],
     style: Sequence[str] = (),
@@ -29,7 +30,7 @@ def replay(
 
     Args:
         uri: of the output, local or s3://.
-        resolve: a model's name to its exact version and local folder.
+        resolved: a model's name to its exact version and, for a block, its local folder.
         model: instead of the one that the recipe names.
         content: sources, one of which holds the content's bytes.
         style: sources, one of which holds the style's bytes; not needed where the job's packs lie beside the output.
@@ -54,8 +55,8 @@ def replay(
     options = Options(**recipe.options)
     if not model and not recipe.model.startswith(("models:/", "runs:/")):
         raise UsageError(f"--replay {uri}: it was made by a checkpoint {recipe.model}; say where that is as --model")
-    _, folder = resolve(model or recipe.model)
-    stylizer = Stylizer.from_folder(folder, precision=options.precision, max_memory_gb=max_memory_gb)  # type: ignore[arg-type]
+    with resolved(model or recipe.model) as (_, folder):
+        stylizer = Stylizer.from_folder(folder, precision=options.precision, max_memory_gb=max_memory_gb)  # type: ignore[arg-type]
     if stylizer.info.digest != recipe.model_digest:
         raise UsageError(
             f"--replay {uri}: expected model {recipe.model_digest[:12]}, found {stylizer.info.digest[:12]} at "

@@ -120,9 +120,10 @@ class Stylizer:
         if not uri.startswith(("models:/", "runs:/")):
             with fetched(uri) as folder:
                 return cls.from_folder(folder, **how)
-        from adaconv.tracking.registry import resolve_model  # the one thing here that needs MLflow
+        from adaconv.tracking.registry import resolved_model  # the one thing here that needs MLflow
 
-        return cls.from_folder(resolve_model(uri, tracking_uri=tracking_uri or os.environ.get(_TRACKING))[1], **how)
+        with resolved_model(uri, tracking_uri=tracking_uri or os.environ.get(_TRACKING)) as (_, folder):
+            return cls.from_folder(folder, **how)
 
     @property
     def device(self) -> str:

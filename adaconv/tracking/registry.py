@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import re
-import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from adaconv import checkpoint, storage
 from adaconv.errors import CheckpointError, TrackingError, UsageError
+from adaconv.scratch import scratch_folder
 from adaconv.tracking.logged_model import card_of, log_model
 from adaconv.tracking.runs import client_of, find_run, iso
 
@@ -132,15 +133,16 @@ def history_of(client: MlflowClient, name: str, alias: str) -> list[Move]:
     return [Move(**move) for move in json.loads(tags.get(f"alias.{alias}.history", "[]"))]
 
 
-def resolve_model(uri: str, *, tracking_uri: str | None) -> tuple[str, Path]:
-    """A local folder with `model.safetensors` and `model.json`, and the exact version that a name means now.
+@contextlib.contextmanager
+def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str, Path]]:
+    """What a name means now, and for the block a local folder with its `model.safetensors` and `model.json`.
 
     Args:
         uri: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://).
         tracking_uri: where models:/ and runs:/ are looked up.
 
-    Returns:
-        the URI with an alias replaced by its version, and the folder.
+    Yields:
+        the URI with an alias replaced by its version, and the local folder.
 
     Raises:
         UsageError: the name is not one of these.
@@ -148,7 +150,9 @@ def resolve_model(uri: str, *, tracking_uri: str | None) -> tuple[str, Path]:
         CheckpointError: the folder holds no whole model.
     """
     if not uri.startswith(("models:/", "runs:/")):
-        return uri, checkpoint.fetch(uri)
+        with checkpoint.fetched(uri) as folder:
+            yield uri, folder
+        return
     if tracking_uri is None:
         raise UsageError(f"{uri} is looked up in MLflow: give --tracking.uri or set MLFLOW_TRACKING_URI")
     try:
@@ -157,14 +161,21 @@ def resolve_model(uri: str, *, tracking_uri: str | None) -> tuple[str, Path]:
         if by_alias:
             version = client.get_model_version_by_alias(*by_alias.groups()).version
             uri = f"models:/{by_alias[1]}/{version}"
-        target = tempfile.mkdtemp(prefix="adaconv-model-")
-        local = Path(mlflow.artifacts.download_artifacts(uri, dst_path=target, tracking_uri=tracking_uri))
     except (MlflowException, OSError) as error:
-        raise TrackingError(f"{uri} at {tracking_uri}: {error}; pipelines/register.py makes model versions") from error
-    found = sorted(local.rglob("model.safetensors"))
-    if not found:
-        raise CheckpointError(f"{uri} holds no model.safetensors: it was not registered by pipelines/register.py")
-    return uri, found[0].parent
+        raise _unresolved(uri, tracking_uri, error) from error
+    with scratch_folder("model") as target:
+        try:
+            mlflow.artifacts.download_artifacts(uri, dst_path=str(target), tracking_uri=tracking_uri)
+        except (MlflowException, OSError) as error:
+            raise _unresolved(uri, tracking_uri, error) from error
+        found = sorted(target.rglob("model.safetensors"))
+        if not found:
+            raise CheckpointError(f"{uri} holds no model.safetensors: it was not registered by pipelines/register.py")
+        yield uri, found[0].parent
+
+
+def _unresolved(uri: str, tracking_uri: str, error: Exception) -> TrackingError:
+    return TrackingError(f"{uri} at {tracking_uri}: {error}; pipelines/register.py makes model versions")
 
 
 def find_checkpoint(path: str) -> str:

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from adaconv.errors import TrackingError
 from adaconv.tracking.mlflow_tracker import close_run, open_run
-from adaconv.tracking.registry import register, resolve_model
+from adaconv.tracking.registry import register, resolved_model
 from adaconv.tracking.results import keep_results
 from tests.helpers import save_checkpoint
 from tests.servers import MlflowServer, free_port, postgresql
@@ -122,8 +122,9 @@ def test_a_run_its_page_and_its_model_live_on_a_teams_server(team, ann, tmp_path
     assert run.info.status == "FINISHED"
     assert len(client.get_metric_history(tracker.run_id, "train/odd")) == 20
     assert client.get_model_version_by_alias("adaconv", "champion").tags["alias.champion.by"] == WHO
-    _, local = resolve_model("models:/adaconv@champion", tracking_uri=server.uri)
-    assert (local / "model.safetensors").read_bytes() == (folder / "step-00000020" / "model.safetensors").read_bytes()
+    with resolved_model("models:/adaconv@champion", tracking_uri=server.uri) as (_, local):
+        weights = (local / "model.safetensors").read_bytes()
+    assert weights == (folder / "step-00000020" / "model.safetensors").read_bytes()
     listed = bucket.list_objects_v2(Bucket="artifacts", Prefix="mlflow/")["Contents"]
     names = {entry["Key"].rpartition("/")[2] for entry in listed}
     assert {"time-machine.html", "config.yaml", "MODEL_CARD.md", "model.safetensors"} <= names

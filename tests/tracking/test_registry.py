@@ -19,7 +19,7 @@ from adaconv import checkpoint
 from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.stylize.stylizer import Stylizer
 from adaconv.tracking.mlflow_tracker import close_run, open_run
-from adaconv.tracking.registry import history_of, register, resolve_model, rollback
+from adaconv.tracking.registry import history_of, register, resolved_model, rollback
 from adaconv.tracking.results import keep_models
 from tests.helpers import save_checkpoint
 from tests.tracking.grids import grid_of
@@ -172,9 +172,10 @@ def test_the_same_checkpoint_gets_no_second_version(trained, versions):
     uri, _, folder = trained
     again = register(str(folder / "step-00000200"), name="adaconv", alias="candidate", reason="", tracking_uri=uri)
     assert again.version == versions[1].version
-    exact, local = resolve_model("models:/adaconv@candidate", tracking_uri=uri)
-    assert exact == f"models:/adaconv/{again.version}"
-    assert checkpoint.load_network(local)[1].step == 200
+    with resolved_model("models:/adaconv@candidate", tracking_uri=uri) as (exact, local):
+        assert exact == f"models:/adaconv/{again.version}"
+        assert checkpoint.load_network(local)[1].step == 200
+    assert not local.exists()  # a copy of 240 MB a job would fill the disk
 
 
 def test_what_cannot_be_registered_is_said(trained, tmp_path):
