@@ -20,8 +20,9 @@ import sys
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -296,7 +297,7 @@ def make_loader(
         pin_memory=pin_memory,
         timeout=timeout_seconds if workers else 0,
         multiprocessing_context=_context() if workers else None,
-        worker_init_fn=_end_with_parent if workers else None,
+        worker_init_fn=partial(_set_up_worker, environment=dict(os.environ)) if workers else None,
     )
     return iter(loader)
 
@@ -312,12 +313,13 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _end_with_parent(worker: int) -> None:
-    """A worker's own look at the process that reads its batches.
+def _set_up_worker(worker: int, *, environment: Mapping[str, str]) -> None:
+    """A worker's environment, and its own look at the process that reads its batches.
 
-    PyTorch looks at the process that it was forked from; that one lives as long as its children, who would wait for
-    each other for ever once the reader was killed.
+    It was forked from one that began with the first loader: the environment is that one's. And PyTorch looks at that
+    one, which lives as long as its children, who would wait for each other for ever once the reader was killed.
     """
+    os.environ.update(environment)
     reader = multiprocessing.parent_process()
     assert reader is not None
 
