@@ -15,7 +15,7 @@ FORBIDDEN = {
     "cli": {"torch", "ray", "mlflow", "adaconv.!config,errors,storage"},
     "download": {"torch", "ray", "mlflow", "adaconv.!progress"},
     "images": {"ray", "mlflow", "webdataset", "pydantic", "adaconv.!errors"},
-    "storage": {"torch", "ray", "mlflow", "adaconv.!errors"},
+    "storage": {"torch", "ray", "mlflow", "adaconv.!errors,scratch"},
     "model": {"ray", "mlflow", "webdataset", "pydantic", "fsspec", "pyarrow", "adaconv.!errors,model,download"},
     "scratch": {"torch", "ray", "mlflow", "adaconv.!"},
     "allocator": {"torch", "ray", "mlflow", "adaconv.!"},
