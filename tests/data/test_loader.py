@@ -84,10 +84,11 @@ def test_a_loader_that_starts_later_gives_the_same(content_version, style_versio
 
 READS_UNTIL_IT_IS_KILLED = """
 import os, pickle, signal, sys
+from pathlib import Path
 import psutil
 from adaconv.data.loader import make_loader
 if __name__ == "__main__":
-    dataset = pickle.load(open(sys.argv[1], "rb"))
+    dataset = pickle.loads(Path(sys.argv[1]).read_bytes())
     batches = make_loader(dataset, first_step=0, steps=9999, workers=2, prefetch_batches=2, pin_memory=False)
     next(batches)
     print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
