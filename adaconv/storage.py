@@ -9,19 +9,21 @@ for ADACONV_STORAGE_PATIENCE seconds (60) in all, then a ConnectionError names t
 """
 
 import errno
+import io
 import logging
 import os
 import random
 import shutil
-import tempfile
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -34,6 +36,8 @@ T = TypeVar("T")
 
 _TRANSIENT = {errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED}
 _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
+_DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
+_READ_BYTES = 2**20
 _local = threading.local()
 
 
@@ -107,8 +111,36 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
 
 
 def open_binary(uri: str) -> BinaryIO:
-    """The file for reading at any place; on an object store each read fetches what it needs."""
-    return cast(BinaryIO, _patiently(uri, lambda: _filesystem(uri).open(uri, "rb")))
+    """The file for reading at any place; on an object store each read fetches what it needs, as patiently as all else."""
+    return Path(uri).open("rb") if is_local(uri) else io.BufferedReader(_Object(uri), _READ_BYTES)
+
+
+class _Object(io.RawIOBase):
+    """An object of a store. s3fs's own file gives up at the first answer that is none."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self._size, self._place = uri, size_of(uri), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._place)
+        if wanted <= 0:
+            return 0
+        data = read_range(self._uri, self._place, wanted)
+        if len(data) != wanted:
+            raise OSError(f"{self._uri}: expected {self._size} bytes, it was replaced by a shorter one meanwhile")
+        buffer[:wanted] = data
+        self._place += wanted
+        return wanted
 
 
 def walk(uri: str, *, hidden: bool = False) -> Iterator[Entry]:
@@ -170,7 +202,11 @@ def publish_file(path: Path, uri: str) -> None:
 @contextmanager
 def file_for(folder: str) -> Iterator[Path]:
     """A local file to write what `publish_written` then publishes below a folder, on the same disk where it is one."""
-    beside = Path(folder if is_local(folder) else tempfile.gettempdir())
+    if not is_local(folder):
+        with scratch_folder("written") as scratch:
+            yield scratch / "file"
+        return
+    beside = Path(folder)
     beside.mkdir(parents=True, exist_ok=True)
     path = beside / f".written.tmp-{uuid.uuid4().hex}"
     try:
@@ -226,19 +262,18 @@ def abandoned_uploads(uri: str, *, older_than_hours: float) -> list[Entry]:
     """
     if is_local(uri):
         return []
-    scheme, _, path = uri.rstrip("/").partition("://")
-    bucket, _, prefix = path.partition("/")
+    bucket, prefix = _bucket_and_prefix(uri)
     limit, found = time.time() - older_than_hours * 3600, []
     more: dict[str, str] = {}
     while True:
         page = _patiently(
             uri,
-            lambda: _filesystem(uri).call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more),  # noqa: B023
+            lambda: _filesystem(uri).call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **more),  # noqa: B023
         )
         for upload in page.get("Uploads", ()):
             key, begun = upload["Key"], upload["Initiated"].timestamp()
             if begun <= limit:
-                entry = Entry(f"{scheme}://{bucket}/{key}", key[len(prefix) + 1 :], 0, upload["UploadId"], begun)
+                entry = Entry(f"s3://{bucket}/{key}", key[len(prefix) :], 0, upload["UploadId"], begun)
                 found.append(entry)
         if not page.get("IsTruncated"):
             return found
@@ -259,8 +294,18 @@ def remove_directory(uri: str, *, first: str | None = None) -> None:
     """Remove a folder, beginning with the file that says that it is whole, where there is one."""
     if first is not None:
         remove(join(uri, first))
-    if exists(uri):
-        _patiently(uri, lambda: _filesystem(uri).rm(uri, recursive=True))
+    if is_local(uri):
+        if Path(uri).exists():
+            shutil.rmtree(uri)
+        return
+    # Not s3fs's own removal: it takes a [, * or ? of the path for a pattern, and deletes what matches.
+    bucket, _ = _bucket_and_prefix(uri)
+    keys = (item["Key"] for item in _objects(uri))
+    while some := [{"Key": key} for key in islice(keys, _DELETED_AT_ONCE)]:
+        what = {"Objects": some, "Quiet": True}
+        answer = _patiently(uri, lambda: _filesystem(uri).call_s3("delete_objects", Bucket=bucket, Delete=what))  # noqa: B023
+        for error in answer.get("Errors", ()):
+            raise PermissionError(f"s3://{bucket}/{error['Key']} cannot be deleted: {error['Code']}")
 
 
 @contextmanager
@@ -290,6 +335,8 @@ def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hid
             path = below + entry.name
             try:
                 status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe would keep its reader for ever
+                    continue
                 yield Entry(entry.path, path, status.st_size, str(status.st_mtime_ns), status.st_mtime)
             except OSError:  # a link to nowhere: found, and for whoever reads it to refuse
                 yield Entry(entry.path, path, 0, "", 0.0)
@@ -303,9 +350,25 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk_objects(uri: str, hidden: bool) -> Iterator[Entry]:
-    scheme, _, path = uri.partition("://")
-    bucket, _, prefix = path.partition("/")
-    prefix = prefix and prefix + "/"
+    bucket, prefix = _bucket_and_prefix(uri)
+    for item in _objects(uri):
+        below = item["Key"][len(prefix) :]
+        if below.endswith("/") or not below:  # some clients keep a folder as an empty object of its name
+            continue
+        if hidden or not any(part.startswith(".") for part in below.split("/")):
+            name, changed = f"s3://{bucket}/{item['Key']}", item["LastModified"].timestamp()
+            yield Entry(name, below, item["Size"], item["ETag"].strip('"'), changed)
+
+
+def _bucket_and_prefix(uri: str) -> tuple[str, str]:
+    """The prefix is empty or ends with a slash."""
+    bucket, _, path = uri.rstrip("/").partition("://")[2].partition("/")
+    return bucket, path and path + "/"
+
+
+def _objects(uri: str) -> Iterator[dict[str, Any]]:
+    """Every object below a prefix, as S3 lists it."""
+    bucket, prefix = _bucket_and_prefix(uri)
     page: dict[str, Any] = {}
     while True:
         more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
@@ -313,13 +376,7 @@ def _walk_objects(uri: str, hidden: bool) -> Iterator[Entry]:
             uri,
             lambda: _filesystem(uri).call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more),  # noqa: B023
         )
-        for item in page.get("Contents", ()):
-            below = item["Key"][len(prefix) :]
-            if below.endswith("/"):  # some clients keep a folder as an empty object of its name
-                continue
-            if hidden or not any(part.startswith(".") for part in below.split("/")):
-                name, changed = f"{scheme}://{bucket}/{item['Key']}", item["LastModified"].timestamp()
-                yield Entry(name, below, item["Size"], item["ETag"].strip('"'), changed)
+        yield from page.get("Contents", ())
         if not page.get("IsTruncated"):
             return
 

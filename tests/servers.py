@@ -25,8 +25,8 @@ REPO = Path(__file__).parents[1]
 class S3Server:
     """moto's S3 over HTTP, with a switch.
 
-    mode: `up`; `busy`: every request is answered 503 the first time it is made; `down`: nobody listens. What was stored
-    stays stored.
+    mode: `up`; `busy`: every request is answered 500 the first time it is made and 503 the second; `down`: nobody
+    listens. What was stored stays stored.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class S3Server:
 
         self._backend = DomainDispatcherApplication(create_backend_app)
         self._server = None
-        self._refused: set[tuple[str, ...]] = set()
+        self._refused: dict[tuple[str, ...], int] = {}
         self.port = 0
         self.mode = "up"
         self.start()
@@ -67,11 +67,14 @@ class S3Server:
         if self.mode == "down":
             raise ConnectionError("the server is going down")
         request = tuple(environ.get(name, "") for name in ("REQUEST_METHOD", "RAW_URI", "HTTP_RANGE"))
-        if self.mode == "busy" and request not in self._refused:
-            self._refused.add(request)
+        times = self._refused.get(request, 0)
+        if self.mode == "busy" and times < 2:
+            self._refused[request] = times + 1
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-            start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            # Clients are patient with the second kind by themselves, not with the first.
+            status, code = (("500 Internal Server Error", "InternalError"), ("503 Slow Down", "SlowDown"))[times]
+            body = f"<Error><Code>{code}</Code><Message>Come back later.</Message></Error>".encode()
+            start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
             return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
         return self._backend(environ, start_response)
 

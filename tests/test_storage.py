@@ -95,6 +95,53 @@ def test_a_folder_is_published_with_its_mark_last_and_replaces_an_older_one(root
     assert storage.list_files(target) == []
 
 
+def test_a_name_is_never_taken_for_a_pattern(root):
+    for name in ("run[1]/a", "run1/a", "*/a", "other/a", "w?t/a", "wet/a"):
+        storage.publish_bytes(storage.join(root, *name.split("/")), name.encode())
+    for name in ("run[1]", "*", "w?t"):
+        folder = storage.join(root, name)
+        assert storage.is_directory(folder)
+        assert [storage.read_bytes(uri) for uri in storage.list_files(folder)] == [f"{name}/a".encode()]
+        storage.remove_directory(folder, first="a")
+        storage.remove_directory(folder)
+        assert not storage.exists(folder)
+    assert sorted(entry.path for entry in storage.walk(root)) == ["other/a", "run1/a", "wet/a"]
+
+
+def test_more_files_than_a_page_are_walked_and_removed(bucket):
+    for number in range(1005):
+        storage._filesystem(bucket).pipe_file(f"{bucket}/{number}", b"")
+    assert {int(entry.path) for entry in storage.walk(bucket)} == set(range(1005))
+    storage._filesystem(bucket).pipe_file(f"{bucket}/", b"")  # some clients keep a folder so
+    storage.publish_bytes(f"{bucket}-beside/x", b"")
+    storage.remove_directory(bucket)
+    assert list(storage.walk(bucket, hidden=True)) == []
+    assert not storage.exists(bucket)
+    assert storage.exists(f"{bucket}-beside/x")
+
+
+def test_a_file_is_read_at_any_place(root):
+    uri, data = storage.join(root, "file"), bytes(range(256)) * 9000
+    storage.publish_bytes(uri, data)
+    with storage.open_binary(uri) as file:
+        assert file.read(5) == data[:5]
+        file.seek(-7, os.SEEK_END)
+        assert file.read() == data[-7:]
+        file.seek(1_000_003)
+        assert file.read(1_200_000) == data[1_000_003:2_200_003]
+        assert file.tell() == 2_200_003
+        file.seek(3_000_000)
+        assert file.read(1) == b""
+    with pytest.raises(FileNotFoundError):
+        storage.open_binary(storage.join(root, "nothing"))
+
+
+def test_what_is_no_file_is_not_walked(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert [entry.path for entry in storage.walk(str(tmp_path))] == ["a.jpg"]
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     target = tmp_path / "file"
     storage.publish_bytes(str(target), b"old")
@@ -131,22 +178,19 @@ def test_every_file_below_a_folder_is_walked(root):
     assert list(storage.walk(storage.join(root, "nothing"))) == []
 
 
-def test_more_files_than_a_page_are_walked(bucket):
-    for number in range(1005):
-        storage._filesystem(bucket).pipe_file(f"{bucket}/{number}", b"")
-    assert {int(entry.path) for entry in storage.walk(bucket)} == set(range(1005))
-
-
 def test_a_server_that_is_busy_is_asked_again(bucket, s3_server):
     s3_server.mode = "busy"
     try:
-        for number in range(5):
-            storage.publish_bytes(f"{bucket}/{number}", b"x" * number)
-            assert storage.read_bytes(f"{bucket}/{number}") == b"x" * number
-            assert storage.exists(f"{bucket}/{number}")
+        storage.publish_bytes(f"{bucket}/a", b"abc")
+        assert storage.read_bytes(f"{bucket}/a") == b"abc"
+        assert storage.exists(f"{bucket}/a")
+        with storage.open_binary(f"{bucket}/a") as file:
+            file.seek(1)
+            assert file.read() == b"bc"
+        storage.remove_directory(bucket)
+        assert not storage.exists(bucket)
     finally:
         s3_server.mode = "up"
-
 
 def test_a_server_that_is_gone_is_named_soon_and_one_that_comes_back_is_found(bucket, s3_server, monkeypatch):
     monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "1")
