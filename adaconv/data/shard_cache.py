@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_COPY = re.compile(r"[0-9a-f]{16}\.tar|\.[0-9a-f]{16}\.tar(?P<part>\.tmp-[0-9-]+)")
 _PART_BYTES = 16 * 2**20
 _TOUCH_EVERY_SECONDS = 60.0
 _FARTHEST_STEPS = 4096
@@ -97,17 +99,19 @@ class ShardCache:
         with FileLock(aside.with_name(".cache.lock")):
             files = []
             for file in aside.parent.iterdir():
+                if not (copy := _COPY.fullmatch(file.name)):
+                    continue  # somebody else's: the folder may be one that holds other things
                 with contextlib.suppress(FileNotFoundError):
                     status = file.stat()
-                    if ".tmp-" in file.name and time.time() - status.st_mtime > _ABANDONED_SECONDS:
+                    if copy["part"] and time.time() - status.st_mtime > _ABANDONED_SECONDS:
                         file.unlink()
-                    elif file.suffix == ".tar" or ".tmp-" in file.name:
+                    else:
                         files.append((status.st_mtime, status.st_size, file))
             used = sum(size for _, size, _ in files)
             for _, size, file in sorted(files):
                 if used + shard.bytes <= self.limit_bytes:
                     break
-                if file.suffix == ".tar":
+                if not file.name.startswith("."):
                     file.unlink(missing_ok=True)
                     used -= size
             with aside.open("wb") as claim:

@@ -92,12 +92,15 @@ def test_a_shard_larger_than_the_cache_is_refused(remote, tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(remote, tmp_path):
-    left = tmp_path / ".old.tmp-1-1"
-    left.write_bytes(b"x" * 100)
-    os.utime(left, (0, 0))
     shard = remote.shards[0]
-    ShardCache(str(tmp_path), 10**9).path(remote.shard_uri(shard.name), shard)
+    left = tmp_path / f".{'0' * 16}.tar.tmp-1-1"
+    others = [tmp_path / name for name in ("thesis.tar", "notes.tmp-old", ".notes.tmp-1-1", "0123456789abcdef.tar.gz")]
+    for file in (left, *others):
+        file.write_bytes(b"x" * 100)
+        os.utime(file, (0, 0))
+    ShardCache(str(tmp_path), shard.bytes).path(remote.shard_uri(shard.name), shard)
     assert not left.exists()
+    assert all(file.exists() for file in others)  # the folder may be one of the user's
 
 
 def test_a_shard_is_fetched_once_however_many_ask(remote, tmp_path, monkeypatch):
