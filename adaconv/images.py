@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # sharding needs no torch, and a worker that does not import 
     from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 40_000_000
 _PILLOWS_LIMIT = threading.Lock()
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
@@ -92,12 +92,18 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16 bit is scaled to 8, transparency lies on white."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        pixels = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((pixels / 257).round().clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(np.asarray(image).clip(0, 255).round().astype(np.uint8))
+    """Any mode to RGB: 16 bit is scaled to 8, transparency lies on white.
+
+    32-bit integers and floats do not say what white is. Here it is 65,535, or 255 where no value is above; for floats
+    255, or 1 where no value is above.
+    """
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode == "F":
+            white = 1 if pixels.max() <= 1 else 255
+        else:
+            white = 255 if image.mode == "I" and pixels.max() <= 255 else 65535
+        image = Image.fromarray((pixels * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

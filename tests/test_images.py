@@ -67,6 +67,19 @@ def test_sixteen_bits_are_scaled_not_cut():
     assert [to_rgb(ramp).getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        (np.array([[0, 127.5, 255, 300]], np.float32), [0, 128, 255, 255]),
+        (np.array([[-1, 0.5, 1, np.nan]], np.float32), [0, 128, 255, 0]),
+        (np.array([[0, 100, 200, 255]], np.int32), [0, 100, 200, 255]),
+        (np.array([[0, 257, 32768, 65535]], np.int32), [0, 1, 128, 255]),
+    ],
+)
+def test_wide_pixels_are_scaled_by_what_they_hold(values, wanted):
+    assert [to_rgb(Image.fromarray(values)).getpixel((x, 0))[0] for x in range(4)] == wanted
+
+
 def test_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees

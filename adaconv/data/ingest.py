@@ -25,9 +25,10 @@ from adaconv.config.shard import RecipeConfig
 from adaconv.errors import DatasetError
 from adaconv.images import ImageError, decode, encode_jpeg, is_srgb, libvips, open_header, scale_down, to_rgb, to_srgb
 
-_EXTENSIONS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}
+_JPEG = (".jpg", ".jpeg", ".jfif")
+_EXTENSIONS = {"JPEG": _JPEG, "MPO": _JPEG, "TIFF": (".tif", ".tiff")}
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "libtiff", "littlecms2")
-_ORIENTATION, _LYING = 0x0112, 5  # from which value on rows are columns
+_ORIENTATION = 0x0112
 _THUMBNAIL_SIDE = 96
 _SHOWN_THOUGH_REFUSED = ("too_small", "too_thin", "transparent")
 _HASH_SIDE, _HASH_FREQUENCIES = 32, 8
@@ -35,7 +36,7 @@ _HASH_SIDE, _HASH_FREQUENCIES = 32, 8
 
 @dataclass(frozen=True)
 class Header:
-    """Size as stored, before any orientation is applied."""
+    """Size as the header tells it: before any orientation is applied, but for TIFF."""
 
     width: int
     height: int
@@ -214,7 +215,7 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
         picture.info.update(image.info)
         if orientation != 1:
             picture = ImageOps.exif_transpose(picture)
-            size = size if orientation < _LYING else size[::-1]
+            size = stored_size(*picture.size, recipe)  # TIFF's header tells the upright size, those of others not
         picture, repair = _visible_srgb(picture, foreign)
         repairs += repair
         pixels = np.asarray(picture)

@@ -4,11 +4,15 @@ Found images come one at a time and in no particular order, so that memory does 
 that is made of them depends on the order.
 """
 
+import contextlib
+import errno
 import hashlib
+import logging
 import posixpath
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +20,8 @@ from typing import Literal
 from adaconv import storage
 from adaconv.errors import UsageError
 from adaconv.images import EXTENSIONS, ImageError
+
+log = logging.getLogger(__name__)
 
 Layout = Literal["auto", "wikiart", "plain"]
 
@@ -52,7 +58,8 @@ WIKIART_STYLES = frozenset(
     )
 )
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_ENCRYPTED = 0x1
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+_OF_ONE_FILE = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # links in a circle and the like
 
 
 @dataclass(frozen=True)
@@ -106,16 +113,20 @@ def iter_images(sources: Iterable[str], *, flag: str = "--source") -> Iterator[F
     """
     for source in sources:
         root = storage.absolute(source)
-        images = others = 0
+        images, others = 0, Counter[str]()
         for found in _walk_zip(root, source, flag) if _is_zip(root, source, flag) else _walk_folder(root):
             if posixpath.splitext(found.source)[1].lower() in EXTENSIONS:
                 images += 1
                 yield found
             else:
-                others += 1
+                others[_kind_of(found.source)] += 1
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+        what = f"{others.total()} other files ({kinds}{', ...' if len(others) > 5 else ''})"
         if not images:
-            what = f"{others} other files" if others else "an empty folder or archive"
-            raise UsageError(f"{flag} {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found {what}")
+            found_instead = what if others else "an empty folder or archive"
+            raise UsageError(f"{flag} {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found {found_instead}")
+        if others:
+            log.info("%s: %s are not taken", source, what)
 
 
 def list_images(sources: Iterable[str], *, flag: str = "--source") -> list[Found]:
@@ -158,6 +169,10 @@ def read_found(found: Found, *, max_bytes: int | None = None) -> bytes:
         raise ImageError("vanished", "it was listed, and is not there any more, or is a link to nowhere") from None
     except PermissionError:
         raise ImageError("unreadable", "no permission to read it") from None
+    except OSError as error:
+        if error.errno not in _OF_ONE_FILE:
+            raise
+        raise ImageError("unreadable", (error.strerror or str(error)).lower()) from None
 
 
 def fingerprint(found: Iterable[Found]) -> str:
@@ -179,6 +194,11 @@ def _is_zip(root: str, source: str, flag: str) -> bool:
     return True
 
 
+def _kind_of(path: str) -> str:
+    extension = posixpath.splitext(path)[1].lower()
+    return extension if 1 < len(extension) <= 10 else "without an extension"
+
+
 def _walk_folder(root: str) -> Iterator[Found]:
     for entry in storage.walk(root):
         yield Found(entry.uri, _printable(entry.path), entry.bytes, entry.stamp)
@@ -192,18 +212,30 @@ def _walk_zip(root: str, source: str, flag: str) -> Iterator[Found]:
     """
     try:
         with storage.open_binary(root) as file, zipfile.ZipFile(file) as archive:
-            members = [m for m in archive.infolist() if not m.is_dir()]
+            members = [(m, _name_of(m)) for m in archive.infolist() if not m.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, IndexError, ValueError, struct.error) as error:
         raise UsageError(
             f"{flag} {source}: expected a zip archive, found a damaged one ({error}); download it again"
         ) from None
+    members = [(m, name) for m, name in members if not any(_is_hidden(part) for part in name.split("/"))]
     own = posixpath.splitext(storage.name_of(root))[0] + "/"
-    top = own if all(m.filename.startswith(own) for m in members) else ""
-    for m in members:
-        path = m.filename.removeprefix(top)
-        if not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
-            member = Member(m.header_offset, m.compress_size, m.compress_type, m.flag_bits, m.CRC)
-            yield Found(root, _printable(path), m.file_size, f"{m.CRC:08x}", member)
+    top = own if all(name.startswith(own) for _, name in members) else ""
+    stamp = storage.stamp_of(root)  # a damaged member's checksum is that of the whole one
+    for m, name in members:
+        member = Member(m.header_offset, m.compress_size, m.compress_type, m.flag_bits, m.CRC)
+        yield Found(root, _printable(name.removeprefix(top)), m.file_size, f"{stamp}-{m.CRC:08x}", member)
+
+
+def _name_of(member: zipfile.ZipInfo) -> str:
+    """The path within the archive. Many a zip program writes UTF-8 and does not say so."""
+    if not member.flag_bits & _UTF8:
+        with contextlib.suppress(UnicodeError):
+            return member.filename.encode("cp437").decode("utf-8")
+    return member.filename
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
 
 
 def _read_member(found: Found, member: Member) -> bytes:

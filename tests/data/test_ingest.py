@@ -41,6 +41,18 @@ def oriented(value: int) -> bytes:
     return encoded(size=(60, 40), exif=exif)
 
 
+# What turns an upright picture into one stored with a value of EXIF's orientation.
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
 def animated() -> bytes:
     frames = [Image.effect_noise((64, 64), 40) for _ in range(3)]
     return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -170,13 +182,22 @@ def test_a_large_image_is_scaled_down_and_a_small_one_is_not_enlarged():
         assert stored.size == (sample.width, sample.height) == (128, 64)
 
 
-def test_orientation_is_applied_once():
-    sample = ingest(oriented(8), "a.jpg", RECIPE)
-    assert (sample.width, sample.height) == (40, 60)
-    with Image.open(io.BytesIO(sample.jpeg)) as stored, Image.open(io.BytesIO(oriented(8))) as raw:
-        assert stored.getexif().get(0x0112, 1) == 1
-        turned = np.asarray(raw.convert("RGB").rotate(90, expand=True)).astype(int)
-        assert np.abs(np.asarray(stored).astype(int) - turned).mean() < 4
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize(("fmt", "name"), [("JPEG", "a.jpg"), ("PNG", "a.png"), ("WEBP", "a.webp"), ("TIFF", "a.tif")])
+@pytest.mark.parametrize("scale", [1, 5])
+def test_orientation_is_applied_once(fmt, name, value, scale):
+    """An L of light at the upper left, as the camera saw it, that is turned as the tag says: upright it is another."""
+    seen = np.zeros((40, 60, 3), np.uint8)
+    seen[:30, :10] = seen[:10, :40] = 255
+    stored = np.asarray(Image.fromarray(seen).transpose(TURNED[value])) if value > 1 else seen
+    exif = Image.Exif()
+    exif[0x0112] = value
+    picture = Image.fromarray(stored.repeat(scale, 0).repeat(scale, 1))
+    sample = ingest(saved(picture, fmt, exif=exif, quality=95), name, RECIPE)
+    with Image.open(io.BytesIO(sample.jpeg)) as upright:
+        assert upright.getexif().get(0x0112, 1) == 1
+        assert upright.size == (sample.width, sample.height) == ((60, 40) if scale == 1 else (96, 64))
+        assert np.abs(np.asarray(upright.resize((60, 40))).astype(int) - seen).mean() < 6
 
 
 def test_colours_of_another_profile_become_srgb():

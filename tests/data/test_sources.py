@@ -10,7 +10,7 @@ import pytest
 
 from adaconv import storage
 from adaconv.data.builds import spill_listing
-from adaconv.data.sources import artist_and_style, iter_images, list_images, read_found
+from adaconv.data.sources import artist_and_style, fingerprint, iter_images, list_images, read_found
 from adaconv.errors import UsageError
 from adaconv.images import ImageError
 
@@ -67,6 +67,43 @@ def test_an_archive_and_its_folder_give_the_same_paths(wikiart, tmp_path):
             target.write_bytes(b"x")
     packed = sorted(found.source for found in iter_images((str(wikiart),)))
     assert packed == [found.source for found in list_images((str(tmp_path / "wikiart"),)) if "MACOSX" not in found.uri]
+
+
+def test_a_zip_that_does_not_say_that_it_is_utf8_is_read_as_such(tmp_path):
+    """As zip programs of Linux and macOS write it, with what the latter add at the top."""
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("set/Rococo/XXdouard.jpg", "u")
+        archive.writestr("set/Rococo/Z.jpg", "l")
+        archive.writestr("__MACOSX/set/Rococo/._XXdouard.jpg", "x")
+    path.write_bytes(path.read_bytes().replace(b"XXdouard", "édouard".encode()).replace(b"/Z.jpg", b"/\xe9.jpg"))
+    found = {found.source: read_found(found) for found in iter_images((str(path),))}
+    assert found == {"Rococo/édouard.jpg": b"u", "Rococo/Θ.jpg": b"l"}  # no UTF-8: the code page of MS-DOS
+
+
+def test_an_archive_that_was_mended_is_another(tmp_path):
+    """The directory's checksum is that of the whole file, whether or not the member is."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jpg", "whole")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"whole", b"wh0le", 1))
+    os.utime(path, (1, 1))
+    before = fingerprint(iter_images((str(path),)))
+    path.write_bytes(whole)
+    assert fingerprint(iter_images((str(path),))) != before
+
+
+def test_what_is_no_image_is_counted(tmp_path, caplog):
+    for name in ("a.jpg", "b.jfif", "c.heic", "d.HEIC", "no-extension", "e.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with caplog.at_level("INFO"):
+        assert {found.source for found in iter_images((str(tmp_path),))} == {"a.jpg", "b.jfif"}
+    assert "4 other files (2 .heic, 1 " in caplog.text
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "b.jfif").unlink()
+    with pytest.raises(UsageError, match=r"found 4 other files \(2 \.heic"):
+        list(iter_images((str(tmp_path),)))
 
 
 def test_members_that_cannot_be_read_are_named(tmp_path):
@@ -199,6 +236,19 @@ def test_links_are_followed_though_not_in_a_circle(tmp_path):
     assert set(found) == {"inner/a.jpg", "link/b.jpg", "nowhere.jpg"}
     with pytest.raises(ImageError, match="vanished"):
         read_found(found["nowhere.jpg"])
+
+
+def test_a_link_that_leads_nowhere_sensible_is_refused(tmp_path):
+    (tmp_path / "good.jpg").write_bytes(b"x")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    (tmp_path / "through.jpg").symlink_to(tmp_path / "good.jpg" / "inside.jpg")
+    answers = {}
+    for found in iter_images((str(tmp_path),)):
+        try:
+            answers[found.source] = read_found(found).decode()
+        except ImageError as error:
+            answers[found.source] = error.reason
+    assert answers == {"good.jpg": "x", "loop.jpg": "unreadable", "through.jpg": "unreadable"}
 
 
 def listed_peak(monkeypatch, tmp_path, count: int) -> int:
