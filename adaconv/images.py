@@ -100,10 +100,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
         if image.mode == "F":
-            white = 1 if pixels.max() <= 1 else 255
+            whitest = 1 if pixels.max() <= 1 else 255
         else:
-            white = 255 if image.mode == "I" and pixels.max() <= 255 else 65535
-        image = Image.fromarray((pixels * (255 / white)).round().clip(0, 255).astype(np.uint8))
+            whitest = 255 if image.mode == "I" and pixels.max() <= 255 else 65535
+        image = Image.fromarray((pixels * (255 / whitest)).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -111,7 +111,7 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
 
 
 def open_binary(uri: str) -> BinaryIO:
-    """The file for reading at any place; on an object store each read fetches what it needs, as patiently as all else."""
+    """The file for reading at any place; on an object store each read fetches what it needs, patiently."""
     return Path(uri).open("rb") if is_local(uri) else io.BufferedReader(_Object(uri), _READ_BYTES)
 
 

@@ -33,10 +33,16 @@ def execute(config: ShardConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.data.builds import finished_version, result_of, spill_listing
     from adaconv.data.ingest import recipe_of
+    from adaconv.data.manifest import split_spec
     from adaconv.data.sources import iter_images
+    from adaconv.errors import UsageError
     from adaconv.orchestration.cluster import connect
     from adaconv.scratch import scratch_folder
 
+    if split_spec(config.output)[1]:
+        raise UsageError(
+            f"--output {config.output}: what stands behind an @ would be read as a version; name it otherwise"
+        )
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
     absolute = {"output": storage.absolute(config.output), "source": tuple(map(storage.absolute, config.source))}

@@ -192,6 +192,7 @@ def test_a_server_that_is_busy_is_asked_again(bucket, s3_server):
     finally:
         s3_server.mode = "up"
 
+
 def test_a_server_that_is_gone_is_named_soon_and_one_that_comes_back_is_found(bucket, s3_server, monkeypatch):
     monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "1")
     storage.publish_bytes(f"{bucket}/a", b"kept")

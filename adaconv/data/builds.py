@@ -47,6 +47,8 @@ def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
     def spill() -> None:
         text = "".join(lines).encode()
         name = hashlib.sha256(text).hexdigest()[:24]
+        if name in chunks:  # a folder that was given twice
+            name = hashlib.sha256(f"{name} {len(chunks)}".encode()).hexdigest()[:24]
         (folder / f"{name}.jsonl").write_bytes(text)
         chunks[name] = len(lines)
         lines.clear()
@@ -70,8 +72,8 @@ def note_build(root: str, build: str, version: DatasetVersion) -> None:
     storage.publish_bytes(_note_uri(root, build), json.dumps({"version": version.version}).encode())
 
 
-def finished_version(root: str, build: str) -> DatasetVersion | None:
-    """The version that a build gave, if all of it is there. LATEST is moved to it, unless it descends from it."""
+def built_version(root: str, build: str) -> DatasetVersion | None:
+    """The version that a build gave, if its manifest is whole; shards may be lost."""
     try:
         name = json.loads(storage.read_bytes(_note_uri(root, build)))["version"]
     except FileNotFoundError:
@@ -82,13 +84,21 @@ def finished_version(root: str, build: str) -> DatasetVersion | None:
     manifest = storage.read_bytes(manifest_uri(root, name))
     if hashlib.sha256(manifest).hexdigest() != version.manifest_sha256:
         return None  # damaged: made again
+    return version
+
+
+def finished_version(root: str, build: str) -> DatasetVersion | None:
+    """The version that a build gave, if all of it is there. LATEST is moved to it, unless it descends from it."""
+    version = built_version(root, build)
+    if version is None:
+        return None
     sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))} if version.shards else {}
     if any(sizes.get(shard.name) != shard.bytes for shard in version.shards):
         return None
     latest = latest_version(root)
     newest = open_version(f"{root}@{latest}") if latest and storage.exists(version_uri(root, latest)) else None
-    if newest is None or name not in (ancestor.version for ancestor in lineage(newest)):
-        storage.publish_bytes(latest_uri(root), name.encode())
+    if newest is None or version.version not in (ancestor.version for ancestor in lineage(newest)):
+        storage.publish_bytes(latest_uri(root), version.version.encode())
     return version
 
 

@@ -29,6 +29,8 @@ _JPEG = (".jpg", ".jpeg", ".jfif")
 _EXTENSIONS = {"JPEG": _JPEG, "MPO": _JPEG, "TIFF": (".tif", ".tiff")}
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "libtiff", "littlecms2")
 _ORIENTATION = 0x0112
+# Of whoever reads: the file may be another one the next time, though its listing is the same.
+MENDABLE = frozenset(("changed", "crc_mismatch", "deflate_error", "unreadable", "vanished"))
 _THUMBNAIL_SIDE = 96
 _SHOWN_THOUGH_REFUSED = ("too_small", "too_thin", "transparent")
 _HASH_SIDE, _HASH_FREQUENCIES = 32, 8

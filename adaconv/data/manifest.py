@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -58,6 +59,8 @@ MANIFEST = pa.schema(
     ]
 )
 _ROWS_AT_ONCE = 16_384
+_VERSION = re.compile(r"[0-9a-f]+")
+_SHARD = re.compile(r"[0-9a-f]{16}\.tar")
 _MEND = "copy it from a backup, or make the version again: the same command on the same images writes the same bytes"
 
 
@@ -111,8 +114,9 @@ class DatasetVersion:
                 yield file
         except FileNotFoundError:
             raise DatasetError(f"expected the manifest {uri}, found none there; {_MEND}") from None
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow tells damaged pages as an OSError
-            if isinstance(error, ConnectionError):
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            # pyarrow tells damaged pages as an OSError, one without a number; a storage's own has one.
+            if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno):
                 raise
             raise DatasetError(f"{uri}: expected a Parquet file, found damage ({error}); {_MEND}") from error
 
@@ -150,8 +154,10 @@ def rows_of(table: pa.Table | pa.RecordBatch) -> Iterator[Row]:
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """ROOT or ROOT@VERSION -> root and version, which may be empty."""
-    root, _, version = spec.rpartition("@") if "@" in storage.name_of(spec) else (spec, "", "")
+    """ROOT or ROOT@VERSION -> root and version, hex digits or nothing."""
+    root, _, version = spec.rpartition("@")
+    if not _VERSION.fullmatch(version):  # me@home may be a folder's name
+        return storage.absolute(spec), ""
     return storage.absolute(root), version
 
 
@@ -177,7 +183,10 @@ def open_version(spec: str) -> DatasetVersion:
     root, version = split_spec(spec)
     version = version or latest_version(root) or ""
     if not version:
-        raise UsageError(f"expected a dataset version at {root}, found no LATEST in it; pipelines/shard.py makes one")
+        hint = "; a version, 16 hex digits, is named behind an @" if "@" in storage.name_of(root) else ""
+        raise UsageError(
+            f"expected a dataset version at {root}, found no LATEST in it; pipelines/shard.py makes one{hint}"
+        )
     uri = version_uri(root, version)
     try:
         text = storage.read_bytes(uri)
@@ -211,7 +220,7 @@ def open_version(spec: str) -> DatasetVersion:
     except (KeyError, TypeError, ValueError):
         raise DatasetError(f"{uri}: its content is not what its root hash was taken of; the file is damaged") from None
     for shard in opened.shards:
-        if "/" in shard.name or "\\" in shard.name or shard.name.startswith("."):
+        if not _SHARD.fullmatch(shard.name):
             # Readers keep copies under this name: one that climbs was given by somebody who means harm.
             raise DatasetError(f"{uri}: expected the name of a file below shards/, found {shard.name!r}")
     return opened
@@ -232,6 +241,7 @@ def publish_version(
     recipe: Mapping[str, Any],
     shards: Sequence[Shard],
     rows: Iterable[Row],
+    found: int | None = None,
     after: str | None,
     parent: DatasetVersion | None = None,
 ) -> DatasetVersion:
@@ -242,6 +252,7 @@ def publish_version(
         recipe: all that determines the bytes of a shard besides the images.
         shards: of the version, in order.
         rows: for every image found; those of shards first, in their order and each tar's. Taken one at a time.
+        found: how many rows there are to be: images that were listed, and those of the parent. None: not known.
         after: what LATEST said when the job began.
         parent: what this version was made from.
 
@@ -249,7 +260,7 @@ def publish_version(
         DatasetError: the books do not balance: the manifest's rows and the shards' disagree; a shard is not there; or
             another job published meanwhile.
     """
-    books = Books(shards)
+    books = Books(shards, found)
     _refuse_absent(root, shards)
     with scratch_folder("manifest") as scratch:
         path = scratch / "manifest.parquet"
@@ -300,8 +311,8 @@ def _refuse_absent(root: str, shards: Sequence[Shard]) -> None:
 class Books:
     """Counts by state and by reason; every image found has exactly one state, and every sample lies in a shard."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
+    def __init__(self, shards: Sequence[Shard], listed: int | None = None) -> None:
+        self._shards, self._listed = shards, listed
         self._position = {shard.name: index for index, shard in enumerate(shards)}
         self._in_shard = dict.fromkeys(self._position, 0)
         self._last = (-1, -1)
@@ -337,6 +348,10 @@ class Books:
         books = {"found": self._found, **self._states, "reasons": dict(sorted(self._reasons.items()))}
         if self._found != sum(self._states.values()):
             raise DatasetError(f"the books do not balance: {books}")
+        if self._listed not in (None, self._found):
+            raise DatasetError(
+                f"the books do not balance: {self._listed} images were listed, {self._found} are told of"
+            )
         for shard in self._shards:
             if self._in_shard[shard.name] != shard.rows:
                 raise DatasetError(

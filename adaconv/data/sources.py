@@ -123,8 +123,8 @@ def iter_images(sources: Iterable[str], *, flag: str = "--source") -> Iterator[F
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         what = f"{others.total()} other files ({kinds}{', ...' if len(others) > 5 else ''})"
         if not images:
-            found_instead = what if others else "an empty folder or archive"
-            raise UsageError(f"{flag} {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found {found_instead}")
+            what = what if others else "an empty folder or archive"
+            raise UsageError(f"{flag} {source}: expected images ({', '.join(sorted(EXTENSIONS))}), found {what}")
         if others:
             log.info("%s: %s are not taken", source, what)
 

@@ -45,6 +45,7 @@ def run_append(config: AppendConfig, listing: Listing) -> dict[str, Any]:
         DatasetError: the codecs here are not those that the dataset was made with.
         QuarantineBudgetError: too many of the new images were refused.
     """
+    after = latest_version(split_spec(config.dataset)[0])  # before the parent: whoever publishes meanwhile is seen
     parent = open_version(config.dataset)
     check_codecs(parent.recipe)
     settings = ShardConfig(
@@ -55,7 +56,7 @@ def run_append(config: AppendConfig, listing: Listing) -> dict[str, Any]:
         scaling=config.scaling,
     )
     before = sum(shard.bytes for shard in parent.shards)
-    result = run_shard_job(settings, listing, parent=parent)
+    result = run_shard_job(settings, listing, parent=parent, after=after)
     return {**result, "bytes_written": result["bytes"] - before}
 
 
@@ -66,8 +67,8 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
         UsageError: a criterion names no image.
         DatasetError: a shard is damaged.
     """
+    after = latest_version(split_spec(config.dataset)[0])
     parent = open_version(config.dataset)
-    after = latest_version(parent.root)
     reasons = keys_to_remove(parent.rows(), criteria_of(config))
     if not reasons:
         log.info("nothing to do: they are not in version %s", parent.version)
@@ -120,7 +121,13 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
         yield from sorted(gone, key=lambda row: (row["source"], row["source_sha256"]))
 
     version = publish_version(
-        parent.root, recipe=parent.recipe, shards=shards, rows=rows_in_order(), after=after, parent=parent
+        parent.root,
+        recipe=parent.recipe,
+        shards=shards,
+        rows=rows_in_order(),
+        found=parent.books["found"],
+        after=after,
+        parent=parent,
     )
     storage.remove_directory(work)
     kept = {shard.name for shard in parent.shards}

@@ -26,8 +26,20 @@ import ray
 
 from adaconv import allocator, storage
 from adaconv.config.shard import BudgetConfig, RecipeConfig, ShardConfig
-from adaconv.data.builds import Listing, note_build, result_of
-from adaconv.data.ingest import Header, Refusal, check_codecs, ingest, key_of, look, recipe_of, refusal_of, settings_of
+from adaconv.data.builds import Listing, built_version, finished_version, note_build, result_of
+from adaconv.data.changes import by_shard
+from adaconv.data.ingest import (
+    MENDABLE,
+    Header,
+    Refusal,
+    check_codecs,
+    ingest,
+    key_of,
+    look,
+    recipe_of,
+    refusal_of,
+    settings_of,
+)
 from adaconv.data.isolation import IsolatedDecoder
 from adaconv.data.manifest import (
     IN_SHARDS,
@@ -50,20 +62,43 @@ from adaconv.scratch import scratch_folder
 log = logging.getLogger(__name__)
 
 
-def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersion | None = None) -> dict[str, Any]:
+def run_shard_job(
+    config: ShardConfig, listing: Listing, *, parent: DatasetVersion | None = None, after: str | None = None
+) -> dict[str, Any]:
     """Build the version of these images and this recipe below `config.output`, from where an earlier start stopped.
 
     Args:
         config: of the job.
         listing: of the images of `config.source`.
         parent: a version that the images are to be added to; its shards stay as they are.
+        after: what LATEST said before the parent was opened.
 
     Raises:
-        QuarantineBudgetError: too many images were refused; nothing was published.
+        QuarantineBudgetError: too many images were refused, or all; nothing was published.
         ConnectionError: the storage went away; the same command goes on.
     """
-    recipe, after = recipe_of(config.shard), latest_version(config.output)
+    if parent is None:
+        after = latest_version(config.output)
+    recipe = recipe_of(config.shard)
     build = listing.build(recipe, parent.version if parent else None)
+    try:
+        return _run(config, listing, recipe, build, after, parent)
+    except FileNotFoundError:
+        version = finished_version(config.output, build)
+        if version is None:
+            raise
+        log.info("the same job ran elsewhere, and finished version %s first", version.version)
+        return {**result_of(version), "made": 0}
+
+
+def _run(
+    config: ShardConfig,
+    listing: Listing,
+    recipe: dict[str, Any],
+    build: str,
+    after: str | None,
+    parent: DatasetVersion | None,
+) -> dict[str, Any]:
     work = storage.join(config.output, "work", build)
     with scratch_folder("catalog") as scratch:
         catalog = Catalog(scratch / "catalog.sqlite")
@@ -71,13 +106,17 @@ def run_shard_job(config: ShardConfig, listing: Listing, *, parent: DatasetVersi
             catalog.add_parent(parent.rows())
         memory, refused = _scan(listing, catalog, work, config, recipe)
         plans = [_publish_plan(plan, work) for plan in _plans(catalog, config.shard)]
-        memory = max(memory, _write(plans, catalog, work, config, recipe, refused=refused, images=listing.images))
-        version = _publish(plans, catalog, work, config, recipe, after, parent)
+        earlier = built_version(config.output, build)
+        if earlier:
+            _recall(plans, work, earlier, parent)
+        made, needed = _write(plans, catalog, work, config, recipe, refused=refused, images=listing.images)
+        memory = max(memory, needed)
+        version = _publish(plans, catalog, work, config, recipe, after, parent, images=listing.images)
         catalog.close()
     note_build(config.output, build, version)
     storage.remove_directory(work)
     peak = {"driver_mb": _peak_megabytes(), "worker_mb": memory}
-    return {**result_of(version), "made": len(plans), "peak_memory": peak}
+    return {**result_of(version), "made": made, "peak_memory": peak}
 
 
 def _scan(
@@ -88,7 +127,7 @@ def _scan(
     Returns:
         the workers' peak memory in MB, and how many images were refused.
     """
-    there = _names(storage.join(work, "scan"))
+    there = {name for name in _names(storage.join(work, "scan")) if not _may_be_mended(work, name)}
     todo = [name for name in listing.chunks if name not in there]
     for name in todo:
         storage.publish_file(listing.folder / f"{name}.jsonl", storage.join(work, "listing", f"{name}.jsonl"))
@@ -114,6 +153,12 @@ def _scan(
                 refused += 1
     _refuse_over_budget(refused, catalog, listing.images, config.budget)
     return memory, refused
+
+
+def _may_be_mended(work: str, name: str) -> bool:
+    """Whether a file of a chunk could not be read by an earlier start: it is read again."""
+    lines = storage.read_bytes(storage.join(work, "scan", f"{name}.jsonl")).splitlines()
+    return any(refusal and refusal["reason"] in MENDABLE for refusal in (json.loads(line)["refusal"] for line in lines))
 
 
 def scan_chunk(
@@ -169,6 +214,32 @@ def _publish_plan(text: str, work: str) -> dict[str, Any]:
     return {"name": name, "images": len(json.loads(text))}
 
 
+def _recall(plans: list[dict[str, Any]], work: str, version: DatasetVersion, parent: DatasetVersion | None) -> None:
+    """Note the shards that a version of the same build has: where some were lost, the others are not made again.
+
+    Args:
+        plans: of all shards, in order.
+        work: folder of the build.
+        version: what the build gave once.
+        parent: of the version; its shards are of no plan.
+    """
+    noted = _names(storage.join(work, "shard"))
+    shards = {shard.name: shard for shard in version.shards[len(parent.shards) if parent else 0 :]}
+    refused = {(row["source"], row["source_sha256"]): row for row in version.rows() if row["state"] == "quarantined"}
+    written = (rows for name, rows in by_shard(version.rows()) if name in shards)
+    rows = next(written, [])
+    for plan in plans:
+        candidates = plan_from(storage.read_bytes(storage.join(work, "plan", f"{plan['name']}.json"))).candidates
+        there = {row["key"]: row for row in rows}
+        shard = shards[rows[0]["shard"]] if any(one.key in there for one in candidates) else None
+        told = [there.get(one.key) or refused.get((one.source, one.sha256)) for one in candidates]
+        known = [row for row in told if row and row["reason"] not in MENDABLE]
+        if shard:
+            rows = next(written, [])
+        if len(known) == len(candidates) and plan["name"] not in noted:
+            publish_note(work, plan["name"], shard, known)
+
+
 def _write(
     plans: list[dict[str, Any]],
     catalog: Catalog,
@@ -178,8 +249,8 @@ def _write(
     *,
     refused: int,
     images: int,
-) -> float:
-    """Write the shards that are missing; enter what they refuse. Returns the workers' peak memory in MB.
+) -> tuple[int, float]:
+    """Write the shards that are missing; enter what they refuse.
 
     Args:
         plans: of all shards.
@@ -189,6 +260,9 @@ def _write(
         recipe: of the build.
         refused: images that were refused before: one budget is for all.
         images: of the build.
+
+    Returns:
+        how many were written, and the workers' peak memory in MB.
     """
 
     def enter(rows: list[Row]) -> None:
@@ -203,6 +277,8 @@ def _write(
     there = set()
     for name in (plan["name"] for plan in plans if plan["name"] in noted):
         shard, rows = read_note(work, name)
+        if any(row["reason"] in MENDABLE for row in rows):
+            continue
         if shard is None or sizes.get(shard.name) == shard.bytes:  # else it was collected since, and is made again
             there.add(name)
             enter(rows)
@@ -225,7 +301,7 @@ def _write(
             memory = max(memory, answer["memory"])
             if answer["refused"]:
                 enter(read_note(work, answer["name"])[1])
-    return memory
+    return len(plans) - len(there), memory
 
 
 def write_and_note(
@@ -268,6 +344,8 @@ def _publish(
     recipe: dict[str, Any],
     after: str | None,
     parent: DatasetVersion | None,
+    *,
+    images: int,
 ) -> DatasetVersion:
     shards = list(parent.shards) if parent else []
     notes = []
@@ -287,8 +365,16 @@ def _publish(
     if parent and not catalog.has_news and len(shards) == len(parent.shards):
         log.info("everything is in version %s already", parent.version)
         return parent
+    if not shards:
+        raise QuarantineBudgetError(f"all {images} images were refused{_examples(catalog)}. Nothing was published")
     return publish_version(
-        config.output, recipe=recipe, shards=shards, rows=rows_in_order(), after=after, parent=parent
+        config.output,
+        recipe=recipe,
+        shards=shards,
+        rows=rows_in_order(),
+        found=images - catalog.known + (parent.books["found"] if parent else 0),
+        after=after,
+        parent=parent,
     )
 
 
@@ -311,11 +397,14 @@ def read_note(work: str, name: str) -> tuple[Shard | None, list[Row]]:
 def _refuse_over_budget(refused: int, catalog: Catalog, images: int, budget: BudgetConfig) -> None:
     allowed = max(budget.at_least, int(budget.share * images))
     if refused > allowed:
-        examples = ", ".join(f"{row['source']} ({row['reason']})" for row in catalog.outside_examples(5))
         raise QuarantineBudgetError(
-            f"{refused} of {images} images were refused, {allowed} are allowed; among them: {examples}. Nothing was "
+            f"{refused} of {images} images were refused, {allowed} are allowed{_examples(catalog)}. Nothing was "
             "published. Mend the images, or raise --budget.share or --budget.at-least"
         )
+
+
+def _examples(catalog: Catalog) -> str:
+    return "; among them: " + ", ".join(f"{row['source']} ({row['reason']})" for row in catalog.outside_examples(5))
 
 
 def _names(folder: str) -> set[str]:

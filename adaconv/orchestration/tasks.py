@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.data import TaskPoolStrategy
@@ -63,8 +63,8 @@ def run_tasks(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # there is no other way yet to bound the retries
         mapped = dataset.map(
-            function,
-            fn_kwargs={"board": board, **shared},
+            _with_plain_errors,
+            fn_kwargs={"function": function, "board": board, **shared},
             num_cpus=1,
             compute=TaskPoolStrategy(size=num_workers and min(num_workers, len(jobs))),
             max_retries=_WORKER_DEATHS_ADMITTED,
@@ -73,16 +73,32 @@ def run_tasks(
         try:
             yield from mapped.iter_rows()
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, (AdaConvError, OSError)):
-                # Ray adds advice on its own settings to the message.
-                message, _, _ = str(error.cause).partition("\nFailed to apply UDF transform")
-                raise type(error.cause)(message) from None
-            raise
+            raise_cause(error)
         except ray.exceptions.WorkerCrashedError as error:
             raise JobError(
                 f"a task lost its worker {_WORKER_DEATHS_ADMITTED + 1} times; look for memory that ran out or nodes "
                 "that went away. The same command goes on where this stopped"
             ) from error
+
+
+def _with_plain_errors(
+    job: dict[str, Any], *, function: Callable[..., dict[str, Any]], **shared: Any
+) -> dict[str, Any]:
+    """What a task does. Ray Data adds its advice to an error's arguments, of which a path would be the third."""
+    try:
+        return function(job, **shared)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise type(error)(f"{error.strerror}: {error.filename}") from error
+
+
+def raise_cause(error: ray.exceptions.RayTaskError) -> NoReturn:
+    """Raise what a task of Ray Data raised, if it is for the user, without Ray's trace and its advice."""
+    if isinstance(error.cause, (AdaConvError, OSError)):
+        message, _, _ = str(error.cause).partition("\nFailed to apply UDF transform")
+        raise type(error.cause)(message) from None
+    raise error
 
 
 class _watched:
