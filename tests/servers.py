@@ -25,8 +25,8 @@ REPO = Path(__file__).parents[1]
 class S3Server:
     """moto's S3 over HTTP, with a switch.
 
-    mode: `up`; `busy`: every request is answered 500 the first time it is made and 503 the second; `down`: nobody
-    listens. What was stored stays stored.
+    mode: `up`; `busy`: every request is answered 500 the first time it is made, with which clients have no patience of
+    their own, as with 503; `down`: nobody listens. What was stored stays stored.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class S3Server:
 
         self._backend = DomainDispatcherApplication(create_backend_app)
         self._server = None
-        self._refused: dict[tuple[str, ...], int] = {}
+        self._refused: set[tuple[str, ...]] = set()
         self.port = 0
         self.mode = "up"
         self.start()
@@ -67,14 +67,12 @@ class S3Server:
         if self.mode == "down":
             raise ConnectionError("the server is going down")
         request = tuple(environ.get(name, "") for name in ("REQUEST_METHOD", "RAW_URI", "HTTP_RANGE"))
-        times = self._refused.get(request, 0)
-        if self.mode == "busy" and times < 2:
-            self._refused[request] = times + 1
+        if self.mode == "busy" and request not in self._refused:
+            self._refused.add(request)
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            # Clients are patient with the second kind by themselves, not with the first.
-            status, code = (("500 Internal Server Error", "InternalError"), ("503 Slow Down", "SlowDown"))[times]
-            body = f"<Error><Code>{code}</Code><Message>Come back later.</Message></Error>".encode()
-            start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            body = b"<Error><Code>InternalError</Code><Message>Come back later.</Message></Error>"
+            headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+            start_response("500 Internal Server Error", headers)
             return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
         return self._backend(environ, start_response)
 

@@ -133,8 +133,8 @@ def test_broken_files_end_in_the_books(photos, tmp_path):
     assert version.books["reasons"] == {"truncated": 1}
 
 
-def close_books(rows, shards):
-    books = Books(shards)
+def close_books(rows, shards, listed=None):
+    books = Books(shards, listed)
     for row in rows:
         books.count(row)
     return books.close()
@@ -146,7 +146,9 @@ def test_books_that_do_not_balance_are_refused():
 
     shards = [Shard("a.tar", rows=2, bytes=1, sha256=""), Shard("b.tar", rows=1, bytes=1, sha256="")]
     good = [kept(0, "a.tar", 512), kept(1, "a.tar", 2048), kept(2, "b.tar", 512)]
-    assert close_books(good, shards)["kept"] == 3
+    assert close_books(good, shards, 3)["kept"] == 3
+    with pytest.raises(DatasetError, match="4 images were listed, 3 are told of"):
+        close_books(good, shards, 4)
     with pytest.raises(DatasetError, match=r"a\.tar holds 2 samples, the manifest lists 1"):
         close_books(good[1:], shards)
     with pytest.raises(DatasetError, match=r"0\.jpg is not where the shards' order puts it"):
@@ -157,9 +159,23 @@ def test_books_that_do_not_balance_are_refused():
         close_books([row_of(candidate(0), "forgotten")], [])
 
 
+def test_a_disk_that_is_full_is_told_with_its_path(tmp_path):
+    catalog = Catalog(tmp_path / "catalog.sqlite")
+    catalog._rows.execute("PRAGMA max_page_count = 12")
+
+    def fill():
+        for number in range(10_000):
+            catalog.add(candidate(number))
+
+    with pytest.raises(OSError, match=r"full: about a kilobyte an image.*TMPDIR.*catalog\.sqlite"):
+        fill()
+
+
 def test_what_is_not_there_is_said(tmp_path, content_version):
     with pytest.raises(UsageError, match=r"found no LATEST in it; pipelines/shard\.py makes one"):
         open_version(str(tmp_path))
+    with pytest.raises(UsageError, match=r"no LATEST in it.*a version, 16 hex digits, is named behind an @"):
+        open_version(f"{tmp_path}/me@home")
     with pytest.raises(UsageError, match=f"has no version abc; it has {content_version.version}"):
         open_version(f"{content_version.root}@abc")
 

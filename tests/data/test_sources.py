@@ -271,6 +271,16 @@ def listed_peak(monkeypatch, tmp_path, count: int) -> int:
     return peak
 
 
+def test_a_folder_that_is_given_twice_is_listed_twice(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "listing").mkdir()
+    for number in range(600):
+        (tmp_path / "images" / f"{number}.jpg").touch()
+    listing = spill_listing(iter_images((str(tmp_path / "images"),) * 2), tmp_path / "listing")
+    lines = [line for name in listing.chunks for line in (listing.folder / f"{name}.jsonl").read_text().splitlines()]
+    assert len(lines) == listing.images == 1200
+
+
 def test_the_memory_of_a_listing_does_not_grow_with_it(monkeypatch, tmp_path):
     """What is left is 24 characters for every 512 files: 2 MB at ten million."""
     small, large = (listed_peak(monkeypatch, tmp_path, count) for count in (5_000, 50_000))

@@ -51,13 +51,45 @@ def test_a_rerun_changes_nothing_and_starts_no_cluster(cluster, images, undistur
     assert after == before
 
 
-@pytest.mark.slow
-def test_a_missing_shard_is_made_again(cluster, images, undisturbed, tmp_path):
+def test_a_missing_shard_is_made_again_and_no_other(cluster, images, undisturbed, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(undisturbed[0], root)
-    next((root / "shards").iterdir()).unlink()
+    lost, *others = (root / "shards").iterdir()
+    lost.unlink()
+    before = [path.stat().st_mtime_ns for path in others]
     shard(cluster, images, root)
     assert hashes_of(root) == undisturbed[1]
+    assert [path.stat().st_mtime_ns for path in others] == before
+    assert json.loads((root / "result.json").read_text())["made"] == 1
+
+
+def test_a_later_start_reads_again_what_could_not_be_read(cluster, images, undisturbed, tmp_path):
+    root = tmp_path / "data"
+    shard(cluster, images, root, "--budget.at-least", 0, "--budget.share", 0, code=1)
+    (chunk,) = root.glob("work/*/scan/*.jsonl")
+    answers = [json.loads(line) for line in chunk.read_text().splitlines()]
+    answers[0]["refusal"] = {"reason": "vanished", "detail": "a server was away", "thumbnail": None}
+    chunk.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    shard(cluster, images, root)
+    assert hashes_of(root) == undisturbed[1]
+
+
+def test_a_version_without_an_image_is_refused(cluster, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.jpg").write_text(f"text {number}")
+    done = shard(cluster, tmp_path / "images", tmp_path / "data", code=1)
+    assert "all 3 images were refused; among them: " in done.stderr
+    assert not (tmp_path / "data" / "LATEST").exists()
+
+
+def test_an_error_of_the_system_keeps_its_path(cluster, images, tmp_path):
+    """Ray adds advice to an error's arguments, where the path's place is."""
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "shards").write_text("in the way")
+    done = shard(cluster, images, root, code=1)
+    assert done.stderr.strip().endswith(f"File exists: {root}/shards")
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -49,6 +49,7 @@ def folders(tmp_path):
         (("shard", "--source", "{}/images", "--output", "{}/out", "--shard.target-mb", "-1"), "shard.target_mb"),
         (("shard", "--source", "{}/images", "--output", "{}/out", "--config", "{}/no.yaml"), "{}/no.yaml"),
         (("shard", "--output", "{}/out"), "source"),
+        (("shard", "--source", "{}/images", "--output", "{}/out@cafe"), "would be read as a version"),
         (
             ("train", "--content", "{}/empty", "--style", "{}/empty", "--output", "{}/out"),
             "expected a dataset version at {}/empty",
