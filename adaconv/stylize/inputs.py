@@ -16,14 +16,13 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import simplejpeg
 from PIL import Image, ImageOps
 
 from adaconv import storage
 from adaconv.data.manifest import open_version
 from adaconv.data.sources import Found, Member, iter_images, read_found
 from adaconv.errors import UsageError
-from adaconv.images import ImageError, is_srgb, open_header, to_rgb, to_srgb
+from adaconv.images import ImageError, is_srgb, open_header, require_sound_jpeg, to_rgb, to_srgb
 from adaconv.stylize.outputs import Metadata
 
 _NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
@@ -124,7 +123,7 @@ def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -
     """
     with open_header(path, max_pixels=max_pixels) as image:
         if image.format == "JPEG":
-            _require_sound_jpeg(path.read_bytes())
+            require_sound_jpeg(path)
         try:
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -142,17 +141,6 @@ def metadata_of(path: Path) -> Metadata:
     with open_header(path, max_pixels=10**10) as image:
         kept = Metadata.of(image)
         return kept if image.mode in ("RGB", "RGBA", "P") else Metadata(kept.exif)  # a profile of CMYK fits no RGB
-
-
-def _require_sound_jpeg(data: bytes) -> None:
-    """Pillow hears no warning of libjpeg's, which makes up the pixels that are missing."""
-    try:
-        simplejpeg.decode_jpeg(data)
-    except ValueError as error:
-        if str(error).startswith("Premature end"):
-            raise ImageError("truncated", str(error)) from error
-        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
-            raise ImageError("corrupt_data", str(error)) from error
 
 
 def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from adaconv.images import ImageError, libvips
+from adaconv.images import ImageError, libvips, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
 from adaconv.stylize.raster import FileRaster
 
@@ -33,9 +33,11 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
         keep_colours: leave the colours in those of its ICC profile.
 
     Raises:
-        ImageError: `truncated` where the pixels are not all there.
+        ImageError: `truncated` or `corrupt_data` where the pixels are not all there.
     """
     vips = libvips()
+    if _is_jpeg(path):
+        require_sound_jpeg(path)
     try:
         image = vips.Image.new_from_source(_as_it_is(path), "", access="sequential", fail_on="error")
         if image.get_typeof("orientation") and image.get("orientation") > 1:
@@ -91,6 +93,11 @@ def thumbnail_of(path: Path, *, side: int) -> Image.Image:
     small = vips.Image.thumbnail(str(path), side, height=side, size="down").colourspace("srgb")
     small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
     return Image.fromarray(small.cast("uchar").numpy())
+
+
+def _is_jpeg(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\xff\xd8"
 
 
 def _as_it_is(path: Path) -> Any:

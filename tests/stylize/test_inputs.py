@@ -13,6 +13,7 @@ from adaconv import storage
 from adaconv.data.manifest import open_version
 from adaconv.errors import UsageError
 from adaconv.images import ImageError
+from adaconv.stylize import large
 from adaconv.stylize.inputs import Item, check_sources, decode_picture, list_items, local_file, read_item
 from tests.helpers import build_version
 
@@ -97,12 +98,29 @@ def test_what_is_not_there_is_said(tmp_path, name):
         check_sources((str(tmp_path / name),), flag="--style", packs=True)
 
 
-def test_damaged_jpeg_data_is_refused(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg", quality=95)
+def decoded(path):
+    return decode_picture(path, max_pixels=10**6).size
+
+
+def unpacked(path):
+    raster = large.unpack(path, path.with_suffix(".raw"))
+    raster.close()
+    return raster.width, raster.height
+
+
+@pytest.mark.parametrize("read", [decoded, unpacked])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "pattern", [b"\xff\xc0" * 32, b"\xff\xd9\xff\xff" * 16, b"\xff\xd0" * 32], ids=["SOF", "EOI", "RST"]
+)
+def test_damaged_jpeg_data_is_refused_whole_and_tiled(tmp_path, pattern, mode, read):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 240, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(tmp_path / "a.jpg", quality=95)
     data = bytearray((tmp_path / "a.jpg").read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 64] = b"\xff\xc0" * 32
-    (tmp_path / "b.jpg").write_bytes(data)
-    assert decode_picture(tmp_path / "a.jpg", max_pixels=10**6).size == (200, 200)
+    stray = data.rindex(b"\xff\xda")
+    (tmp_path / "b.jpg").write_bytes(data[:stray] + b"\0\0\0\0" + data[stray:])  # read by nothing: no pixel is missing
+    data[len(data) // 2 : len(data) // 2 + 64] = pattern
+    (tmp_path / "c.jpg").write_bytes(data)
+    assert read(tmp_path / "a.jpg") == read(tmp_path / "b.jpg") == (240, 200)
     with pytest.raises(ImageError, match=r"corrupt_data|truncated"):
-        decode_picture(tmp_path / "b.jpg", max_pixels=10**6)
+        read(tmp_path / "c.jpg")
