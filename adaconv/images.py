@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from adaconv.errors import AdaConvError
 
@@ -28,6 +28,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 40_000_000
 _PILLOWS_LIMIT = threading.Lock()
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TELL_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in Pillow's `info`
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 
@@ -111,10 +122,27 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     image = open_header(data, max_pixels=max_pixels)
     try:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(upright(image))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("truncated", str(error)) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as its EXIF says that it lies; it then has none. EXIF that cannot be read says nothing.
+
+    Pillow's own exif_transpose writes the rest of the EXIF anew, and fails where a single field is of a wrong type.
+    """
+    image.load()  # which turns a TIFF by itself
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF is written by anything that ever touched a photograph
+        return image
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for name in _TELL_ORIENTATION:
+        turned.info.pop(name, None)
+    return turned
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -35,7 +35,7 @@ from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file,
 from adaconv.stylize.outputs import Recipe, pack_name, publish_index, slug
 from adaconv.stylize.pairing import Pair, pair_up
 from adaconv.stylize.pictures import thumbnail
-from adaconv.stylize.production import Limits, Made, Production, Wanted, content_thumbnail
+from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail
 from adaconv.stylize.style_pack import StylePack
 from adaconv.stylize.stylizer import Stylizer
 
@@ -369,7 +369,7 @@ class _ContentStylizer(_ModelActor):
                     for one in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left"))
                 }
                 if job["first"]:
-                    thumbnail_of_content = content_thumbnail(path, side=self.config.gallery.thumbnail_side)
+                    thumbnail_of_content = file_thumbnail(path, side=self.config.gallery.thumbnail_side)
         except (ImageError, FileNotFoundError) as error:
             reason = f"content {error}"
         except AdaConvError as error:

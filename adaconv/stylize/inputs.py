@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image
 
 from adaconv import storage
 from adaconv.data.manifest import open_version
 from adaconv.data.sources import Found, Member, iter_images, read_found
 from adaconv.errors import UsageError
-from adaconv.images import ImageError, is_srgb, open_header, require_sound_jpeg, to_rgb, to_srgb
+from adaconv.images import ImageError, is_srgb, open_header, require_sound_jpeg, to_rgb, to_srgb, upright
 from adaconv.stylize.outputs import Metadata
 
 _NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
@@ -106,8 +106,16 @@ def local_file(item: Item, folder: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file that local_file gave.
+
+    Raises:
+        ImageError: `unreadable`: no permission.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError:
+        raise ImageError("unreadable", "no permission to read it") from None
 
 
 def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -> Image.Image:
@@ -119,22 +127,25 @@ def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -
         keep_colours: leave the colours in those of its RGB profile.
 
     Raises:
-        ImageError: by the header, see images.open_header; `truncated` or `corrupt_data` where pixels are missing.
+        ImageError: by the header, see images.open_header; `truncated` or `corrupt_data` where pixels are missing;
+            `decoder_error` for whatever else its decoder says.
     """
     with open_header(path, max_pixels=max_pixels) as image:
         if image.format == "JPEG":
             require_sound_jpeg(path)
         try:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+            picture = upright(image)
+            profile = image.info.get("icc_profile")
+            if profile and not is_srgb(profile) and not (keep_colours and picture.mode == "RGB"):
+                with contextlib.suppress(ValueError):  # a profile that cannot be read says nothing
+                    picture = to_srgb(picture)
+            return to_rgb(picture)
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise ImageError("truncated", str(error)) from error
-        profile = image.info.get("icc_profile")
-    if profile and not is_srgb(profile) and not (keep_colours and upright.mode == "RGB"):
-        upright.info["icc_profile"] = profile
-        with contextlib.suppress(ValueError):  # a profile that cannot be read says nothing
-            upright = to_srgb(upright)
-    return to_rgb(upright)
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder may raise anything, and no file is worth a job
+            raise ImageError("decoder_error", f"{type(error).__name__}: {error}") from error
 
 
 def metadata_of(path: Path) -> Metadata:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from adaconv.images import ImageError, libvips, require_sound_jpeg
+from adaconv.images import ImageError, libvips, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
 from adaconv.stylize.raster import FileRaster
 
@@ -19,9 +19,9 @@ _STRIP_BYTES = 2**20
 
 
 def reads(path: Path) -> bool:
-    """Whether libvips knows a file's format: it does but for BMP."""
-    with path.open("rb") as file:
-        return file.read(2) != b"BM"
+    """Whether libvips reads a file: it does but for BMP, and TIFF in CIELAB."""
+    with open_header(path, max_pixels=10**10) as image:
+        return image.format != "BMP" and image.mode != "LAB"
 
 
 def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:

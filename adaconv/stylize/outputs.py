@@ -16,7 +16,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -35,8 +35,13 @@ RECIPE_KEY = "adaconv"  # of the PNG text that holds an output's recipe; elsewhe
 _NAMESPACE = "https://adaconv.invalid/recipe/2/"
 _EXTENSIONS: Mapping[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "tiff": "tif"}
 _ENDS = {"png": b"\x00\x00\x00\x00IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
+LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}  # pixels that a format has room for
 _XMP_TAG = 700  # of TIFF
 _ORIENTATION = 0x0112
+# Of TIFF: how and where its pixels lie, and packets that are no EXIF: XMP, IPTC, Photoshop, ICC.
+_LAYOUT_TAGS = frozenset(
+    (*range(254, 267), 273, *range(277, 282), 284, *range(288, 294), 301, 317, *range(320, 348), *range(512, 533))
+) | {_XMP_TAG, 33723, 34377, 34675}
 INDEX = pa.schema(
     [
         ("output", pa.string()),
@@ -102,7 +107,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an output keeps of its content, on request: EXIF, without its orientation, and the ICC profile."""
+    """What an output keeps of its content, on request: EXIF, but for what says how pixels lie, and the ICC profile."""
 
     exif: bytes = b""
     icc_profile: bytes = b""
@@ -112,7 +117,8 @@ class Metadata:
         """Of an opened image; EXIF that cannot be read is left behind."""
         try:
             exif = image.getexif()
-            exif.pop(_ORIENTATION, None)  # it has been applied
+            for tag in (_ORIENTATION, *_LAYOUT_TAGS):  # the orientation has been applied
+                exif.pop(tag, None)
             kept = exif.tobytes() if len(exif) else b""
         except Exception:  # EXIF is written by anything that ever touched a photograph
             kept = b""
@@ -132,9 +138,19 @@ def pack_name(style: str, digest: str) -> str:
 def encode(image: Image.Image, recipe: Recipe, *, metadata: Metadata | None = None) -> bytes:
     """A file with its recipe: the same picture and recipe give the same bytes.
 
-    `recipe.options` say the `format` (png) and, for JPEG and WebP, the `quality` (90).
+    `recipe.options` say the `format` (png) and, for JPEG and WebP, the `quality` (90). EXIF that the format has no room
+    for is left behind.
     """
     kept = metadata or Metadata()
+    try:
+        return _encode(image, recipe, kept)
+    except Exception as error:
+        if isinstance(error, MemoryError) or not kept.exif:
+            raise
+        return _encode(image, recipe, replace(kept, exif=b""))
+
+
+def _encode(image: Image.Image, recipe: Recipe, kept: Metadata) -> bytes:
     told: dict[str, Any] = {name: value for name, value in kept.__dict__.items() if value}
     quality = int(recipe.options.get("quality", 90))
     buffer = io.BytesIO()

@@ -4,6 +4,7 @@ What runs out of memory is tried again smaller: fewer styles at a time, then til
 fit even so is named, never skipped.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from adaconv.images import open_header, to_uint8
 from adaconv.scratch import scratch_folder
 from adaconv.stylize import large
 from adaconv.stylize.inputs import decode_picture, metadata_of
-from adaconv.stylize.outputs import Metadata, Recipe, encode, is_whole
+from adaconv.stylize.outputs import LONGEST_SIDE, Metadata, Recipe, encode, is_whole
 from adaconv.stylize.pictures import pixels_of, scaled, shrink, thumbnail
 from adaconv.stylize.raster import FileRaster, MemoryRaster, Raster, Window
 from adaconv.stylize.style_pack import StylePack
@@ -138,8 +139,15 @@ class Production:
     ) -> Iterator[Made]:
         """Outputs that see the content alike, by attempts that take less and less memory."""
         size = stored if side is None or min(stored) <= side else scaled(stored, side)
-        attempts = self._attempts(*size, deaths)
-        left, told = list(wanted), ""
+        left: list[Wanted] = []
+        for one in wanted:
+            kind = Options(**one.recipe.options).format
+            if max(size) <= LONGEST_SIDE.get(kind, max(size)):
+                left.append(one)
+                continue
+            reason = f"too_large_for_format: {size[0]}x{size[1]} exceeds the {LONGEST_SIDE[kind]} px a side of {kind}"
+            yield Made(one.key, "failed", f"{reason}; take png or tiff, or a smaller options.content_side")
+        attempts, told = self._attempts(*size, deaths), ""
         while left:
             attempt = next(attempts, None)
             if attempt is None:
@@ -244,11 +252,7 @@ class Production:
         finally:
             stylized.close()
         storage.publish_file(target, storage.join(self._root, recipe.name))
-        shown = b""
-        if one.shown:
-            shown = thumbnail(
-                large.thumbnail_of(target, side=self._limits.thumbnail_side), side=self._limits.thumbnail_side
-            )
+        shown = file_thumbnail(target, side=self._limits.thumbnail_side) if one.shown else b""
         target.unlink()
         return Made(one.key, "done", "", width, height, tile, time.monotonic() - began, shown)
 
@@ -273,16 +277,17 @@ class Production:
                 path.write_bytes(storage.read_bytes(uri))
             with open_header(path, max_pixels=10**10) as header:
                 size = header.size
-            side = self._limits.thumbnail_side
-            shown = thumbnail(large.thumbnail_of(path, side=side), side=side) if one.shown else b""
+            shown = file_thumbnail(path, side=self._limits.thumbnail_side) if one.shown else b""
         return Made(one.key, "skipped", "", *size, None, 0.0, shown)
 
 
-def content_thumbnail(path: Path, *, side: int) -> bytes:
-    """Of a picture that could be stylized, and so can be decoded."""
-    if large.reads(path):
-        return thumbnail(large.thumbnail_of(path, side=side), side=side)
-    return thumbnail(decode_picture(path, max_pixels=10**10), side=side)
+def file_thumbnail(path: Path, *, side: int) -> bytes:
+    """Of a content or an output; nothing where it cannot be shown, which is no reason to fail."""
+    with contextlib.suppress(Exception):
+        whole = not large.reads(path)
+        picture = decode_picture(path, max_pixels=10**10) if whole else large.thumbnail_of(path, side=side)
+        return thumbnail(picture, side=side)
+    return b""
 
 
 def _write_levels(raster: FileRaster, window: Window, values: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from adaconv.data.manifest import open_version
 from adaconv.errors import UsageError
 from adaconv.images import ImageError
 from adaconv.stylize import large
-from adaconv.stylize.inputs import Item, check_sources, decode_picture, list_items, local_file, read_item
+from adaconv.stylize.inputs import Item, check_sources, decode_picture, list_items, local_file, read_item, sha256_of
 from tests.helpers import build_version
 
 
@@ -96,6 +97,19 @@ def test_what_is_not_there_is_said(tmp_path, name):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1nothing")
     with pytest.raises(UsageError, match=f"--style .*{name}: expected .*found"):
         check_sources((str(tmp_path / name),), flag="--style", packs=True)
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png())
+    (item,) = list_items((str(tmp_path),), flag="--content")
+    path = local_file(item, tmp_path)
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", str(path))  # which root never sees
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(ImageError, match="unreadable: no permission"):
+        sha256_of(path)
 
 
 def decoded(path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin, TiffTags
 
 from adaconv.errors import UsageError
 from adaconv.stylize.gallery import Failure, Picture, render
@@ -81,6 +81,22 @@ def test_metadata_is_kept_on_request_but_for_the_orientation(kind, tmp_path):
     with Image.open(io.BytesIO(encode(Image.new("RGB", (5, 9)), recipe))) as image:
         assert "icc_profile" not in image.info
         assert not dict(image.getexif())
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+def test_exif_never_stands_in_the_way_of_an_output(kind, tmp_path):
+    """A TIFF's own layout is no EXIF; what a format has no room for is left behind."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[0x010F], info[65000] = "a maker", b"x" * 100_000
+    info.tagtype[65000] = TiffTags.UNDEFINED
+    Image.new("RGB", (9, 5)).save(tmp_path / "x.tif", tiffinfo=info)
+    with Image.open(tmp_path / "x.tif") as content:
+        metadata = Metadata.of(content)
+    exif = Image.Exif()
+    exif.load(metadata.exif)
+    assert sorted(exif) == [0x010F, 65000]
+    data = encode(Image.new("RGB", (9, 5)), replace(RECIPE, options={"format": kind}), metadata=metadata)
+    assert read_recipe(data).content == RECIPE.content
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])

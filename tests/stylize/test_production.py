@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import struct
 import subprocess
 import sys
 
@@ -11,10 +13,10 @@ import torch
 from PIL import Image, ImageCms
 
 from adaconv.images import ImageError
-from adaconv.stylize import large
+from adaconv.stylize import inputs, large
 from adaconv.stylize.inputs import decode_picture
 from adaconv.stylize.outputs import Recipe, read_recipe
-from adaconv.stylize.production import Limits, Options, Production, Wanted, content_thumbnail
+from adaconv.stylize.production import Limits, Options, Production, Wanted, file_thumbnail
 from adaconv.stylize.raster import Window
 from adaconv.stylize.stylizer import Stylizer
 from tests.helpers import save_checkpoint
@@ -168,7 +170,52 @@ def test_every_format_of_contents_works_whole_and_in_tiles(stylizer, tmp_path, n
     for tile in (None, 64):
         (made,) = make(stylizer, tmp_path / str(tile), tmp_path / name, wanted(stylizer), tile=tile)
         assert (made.state, made.width, made.height) == ("done", 96, 80)
-    assert content_thumbnail(tmp_path / name, side=50)
+    assert file_thumbnail(tmp_path / name, side=50)
+
+
+def test_an_odd_tag_of_a_turned_photograph_costs_nothing(stylizer, tmp_path):
+    """ResolutionUnit as bytes and XResolution as text, which Pillow's exif_transpose does not survive."""
+    entries = ((0x0112, 3, 1, b"\6\0\0\0"), (0x011A, 2, 4, b"abc\0"), (0x0128, 7, 1, b"\2\0\0\0"))
+    directory = struct.pack("<H", 3) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
+    smooth(96, 80).save(tmp_path / "c.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + directory)
+    for tile in (None, 64):
+        for keep in (False, True):
+            outputs = wanted(stylizer, keep_metadata=keep)
+            (made,) = make(stylizer, tmp_path / str(tile), tmp_path / "c.jpg", outputs, tile=tile)
+            assert (made.state, made.width, made.height) == ("done", 80, 96)
+
+
+def test_a_picture_in_cielab_is_made_and_shown(stylizer, tmp_path):
+    lab = ImageCms.profileToProfile(
+        smooth(96, 80), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    lab.save(tmp_path / "c.tif")
+    for tile in (None, 64):
+        (made,) = make(stylizer, tmp_path / str(tile), tmp_path / "c.tif", wanted(stylizer), tile=tile)
+        assert (made.state, made.width, made.height) == ("done", 96, 80)
+    assert file_thumbnail(tmp_path / "c.tif", side=50)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("webp", 16_400), ("jpeg", 65_600)])
+@pytest.mark.parametrize("tile", [None, 64])
+def test_a_picture_too_large_for_its_format_is_a_named_failure(stylizer, tmp_path, kind, side, tile):
+    Image.new("RGB", (side, 16)).save(tmp_path / "c.png")
+    (made,) = make(stylizer, tmp_path / "out", tmp_path / "c.png", wanted(stylizer, format=kind), tile=tile)
+    assert made.state == "failed"
+    assert re.match(rf"too_large_for_format: {side}x16 exceeds the \d+ px a side of {kind}; take png", made.reason)
+
+
+def test_what_cannot_be_shown_has_no_thumbnail(tmp_path):
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert file_thumbnail(tmp_path / "c.png", side=50) == b""
+
+
+def test_whatever_a_decoder_raises_is_of_the_picture(tmp_path, monkeypatch):
+    smooth(96, 80).save(tmp_path / "c.png")
+    for error, wanted in ((KeyError("x"), ImageError), (MemoryError(), MemoryError)):
+        monkeypatch.setattr(inputs, "to_rgb", lambda image, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(wanted):
+            decode_picture(tmp_path / "c.png", max_pixels=10**6)
 
 
 def test_broken_files_are_refused_by_both_ways(tmp_path):
