@@ -364,10 +364,8 @@ class _ContentStylizer(_ModelActor):
                 recipes = {n: r for n, style, o in pairs if (r := self._recipe(item, sha256, style, o)) is not None}
                 # What is left is part of the name: who dies after having made something has not died of the content.
                 name = f"content {job['content']} {pairs[0][0]}"
-                made = {
-                    one.key: one
-                    for one in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left"))
-                }
+                for output in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left")):
+                    made[output.key] = output  # and stays so, whatever comes after
                 if job["first"]:
                     thumbnail_of_content = file_thumbnail(path, side=self.config.gallery.thumbnail_side)
         except (ImageError, FileNotFoundError) as error:
@@ -377,7 +375,7 @@ class _ContentStylizer(_ModelActor):
         rows: list[Row] = []
         for number, style, options in pairs:
             one = made.get(number)
-            failed = self._style(style, options)["reason"] or reason or (one.reason if one else "")
+            failed = self._style(style, options)["reason"] or (one.reason if one else reason)
             rows.append(
                 {
                     "number": number,

@@ -108,7 +108,7 @@ class Production:
                 made in small tiles.
 
         Raises:
-            ImageError: the content is no usable picture; nothing was made anew.
+            ImageError: the content is no usable picture; what was yielded before stands.
             OSError: storage fails.
         """
         todo: dict[tuple[int | None, bool], list[Wanted]] = {}

@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from adaconv import storage
+from adaconv.config.stylize import StylizeConfig, TileConfig
 from adaconv.data.synthetic import generate_paintings, generate_photos
+from adaconv.orchestration import stylize_job
+from adaconv.stylize.inputs import list_items
 from adaconv.stylize.outputs import read_recipe
 from tests.helpers import build_version, save_checkpoint
 from tests.servers import REPO
@@ -230,6 +234,34 @@ def test_files_as_they_are_found_are_made_or_named(cluster, model, contents, sty
     assert books_of(output)["done"] == len(list(folder.iterdir())) - len(UNUSABLE)
     told = " ".join(json.loads((output / "result.json").read_text())["failures"])
     assert all(name in told for name in UNUSABLE)
+
+
+@pytest.mark.parametrize("refusal", ["too_many_pixels", "worker_died"])
+def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(
+    refusal, model, contents, styles, tmp_path, monkeypatch
+):
+    """The actors alone, without a cluster: two outputs are there when a third is asked for."""
+    monkeypatch.setattr(stylize_job.ray, "get", lambda given: given)
+    (content,), ways = list_items((str(contents),), flag="-")[:1], list_items((str(styles),), flag="-")
+    files = {path.name: path.read_bytes() for path in Path(model).iterdir()}
+
+    def outputs(numbers, deaths=0, **tile):
+        config = StylizeConfig(model="m", content=("c",), style=("s",), output=str(tmp_path), tile=TileConfig(**tile))
+        begin = SimpleNamespace(remote=lambda what: 1 + deaths * what.startswith("content"))
+        shared = {"files": files, "config": config.model_dump_json(), "model": "m", "threads": None, "on_gpu": False}
+        shared["beginnings"] = SimpleNamespace(begin=begin)
+        maker = stylize_job._PackMaker(**shared)
+        packs = [maker({"style": n, "side": 256, **way.to_row()})[0] for n, way in enumerate(ways)]
+        actor = stylize_job._ContentStylizer(packs=packs, shown={0, 1, 2}, **shared)
+        pairs = json.dumps([(n, n, {}) for n in numbers])
+        return actor({"content": 0, "pairs": pairs, "first": True, **content.to_row()})
+
+    assert [row["state"] for row in outputs([0, 1])] == ["done", "done"]
+    how = {"max_megapixels": 0.001} if refusal == "too_many_pixels" else {"deaths": 5}
+    rows = outputs([0, 1, 2], **how)
+    assert [row["state"] for row in rows] == ["skipped", "skipped", "failed"]
+    assert [bool(row["output"] and row["thumbnail"]) for row in rows] == [True, True, False]
+    assert [row["reason"].partition(":")[0] for row in rows] == ["", "", f"content {refusal}"]
 
 
 @pytest.mark.slow
