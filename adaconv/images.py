@@ -127,6 +127,21 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("truncated", str(error)) from error
 
 
+def as_seen(image: Image.Image, *, keep_colours: bool = False) -> Image.Image:
+    """What a viewer shows: an upright RGB picture in sRGB, transparency on white.
+
+    Args:
+        image: of any mode; it stays what it is.
+        keep_colours: leave the colours in those of its RGB profile.
+    """
+    picture = upright(image)
+    profile = picture.info.get("icc_profile")
+    if profile and not is_srgb(profile) and not (keep_colours and picture.mode == "RGB"):
+        with contextlib.suppress(ValueError):  # a profile that cannot be read says nothing
+            picture = to_srgb(picture)
+    return to_rgb(picture)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """A picture as its EXIF says that it lies; it then has none. EXIF that cannot be read says nothing.
 

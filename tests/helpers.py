@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageCms
 
 from adaconv import checkpoint
 from adaconv.config.shard import RecipeConfig
@@ -66,3 +67,12 @@ def look_at(found: Iterable[Found], recipe: RecipeConfig = RECIPE) -> list[Candi
         sha256 = hashlib.sha256(data).hexdigest()
         candidates.append(Candidate(key_of(sha256), sha256, one, one.label, "", "", header.width, header.height))
     return sorted(candidates, key=lambda candidate: (candidate.key, candidate.source))
+
+
+def swapped_profile() -> bytes:
+    """sRGB's profile with the primaries of red and blue exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    at = {bytes(data[132 + 12 * n : 136 + 12 * n]): 132 + 12 * n for n in range(int.from_bytes(data[128:132]))}
+    red, blue = at[b"rXYZ"], at[b"bXYZ"]
+    data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "xxxx".encode("utf-16-be")).replace(b"sRGB", b"xxxx")

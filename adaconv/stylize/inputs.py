@@ -5,7 +5,6 @@ images (FILE.parquet or FILE.parquet#COLUMN); styles may be style packs too (FIL
 All may lie here or on s3://.
 """
 
-import contextlib
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from adaconv import storage
 from adaconv.data.manifest import open_version
 from adaconv.data.sources import Found, Member, iter_images, read_found
 from adaconv.errors import UsageError
-from adaconv.images import ImageError, is_srgb, open_header, require_sound_jpeg, to_rgb, to_srgb, upright
+from adaconv.images import ImageError, as_seen, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata
 
 _NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
@@ -134,18 +133,15 @@ def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -
         if image.format == "JPEG":
             require_sound_jpeg(path)
         try:
-            picture = upright(image)
-            profile = image.info.get("icc_profile")
-            if profile and not is_srgb(profile) and not (keep_colours and picture.mode == "RGB"):
-                with contextlib.suppress(ValueError):  # a profile that cannot be read says nothing
-                    picture = to_srgb(picture)
-            return to_rgb(picture)
+            picture = as_seen(image, keep_colours=keep_colours)
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise ImageError("truncated", str(error)) from error
         except MemoryError:
             raise
         except Exception as error:  # a decoder may raise anything, and no file is worth a job
             raise ImageError("decoder_error", f"{type(error).__name__}: {error}") from error
+    picture.info.clear()  # all that it said has been done
+    return picture
 
 
 def metadata_of(path: Path) -> Metadata:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaconv.errors import UsageError
-from adaconv.images import to_rgb, to_uint8
+from adaconv.images import as_seen, to_uint8
 from adaconv.stylize.raster import Raster, Window, tiles
 
 Picture = Image.Image | NDArray[np.uint8] | NDArray[np.float32] | Tensor
@@ -24,14 +24,14 @@ def pixels_of(picture: Picture) -> Tensor:
     """Any picture as (1, 3, H, W), uint8 or float32 in [0, 1].
 
     Args:
-        picture: PIL of any mode; numpy (H, W, 3); a tensor (3, H, W) or (1, 3, H, W). Arrays and tensors are uint8, or
-            floating in [0, 1].
+        picture: PIL of any mode, see images.as_seen; numpy (H, W, 3); a tensor (3, H, W) or (1, 3, H, W). Arrays and
+            tensors are uint8, or floating in [0, 1].
 
     Raises:
         UsageError: another shape or dtype.
     """
     if isinstance(picture, Image.Image):
-        return torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)[None]
+        return torch.from_numpy(np.array(as_seen(picture))).permute(2, 0, 1)[None]
     tensor = picture if isinstance(picture, Tensor) else torch.empty(0)
     if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3:
         tensor = torch.from_numpy(picture.copy()).permute(2, 0, 1)
@@ -49,7 +49,7 @@ def pixels_of(picture: Picture) -> Tensor:
 
 
 def like(picture: P, pixels: Tensor) -> P:
-    """Float pixels (1, 3, H, W), clamped to [0, 1], as the kind of picture that came in."""
+    """Float pixels (1, 3, H, W), clamped to [0, 1], as the kind of picture that came in; PIL is RGB."""
     pixels = pixels.float().clamp(0, 1)
     made: Any
     if isinstance(picture, Image.Image):

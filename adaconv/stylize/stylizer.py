@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adaconv.checkpoint import ModelInfo, fetched, load_network
 from adaconv.errors import UsageError
-from adaconv.images import to_rgb, to_tensor
+from adaconv.images import as_seen, to_tensor
 from adaconv.model.kernels import EPS
 from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, padded_side, reflected
 from adaconv.stylize.blend import mix
@@ -151,7 +151,7 @@ class Stylizer:
             packs = [self.style_pack(one, side=side, source=f"{source or 'style'} {i}") for i, one in enumerate(style)]
             return mix_packs(packs)
         assert not isinstance(style, Sequence)
-        picture = to_rgb(style) if isinstance(style, Image.Image) else Image.fromarray(like(_LEVELS, _float(style)))
+        picture = as_seen(style) if isinstance(style, Image.Image) else Image.fromarray(like(_LEVELS, _float(style)))
         digest = source_sha256 or hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
         small = picture.resize(scaled(picture.size, side), Image.Resampling.LANCZOS)
         code = self._encode_style(to_tensor(small)[None])
@@ -172,7 +172,8 @@ class Stylizer:
         """A stylized picture of the content's size and kind.
 
         Args:
-            content: PIL; numpy (H, W, 3); tensor (3, H, W) or (1, 3, H, W): uint8, or floating in [0, 1].
+            content: PIL; numpy (H, W, 3); tensor (3, H, W) or (1, 3, H, W): uint8, or floating in [0, 1]. PIL pictures
+                are taken as they are seen (upright, sRGB, on white) and come back so, in RGB.
             style: a pack, or several to be mixed, or to be applied each under its mask.
             alpha: from 0, the content in its own style, to 1, the style.
             weights: of several packs in a mixture; None takes equal ones.

@@ -19,7 +19,7 @@ from adaconv.stylize.outputs import Recipe, read_recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted, file_thumbnail
 from adaconv.stylize.raster import Window
 from adaconv.stylize.stylizer import Stylizer
-from tests.helpers import save_checkpoint
+from tests.helpers import save_checkpoint, swapped_profile
 from tests.servers import REPO
 
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_shown_has_no_thumbnail(tmp_path):
 def test_whatever_a_decoder_raises_is_of_the_picture(tmp_path, monkeypatch):
     smooth(96, 80).save(tmp_path / "c.png")
     for error, wanted in ((KeyError("x"), ImageError), (MemoryError(), MemoryError)):
-        monkeypatch.setattr(inputs, "to_rgb", lambda image, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(inputs, "as_seen", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         with pytest.raises(wanted):
             decode_picture(tmp_path / "c.png", max_pixels=10**6)
 
@@ -232,7 +232,7 @@ def test_broken_files_are_refused_by_both_ways(tmp_path):
 
 def test_colours_are_srgb_or_kept_with_their_profile(stylizer, tmp_path):
     """Without metadata a picture of another profile is converted; with it, pixels and profile stay what they were."""
-    profile = _swapped_profile()
+    profile = swapped_profile()
     smooth(96, 80).save(tmp_path / "c.png", icc_profile=profile)
     plain, kept = wanted(stylizer)[0], wanted(stylizer, keep_metadata=True)[0]
     for tile in (None, 64):
@@ -243,15 +243,6 @@ def test_colours_are_srgb_or_kept_with_their_profile(stylizer, tmp_path):
         with Image.open(root / plain.recipe.name) as image:
             assert "icc_profile" not in image.info
         assert np.abs(pixels(root, plain) - pixels(root, kept)).mean() > 2
-
-
-def _swapped_profile() -> bytes:
-    """sRGB's profile with the primaries of red and blue exchanged."""
-    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    at = {bytes(data[132 + 12 * n : 136 + 12 * n]): 132 + 12 * n for n in range(int.from_bytes(data[128:132]))}
-    red, blue = at[b"rXYZ"], at[b"bXYZ"]
-    data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
-    return bytes(data).replace("sRGB".encode("utf-16-be"), "xxxx".encode("utf-16-be")).replace(b"sRGB", b"xxxx")
 
 
 def test_what_killed_workers_is_made_in_small_tiles(stylizer, tmp_path):

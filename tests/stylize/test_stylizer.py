@@ -18,10 +18,11 @@ from adaconv.model.encoder_weights import load_encoder
 from adaconv.model.kernels import AdaConvKernels
 from adaconv.model.network import build_network
 from adaconv.stylize.blend import kernels_of, mix
+from adaconv.stylize.inputs import decode_picture
 from adaconv.stylize.pictures import shrink
 from adaconv.stylize.style_pack import StylePack, mix_packs
 from adaconv.stylize.stylizer import Stylizer
-from tests.helpers import TINY_WIDTHS, save_checkpoint
+from tests.helpers import TINY_WIDTHS, save_checkpoint, swapped_profile
 from tests.servers import REPO
 
 
@@ -148,6 +149,25 @@ def test_pictures_come_back_as_what_they_were(stylizer):
     for wrong in (np.zeros((24, 40)), torch.zeros(4, 24, 40), torch.zeros(2, 3, 8, 8), np.zeros((8, 8, 3), np.int32)):
         with pytest.raises(UsageError, match="expected a PIL picture"):
             stylizer.stylize(wrong, pack)
+
+
+def test_pil_pictures_are_taken_as_they_are_seen(stylizer, tmp_path):
+    """Upright and in sRGB, as a job takes the same file; the result needs no tag for it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth(96, 64).save(tmp_path / "c.png", exif=exif, icc_profile=swapped_profile())
+    seen = decode_picture(tmp_path / "c.png", max_pixels=10**6)
+    assert seen.size == (64, 96)
+    style = smooth(64, 64, 1)
+    with Image.open(tmp_path / "c.png") as opened:
+        found = stylizer.stylize(opened, stylizer.style_pack(style, side=32))
+        pack = stylizer.style_pack(opened, side=32)
+        assert opened.size == (96, 64)  # the caller's own stays what it is
+    assert (found.size, found.mode, found.info) == ((64, 96), "RGB", {})
+    assert found.tobytes() == stylizer.stylize(seen, stylizer.style_pack(style, side=32)).tobytes()
+    assert pack.digest == stylizer.style_pack(seen, side=32).digest
+    turned = np.asarray(seen)
+    assert pack.digest == stylizer.style_pack(Image.fromarray(turned), side=32).digest
 
 
 def test_many_pairs_are_batched_by_size(stylizer, monkeypatch):
