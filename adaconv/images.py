@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # sharding needs no torch, and a worker that does not import 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+RGB_MODES = ("RGB", "RGBA", "P")  # whose pixels an RGB profile describes
 MAX_PIXELS = 40_000_000
 _PILLOWS_LIMIT = threading.Lock()
 _ORIENTATION = 0x0112
@@ -92,13 +93,15 @@ def _start_of(data: bytes | Path) -> bytes:
 def require_sound_jpeg(path: Path) -> None:
     """Refuse a JPEG with missing pixels, which libjpeg makes up: Pillow hears no warning of it, libvips not every one.
 
-    It is decoded at an eighth of its size, which takes a file's bytes and little more.
+    It is decoded at an eighth of its size, which takes a file's bytes and little more. Other formats pass.
 
     Raises:
         ImageError: `truncated` or `corrupt_data`.
     """
-    data = path.read_bytes()
-    with open_header(data, max_pixels=10**10) as image:
+    with open_header(path, max_pixels=10**10) as image:
+        if image.format not in ("JPEG", "MPO"):
+            return
+        data = path.read_bytes()
         colours = "CMYK" if image.mode == "CMYK" else "GRAY"
         image.draft("L", (1, 1))
         try:
@@ -136,7 +139,7 @@ def as_seen(image: Image.Image, *, keep_colours: bool = False) -> Image.Image:
     """
     picture = upright(image)
     profile = picture.info.get("icc_profile")
-    if profile and not is_srgb(profile) and not (keep_colours and picture.mode == "RGB"):
+    if profile and not is_srgb(profile) and not (keep_colours and picture.mode in RGB_MODES):
         with contextlib.suppress(ValueError):  # a profile that cannot be read says nothing
             picture = to_srgb(picture)
     return to_rgb(picture)

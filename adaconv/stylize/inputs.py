@@ -21,7 +21,7 @@ from adaconv import storage
 from adaconv.data.manifest import open_version
 from adaconv.data.sources import Found, Member, iter_images, read_found
 from adaconv.errors import UsageError
-from adaconv.images import ImageError, as_seen, open_header, require_sound_jpeg
+from adaconv.images import RGB_MODES, ImageError, as_seen, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata
 
 _NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
@@ -130,8 +130,7 @@ def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -
             `decoder_error` for whatever else its decoder says.
     """
     with open_header(path, max_pixels=max_pixels) as image:
-        if image.format == "JPEG":
-            require_sound_jpeg(path)
+        require_sound_jpeg(path)
         try:
             picture = as_seen(image, keep_colours=keep_colours)
         except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -147,7 +146,7 @@ def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -
 def metadata_of(path: Path) -> Metadata:
     with open_header(path, max_pixels=10**10) as image:
         kept = Metadata.of(image)
-        return kept if image.mode in ("RGB", "RGBA", "P") else Metadata(kept.exif)  # a profile of CMYK fits no RGB
+        return kept if image.mode in RGB_MODES else Metadata(kept.exif)  # a profile of CMYK fits no RGB
 
 
 def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from adaconv.images import ImageError, libvips, open_header, require_sound_jpeg
+from adaconv.images import RGB_MODES, ImageError, libvips, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
 from adaconv.stylize.raster import FileRaster
 
@@ -36,13 +36,14 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
         ImageError: `truncated` or `corrupt_data` where the pixels are not all there.
     """
     vips = libvips()
-    if _is_jpeg(path):
-        require_sound_jpeg(path)
+    require_sound_jpeg(path)
+    with open_header(path, max_pixels=10**10) as header:
+        keep_colours = keep_colours and header.mode in RGB_MODES
     try:
         image = vips.Image.new_from_source(_as_it_is(path), "", access="sequential", fail_on="error")
         if image.get_typeof("orientation") and image.get("orientation") > 1:
             image = vips.Image.new_from_source(_as_it_is(path), "", fail_on="error").autorot()
-        if image.get_typeof("icc-profile-data") and (not keep_colours or image.bands not in (3, 4)):
+        if image.get_typeof("icc-profile-data") and not keep_colours:
             image = image.icc_transform("srgb", embedded=True, intent="relative", black_point_compensation=True)
         elif image.interpretation != "srgb":
             image = image.colourspace("srgb")
@@ -93,11 +94,6 @@ def thumbnail_of(path: Path, *, side: int) -> Image.Image:
     small = vips.Image.thumbnail(str(path), side, height=side, size="down").colourspace("srgb")
     small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
     return Image.fromarray(small.cast("uchar").numpy())
-
-
-def _is_jpeg(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"\xff\xd8"
 
 
 def _as_it_is(path: Path) -> Any:

@@ -138,3 +138,17 @@ def test_damaged_jpeg_data_is_refused_whole_and_tiled(tmp_path, pattern, mode, r
     assert read(tmp_path / "a.jpg") == read(tmp_path / "b.jpg") == (240, 200)
     with pytest.raises(ImageError, match=r"corrupt_data|truncated"):
         read(tmp_path / "c.jpg")
+
+
+@pytest.mark.parametrize("read", [decoded, unpacked])
+def test_the_first_picture_of_a_phones_jpeg_must_be_sound_too(tmp_path, read):
+    """MPO: a JPEG with others behind it."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 240, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (240, 200))])
+    data = bytearray((tmp_path / "a.mpo").read_bytes())
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert read(tmp_path / "a.jpg") == (240, 200)
+    data[len(data) // 2 : len(data) // 2 + 64] = b"\xff\xd9\xff\xff" * 16
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match="corrupt_data"):
+        read(tmp_path / "a.jpg")

@@ -230,10 +230,15 @@ def test_broken_files_are_refused_by_both_ways(tmp_path):
         decode_picture(tmp_path / "a.png", max_pixels=100)
 
 
-def test_colours_are_srgb_or_kept_with_their_profile(stylizer, tmp_path):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_srgb_or_kept_with_their_profile(stylizer, tmp_path, mode):
     """Without metadata a picture of another profile is converted; with it, pixels and profile stay what they were."""
     profile = swapped_profile()
-    smooth(96, 80).save(tmp_path / "c.png", icc_profile=profile)
+    picture = smooth(96, 80).convert(mode)
+    picture.save(tmp_path / "c.png", icc_profile=profile)
+    stored = np.asarray(picture.convert("RGB")).astype(int)
+    assert np.array_equal(decode_picture(tmp_path / "c.png", max_pixels=10**6, keep_colours=True), stored)
+    assert np.abs(np.asarray(decode_picture(tmp_path / "c.png", max_pixels=10**6)) - stored).mean() > 2
     plain, kept = wanted(stylizer)[0], wanted(stylizer, keep_metadata=True)[0]
     for tile in (None, 64):
         root = tmp_path / str(tile)
@@ -243,6 +248,8 @@ def test_colours_are_srgb_or_kept_with_their_profile(stylizer, tmp_path):
         with Image.open(root / plain.recipe.name) as image:
             assert "icc_profile" not in image.info
         assert np.abs(pixels(root, plain) - pixels(root, kept)).mean() > 2
+    for one in (plain, kept):
+        assert np.abs(pixels(tmp_path / "None", one) - pixels(tmp_path / "64", one)).max() <= 1
 
 
 def test_what_killed_workers_is_made_in_small_tiles(stylizer, tmp_path):
