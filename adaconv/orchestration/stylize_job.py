@@ -21,6 +21,7 @@ import ray
 from PIL import Image
 from pydantic import ValidationError
 from ray.data import ActorPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adaconv import storage
 from adaconv.config.stylize import OptionsConfig, StylizeConfig
@@ -99,7 +100,11 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
     # Actors on other nodes have no such folder: the files travel through the object store.
     files = ray.put({name: (folder / name).read_bytes() for name in _MODEL_FILES})
     named = model if model.startswith(("models:/", "runs:/")) else storage.name_of(model)  # no paths in recipes
-    beginnings = ray.remote(_Beginnings).options(num_cpus=0, max_restarts=-1).remote()
+    # Beside the driver, which is lost with it anyway: on another node it would be one more thing to lose.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Should it die all the same, calls wait for the next one, which counts anew.
+    lasting = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    beginnings = ray.remote(_Beginnings).options(num_cpus=0, **lasting).remote()
     shared = {"files": files, "config": config.model_dump_json(), "model": named, "beginnings": beginnings}
     packs = _make_packs(plan, config, num_actors, shared)
     rows = _make_outputs(plan, packs, config, num_actors, shared)

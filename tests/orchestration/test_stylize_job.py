@@ -310,6 +310,25 @@ def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, c
 
 
 @pytest.mark.slow
+def test_who_counts_the_deaths_may_die(cluster, model, contents, styles, tmp_path):
+    process = subprocess.Popen(
+        command(model, contents, styles, tmp_path / "out"),
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPO,
+    )
+    while process.poll() is None and not (tmp_path / "out" / "images").exists():
+        time.sleep(0.02)
+    (counter,) = cluster.workers("_Beginnings")
+    counter.kill()
+    told, _ = process.communicate()
+    assert process.returncode == 0, told[-3000:]
+    assert books_of(tmp_path / "out") == {"pairs": 12, "done": 12, "skipped": 0, "failed": 0}
+
+
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_leave_every_pair_once(cluster, model, contents, styles, grid, tmp_path):
     kill_often(cluster, model, contents, styles, grid, tmp_path / "killed", pairs=12, rounds=1, workers=1)
 
