@@ -21,13 +21,12 @@ def plan(config: DoctorConfig) -> str:
 
 def execute(config: DoctorConfig) -> dict[str, Any]:
     from adaconv.errors import JobError
-    from adaconv.orchestration.doctor import CHECKS
+    from adaconv.orchestration.doctor import CHECKS, examine
 
     findings = []
-    for check in CHECKS:
-        for finding in check(config):
-            findings.append(finding)
-            print(finding, flush=True)
+    for finding in examine(config, CHECKS):
+        findings.append(finding)
+        print(finding, flush=True)
     failed = [finding for finding in findings if finding.level == "FAIL"]
     if failed:
         raise JobError(f"{len(failed)} of {len(findings)} checks failed; each line above marked FAIL says what to do")

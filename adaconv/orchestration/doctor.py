@@ -1,4 +1,4 @@
-"""What the pipelines need, looked at one by one. A check yields findings and does not raise."""
+"""What the pipelines need, looked at one by one. A check yields findings; one that raises has failed."""
 
 import importlib.metadata
 import os
@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -117,7 +117,7 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
         return
     where = f"{config.output} is writable (round trip {1000 * (time.monotonic() - began):.0f} ms)"
     if storage.is_local(config.output):
-        free_gb = shutil.disk_usage(config.output).free / 1e9
+        free_gb = shutil.disk_usage(storage.absolute(config.output)).free / 1e9
         level: Literal["ok", "note"] = "ok" if free_gb > 10 else "note"
         yield Finding(level, f"{where}, {free_gb:.0f} GB free", "" if free_gb > 10 else "COCO and WikiArt take 30 GB")
     else:
@@ -131,8 +131,8 @@ def tracking(config: DoctorConfig) -> Iterator[Finding]:
     from adaconv.tracking.runs import client_of, default_uri, ping, reap
 
     try:
-        local = Path(config.output) if storage.is_local(config.output) else Path.cwd()
-        uri = default_uri(config.tracking_uri, local.absolute())
+        local = Path(storage.absolute(config.output)) if storage.is_local(config.output) else Path.cwd()
+        uri = default_uri(config.tracking_uri, local)
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
             yield Finding("ok", f"tracking: {uri} is made by the first run; one machine only, a server serves a team")
             return
@@ -166,7 +166,11 @@ def encoder_weights(config: DoctorConfig) -> Iterator[Finding]:
 
 def job_package(config: DoctorConfig) -> Iterator[Finding]:
     """What `ray job submit --working-dir` would send."""
-    files = package_files(Path(config.working_dir))
+    folder = Path(config.working_dir).expanduser()
+    if not folder.is_dir():
+        yield Finding("FAIL", f"--working-dir: expected a folder, found none at {folder}", "name what is to be sent")
+        return
+    files = package_files(folder)
     total = sum(files.values())
     what = (
         f"ray job submit --working-dir {config.working_dir} sends {len(files)} files, {total / 2**20:.1f} MiB unpacked"
@@ -180,7 +184,9 @@ def job_package(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding("ok", what)
 
 
-CHECKS: tuple[Callable[[DoctorConfig], Iterator[Finding]], ...] = (
+Check = Callable[[DoctorConfig], Iterator[Finding]]
+
+CHECKS: tuple[Check, ...] = (
     python_and_packages,
     torch_and_devices,
     storage_of_output,
@@ -189,3 +195,13 @@ CHECKS: tuple[Callable[[DoctorConfig], Iterator[Finding]], ...] = (
     job_package,
     ray_cluster,
 )
+
+
+def examine(config: DoctorConfig, checks: Sequence[Check]) -> Iterator[Finding]:
+    """What every check finds; what one did not foresee is a finding too, and keeps no other from its turn."""
+    for check in checks:
+        try:
+            yield from check(config)
+        except Exception as error:
+            what, told = check.__name__.replace("_", " "), f"{type(error).__name__}: {error}".partition("\n")[0]
+            yield Finding("FAIL", f"{what} could not be checked: {told}", "mend what it names")

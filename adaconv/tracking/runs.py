@@ -211,12 +211,13 @@ def ping(uri: str) -> int:
     """How many experiments a tracking backend has.
 
     Raises:
-        TrackingError: it does not answer.
+        TrackingError: it does not answer, or is a damaged database.
     """
     try:
         return len(client_of(uri).search_experiments())
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"tracking: {uri} does not answer: {error}") from error
+    except Exception as error:  # whatever a server or a damaged database can answer
+        told = str(error).partition("\n")[0]  # behind it comes the SQL
+        raise TrackingError(f"tracking: {uri} does not answer: {told}") from error
 
 
 def iso(when_ms: int) -> str:
