@@ -3,6 +3,7 @@
 import copy
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import boto3
 import botocore.session
@@ -78,6 +79,25 @@ def test_gpu_nodes_are_known_as_such(config, aws):
         assert (filled[name]["resources"]["GPU"], filled[name]["resources"]["CPU"]) == (1, 16)
         assert "accelerator_type:L40S" in filled[name]["resources"]
     assert "GPU" not in filled["cpu"]["resources"]
+
+
+def test_ray_up_reaches_the_head_from_outside(config, aws):
+    """By an address that its subnet gives it; workers are reached by the head, by their private ones."""
+    from ray.autoscaler._private.aws.config import _configure_subnet
+    from ray.autoscaler._private.updater import NodeUpdater
+
+    provider = Mock()
+    given = {"provider_config": config["provider"], "provider": provider, "auth_config": config["auth"]}
+    commands = {"initialization_commands": [], "setup_commands": [], "ray_start_commands": []}
+    hashes = {"file_mounts": {}, "runtime_hash": "", "file_mounts_contents_hash": ""}
+    NodeUpdater(node_id="i-0", cluster_name="adaconv", is_head_node=True, **given, **commands, **hashes)
+    (*_, use_internal_ip, _docker) = provider.get_command_runner.call_args.args
+    assert not use_internal_ip
+    private = aws.describe_subnets()["Subnets"][0]["SubnetId"]
+    aws.modify_subnet_attribute(SubnetId=private, MapPublicIpOnLaunch={"Value": False})
+    head = _configure_subnet(validated(config))["available_node_types"]["head"]["node_config"]
+    assert head["SubnetIds"]
+    assert private not in head["SubnetIds"]
 
 
 def test_spot_is_spot_and_the_head_is_not(config):
