@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from adaconv import storage
 from adaconv.data.order import StreamOrder, batch_of_step, rank_slice, stable_seed
 from adaconv.data.shard_cache import ShardCache, ShardPrefetcher, default_cache_dir
-from adaconv.errors import DatasetError
+from adaconv.errors import AdaConvError, DatasetError
 
 try:
     import simplejpeg
@@ -268,6 +268,8 @@ class PairDataset(Dataset[Batch]):
             draw = random.Random(stable_seed(self._seed, stream, sample))
             try:
                 place[:] = decode_crop(reader.read(row), geometry, draw)
+            except (ConnectionError, TimeoutError):  # of the store, not of the sample
+                raise
             except OSError as error:
                 raise DatasetError(f"{stream} sample {reader.keys[row]} cannot be decoded: {error}") from error
         return [reader.keys[row] for row in rows]
@@ -286,10 +288,12 @@ def make_loader(
     """Batches of the steps first_step ... steps - 1 in order, decoded ahead in `workers` processes.
 
     Raises:
-        RuntimeError: a worker process ended, or gave nothing for `timeout_seconds` (0 waits for ever).
+        RuntimeError: a worker process ended, or gave nothing for `timeout_seconds` (0 waits for ever); see
+            `is_lost_worker`.
+        AdaConvError, OSError: what the dataset raised.
     """
     loader = DataLoader(
-        dataset,
+        _Telling(dataset),
         batch_size=None,  # an item is a batch already
         sampler=range(first_step, steps),
         num_workers=workers,
@@ -299,7 +303,33 @@ def make_loader(
         multiprocessing_context=_context() if workers else None,
         worker_init_fn=partial(_set_up_worker, environment=dict(os.environ)) if workers else None,
     )
-    return iter(loader)
+    return map(_batch_of, iter(loader))  # workers begin now
+
+
+def is_lost_worker(error: Exception) -> bool:
+    """Whether a worker process died or hangs; PyTorch says so in plain RuntimeErrors."""
+    text = str(error)
+    lost = ("is killed by signal", "exited unexpectedly", "DataLoader timed out")
+    return isinstance(error, RuntimeError) and text.startswith("DataLoader") and any(word in text for word in lost)
+
+
+class _Telling(Dataset[Batch | Exception]):
+    """Gives what users are to read as a value: PyTorch would make the worker's whole traceback its message."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return self._dataset[step]
+        except (AdaConvError, OSError) as error:
+            return error
+
+
+def _batch_of(given: Batch | Exception) -> Batch:
+    if isinstance(given, Exception):
+        raise given
+    return given
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from adaconv.data import loader
-from adaconv.data.loader import Geometry, PairDataset, SampleReader, decode_crop, make_loader
+from adaconv.data.loader import Geometry, PairDataset, SampleReader, decode_crop, is_lost_worker, make_loader
 from adaconv.data.manifest import open_version
 from adaconv.errors import DatasetError
 
@@ -242,8 +242,42 @@ def test_a_damaged_image_is_named(content_version, style_version, tmp_path):
         with open(path, "wb") as tar:
             tar.write(damaged)
     dataset = pairs(version, style_version)
-    with pytest.raises(DatasetError, match=r"content sample [0-9a-f]{32} cannot be decoded"):
-        dataset[0]
+    for workers in (0, 1):
+        batches = make_loader(dataset, first_step=0, steps=1, workers=workers, prefetch_batches=1, pin_memory=False)
+        with pytest.raises(DatasetError, match=r"^content sample [0-9a-f]{32} cannot be decoded: .*$") as raised:
+            next(batches)
+        assert "Traceback" not in str(raised.value)
+
+
+def test_a_store_that_is_away_is_no_damaged_image(content_version, style_version, monkeypatch):
+    def away(self, row):
+        raise ConnectionError("s3://data/0.tar: no answer")
+
+    monkeypatch.setattr(SampleReader, "read", away)
+    with pytest.raises(ConnectionError, match="no answer"):
+        pairs(content_version, style_version)[0]
+
+
+def test_a_worker_that_hangs_or_dies_is_told_from_one_with_an_error(content_version, style_version, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(content_version.root, root)
+    version = open_version(str(root))
+    for shard in version.shards:
+        path = version.shard_uri(shard.name)
+        os.unlink(path)
+        os.mkfifo(path)  # whoever opens it waits for a writer
+    options = {"first_step": 0, "steps": 9, "workers": 1, "prefetch_batches": 1, "pin_memory": False}
+    batches = make_loader(pairs(version, style_version), timeout_seconds=2, **options)
+    with pytest.raises(RuntimeError, match="timed out") as hanging:
+        next(batches)
+    assert is_lost_worker(hanging.value)
+    for process in psutil.Process().children(recursive=True):
+        if process.ppid() != os.getpid():  # a worker; what it is forked from is a child of this process
+            process.kill()
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal") as dead:
+        next(batches)
+    assert is_lost_worker(dead.value)
+    assert not is_lost_worker(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"))
 
 
 def test_memory_does_not_grow_with_epochs(content_version, style_version):
