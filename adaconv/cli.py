@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from adaconv.config.base import Config
 from adaconv.config.load import load_config, to_yaml
-from adaconv.errors import AdaConvError, UsageError
+from adaconv.errors import AdaConvError, UsageError, of_storage
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def run(
     except AdaConvError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # of storage: the system's own words name the path
-        print(f"{prog}: error: {_of_storage(error)}", file=sys.stderr)
+    except OSError as error:
+        print(f"{prog}: error: {of_storage(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command takes up where it stopped", file=sys.stderr)
@@ -108,13 +108,6 @@ def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], outpu
         print(f"{prog}: error: {result['error']}", file=sys.stderr)
         return 1
     return 0
-
-
-def _of_storage(error: OSError) -> str:
-    message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    if isinstance(error, PermissionError):
-        message += "; choose another folder or change its permissions"
-    return message
 
 
 def require_directory(path: str, flag: str) -> Path:

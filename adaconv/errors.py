@@ -65,3 +65,11 @@ class JobError(AdaConvError):
 
 class Interrupted(AdaConvError):
     exit_code = 143
+
+
+def of_storage(error: OSError) -> str:
+    """In one line, by the system's own words, which name the path."""
+    message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, PermissionError):
+        message += "; choose another folder or change its permissions"
+    return message

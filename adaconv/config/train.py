@@ -116,7 +116,7 @@ class OptimConfig(Config):
 class ScalingConfig(Config):
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
     """Ray Train workers, one DDP rank each; two numbers let their count follow the cluster's resources between them.
-    The global batch stays as it is."""
+    The global batch stays as it is. Each change starts the ranks again from the newest checkpoint."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each rank; 0 trains on CPUs with gloo."""
     cpus_per_worker: float = Field(default=1, gt=0)
@@ -128,7 +128,7 @@ class ScalingConfig(Config):
     such exchange."""
     max_restarts: int = Field(default=3, ge=0)
     """Times in a row that the ranks are started again after one was lost to the infrastructure and no new checkpoint
-    came of it. Errors in code or data are not retried."""
+    came of it. Errors in code or data are not retried; a start with more ranks than before does not count."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "ScalingConfig":

@@ -26,8 +26,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adaconv import allocator, checkpoint, storage
 from adaconv.config.train import TrainConfig
+from adaconv.data.loader import is_lost_worker
 from adaconv.data.manifest import open_version
-from adaconv.errors import AdaConvError, JobError
+from adaconv.errors import AdaConvError, JobError, of_storage
 from adaconv.orchestration.cluster import require_workers
 from adaconv.orchestration.metrics import MeteredTracker
 from adaconv.tracking.tracker import Tracker
@@ -37,20 +38,21 @@ from adaconv.training.loop import Word, train
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS, _RESIZE_SECONDS = 1.0, 30.0
-# What gloo, NCCL and DataLoader say, as plain RuntimeErrors, when somebody else died.
-_LOST_PEER = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "DataLoader worker")
+# What gloo and NCCL say, as plain RuntimeErrors, when somebody else died.
+_LOST_PEER = ("Connection closed by peer", "Connection reset", "gloo", "NCCL")
 
 
-@ray.remote(num_cpus=0)
 class _Desk:
-    """Where the driver and the ranks leave word for one another."""
+    """Where the driver and the ranks leave word for one another; an actor."""
 
     def __init__(self, max_restarts: int) -> None:
         self._max_restarts = max_restarts
         self._stop, self._lines = False, list[str]()
         self._error: tuple[str, int | None] | None = None
         self._nodes, self._notices = set[str](), set[str]()
-        self._starts_in_vain, self._furthest = 0, -1
+        self._starts_in_vain, self._furthest, self._ranks = 0, 0, 0
+        self._trouble: str | None = None  # of this start
+        self._trouble_before: str | None = None
 
     def request_stop(self) -> None:
         self._stop = True
@@ -62,21 +64,41 @@ class _Desk:
             self._notices |= self._nodes & set(ray._private.state.state.get_draining_nodes())
         return self._stop, len(self._notices)
 
-    def start(self, node: str, newest_step: int, first_rank: bool) -> None:
-        """A rank begins at the newest checkpoint's step. Too many starts from the same one end the run."""
+    def start(self, node: str, ranks: int, first_rank: bool) -> None:
+        """A rank begins. Until a newer checkpoint is found the start is in vain, unless there are more ranks than
+        before: then the cluster grew, and nothing was lost.
+        """
         self._nodes.add(node)
-        if not first_rank:
+        if first_rank:
+            self._starts_in_vain += ranks <= self._ranks
+            self._ranks, self._trouble_before, self._trouble = ranks, self._trouble, None
+
+    def found(self, newest_step: int) -> None:
+        """The first rank goes on from the checkpoint of this step; too many starts in vain end the run."""
+        if newest_step > self._furthest:
+            self._starts_in_vain, self._furthest = 0, newest_step
+        self._give_up_in_the_end()
+
+    def lost(self, trouble: str) -> None:
+        """A rank ends for what may be better the next time. The first to say so in a start knows best why."""
+        self._trouble = self._trouble or trouble
+        self._give_up_in_the_end()
+
+    def _give_up_in_the_end(self) -> None:
+        if self._starts_in_vain <= self._max_restarts:
             return
-        self._starts_in_vain = 0 if newest_step > self._furthest else self._starts_in_vain + 1
-        self._furthest = max(self._furthest, newest_step)
-        if self._starts_in_vain > self._max_restarts:
-            self.fail(
-                f"training was given up: {self._max_restarts} restarts in a row (scaling.max_restarts) brought no "
-                f"checkpoint after step {newest_step}. A rank was lost each time, to the system's memory limit, a lost "
-                "node or a signal: see the log of the cluster. Checkpoints more often (checkpoint.every_steps) lose "
-                "less; the same command goes on from the newest one",
-                1,
-            )
+        trouble = self._trouble or self._trouble_before
+        why = (
+            f"The last one ended with: {trouble}"
+            if trouble
+            else "A rank was lost each time, to the system's memory limit, a lost node or a signal: see the log of the "
+            "cluster. Checkpoints more often (checkpoint.every_steps) lose less"
+        )
+        self.fail(
+            f"training was given up: {self._max_restarts} restarts in a row (scaling.max_restarts) brought no "
+            f"checkpoint after step {self._furthest}. {why}; the same command goes on from the newest one",
+            1,
+        )
 
     def say(self, line: str) -> None:
         self._lines.append(line)
@@ -142,7 +164,7 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
     require_workers(scaling.least_workers, resources)
     # Beside the driver, which is lost with it anyway: a desk on another node would be one more thing to lose.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = _Desk.options(scheduling_strategy=here).remote(scaling.max_restarts)  # type: ignore[attr-defined]
+    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote(scaling.max_restarts)
     trainer = TorchTrainer(
         _train_rank,
         train_loop_config={
@@ -187,17 +209,30 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
     An error in code or data would be the same the second time. It is left at the desk; where Ray starts the ranks
     again, they find it there and end at once.
     """
-    desk, tracker = job["desk"], job["tracker"]
-    first_rank = ray.train.get_context().get_world_rank() == 0
-    newest_step = max(checkpoint.steps_in(job["checkpoints"]), default=0) if first_rank else 0
-    ray.get(desk.start.remote(ray.get_runtime_context().get_node_id(), newest_step, first_rank))
-    barrier(
-        ray.train.torch.get_device()
-    )  # the first rank's word, which may be that this was one start too many, is at the desk
+    desk, context = job["desk"], ray.train.get_context()
+    first_rank = context.get_world_rank() == 0
+    node = ray.get_runtime_context().get_node_id()
+    ray.get(desk.start.remote(node, context.get_world_size(), first_rank))
     if ray.get(desk.error.remote()) is not None:
         return {}
+    try:
+        if first_rank:
+            ray.get(desk.found.remote(max(checkpoint.steps_in(job["checkpoints"]), default=0)))
+        barrier(ray.train.torch.get_device())  # the first rank's word, which may be that this was one start too many
+        if ray.get(desk.error.remote()) is not None:
+            return {}
+        return _train(job, desk, first_rank)
+    except Exception as error:
+        if not _is_infrastructure(error):
+            ray.get(desk.fail.remote(*_told(error)))
+        elif not _is_lost_peer(error):  # whose own rank knows why
+            ray.get(desk.lost.remote(f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _train(job: dict[str, Any], desk: Any, first_rank: bool) -> dict[str, Any]:
     logging.basicConfig(level=logging.WARNING)
-    config = TrainConfig.model_validate(job["config"])
+    config, tracker = TrainConfig.model_validate(job["config"]), job["tracker"]
     _use_threads(config)
     try:
         result = train(
@@ -212,11 +247,6 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
             meta=job["meta"],
         )
         return asdict(result)
-    except Exception as error:
-        if not _is_infrastructure(error):
-            message = str(error) if isinstance(error, AdaConvError) else "".join(traceback.format_exception(error))
-            ray.get(desk.fail.remote(message, getattr(error, "exit_code", None)))
-        raise
     finally:
         if first_rank:
             tracker.flush(timeout_seconds=30)
@@ -226,9 +256,24 @@ def _is_infrastructure(error: Exception) -> bool:
     """Whether another attempt may go better: a peer, a process or a connection was lost."""
     if isinstance(error, AdaConvError):
         return False
-    if isinstance(error, (ConnectionError, TimeoutError, dist.DistError, ray.exceptions.RayError)):
+    if isinstance(error, (ConnectionError, TimeoutError, ray.exceptions.RayError)):
+        return True
+    return _is_lost_peer(error) or is_lost_worker(error)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)
+
+
+def _told(error: Exception) -> tuple[str, int | None]:
+    """What the driver says of an error, and its exit code; a defect has none, and tells its traceback."""
+    if isinstance(error, AdaConvError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return of_storage(error), AdaConvError.exit_code
+    return "".join(traceback.format_exception(error)), None
 
 
 def _raise_what_a_rank_left(desk: Any) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import psutil
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load
 
 from adaconv import checkpoint, storage
+from adaconv.orchestration import train_job
 from tests.servers import REPO, ray_cluster
 
 pytestmark = pytest.mark.ray
@@ -259,6 +261,105 @@ def test_restarts_that_bring_nothing_end_the_run(training):
         time.sleep(0.1)
     assert training.process.returncode == 1
     assert "1 restarts in a row (scaling.max_restarts) brought no checkpoint after step 0" in training.text()
+
+
+@pytest.mark.slow
+def test_a_store_that_stays_away_ends_the_run_and_is_named(training, s3, bucket):
+    training.output = storage.join(bucket, "runs")
+    training.start("--scaling.max-restarts", 1, "--train.steps", 100_000, workers=1).wait_for_step(9)
+    s3.stop()
+    try:
+        assert training.finish() == 1
+    finally:
+        s3.start()
+    assert "1 restarts in a row (scaling.max_restarts) brought no checkpoint" in training.text()
+    assert f"The last one ended with: ConnectionError: {bucket}" in training.text()
+
+
+class Rank:
+    """A rank's start without a cluster: what it asks Ray for, and the desk in this process."""
+
+    def __init__(self, monkeypatch, *, max_restarts):
+        self.desk = train_job._Desk(max_restarts)
+        self.ranks = 1
+        context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: self.ranks)
+        fake = SimpleNamespace(
+            get=lambda answer: answer,
+            exceptions=train_job.ray.exceptions,
+            get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "node"),
+            train=SimpleNamespace(
+                get_context=lambda: context, torch=SimpleNamespace(get_device=lambda: torch.device("cpu"))
+            ),
+        )
+        monkeypatch.setattr(train_job, "ray", fake)
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=getattr(self.desk, name))
+
+    def attempt(self, *, ranks=1):
+        """What the rank raised, if anything, and what the desk has for the driver."""
+        self.ranks, raised = ranks, None
+        try:
+            train_job._train_rank({"desk": self, "checkpoints": "s3://runs/checkpoints"})
+        except Exception as error:
+            raised = error
+        return raised, self.desk.error()
+
+
+def fails_with(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_store_that_is_away_at_each_start_is_counted_and_named(monkeypatch):
+    rank = Rank(monkeypatch, max_restarts=1)
+    monkeypatch.setattr(checkpoint, "steps_in", fails_with(ConnectionError("s3://runs/checkpoints: no answer")))
+    assert [rank.attempt()[1] for _ in range(2)] == [None, None]
+    raised, (told, code) = rank.attempt()
+    assert isinstance(raised, ConnectionError)
+    assert "1 restarts in a row (scaling.max_restarts)" in told
+    assert "ended with: ConnectionError: s3://runs/checkpoints: no answer" in told
+    assert code == 1
+    assert rank.attempt()[0] is None  # who is started again ends at once, whatever the store does
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError("s3://runs: the token has expired"), ("s3://runs: the token has expired; choose another", 1)),
+        (OSError(28, "No space left on device", "/runs/x"), ("No space left on device: /runs/x", 1)),
+        (ValueError("a defect"), ("Traceback", None)),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), ("Caught", None)),
+    ],
+)
+def test_an_error_that_would_be_the_same_again_ends_the_run_at_once(monkeypatch, error, told):
+    rank = Rank(monkeypatch, max_restarts=1)
+    monkeypatch.setattr(checkpoint, "steps_in", fails_with(error))
+    text, code = rank.attempt()[1]
+    assert told[0] in text
+    assert code == told[1]
+    assert ("Traceback" in text) == (code is None)
+
+
+@pytest.mark.parametrize(
+    "text", ["DataLoader timed out after 300 seconds", "DataLoader worker (pid 7) is killed by signal: Killed."]
+)
+def test_a_lost_loader_worker_is_a_reason_to_start_again_and_told_in_the_end(monkeypatch, text):
+    rank = Rank(monkeypatch, max_restarts=0)
+    monkeypatch.setattr(checkpoint, "steps_in", lambda folder: {})
+    monkeypatch.setattr(train_job, "_train", fails_with(RuntimeError(text)))
+    assert rank.attempt()[1] is None
+    assert f"ended with: RuntimeError: {text}" in rank.attempt()[1][0]
+
+
+def test_ranks_that_join_are_no_restart_in_vain(monkeypatch):
+    rank = Rank(monkeypatch, max_restarts=1)
+    monkeypatch.setattr(checkpoint, "steps_in", lambda folder: {})
+    monkeypatch.setattr(train_job, "_train", lambda *_: {})
+    assert [rank.attempt(ranks=ranks)[1] for ranks in (1, 2, 3, 4, 2, 4)] == [None] * 6  # one was lost
+    assert "1 restarts in a row" in rank.attempt(ranks=3)[1][0]
 
 
 @pytest.mark.slow
