@@ -79,6 +79,7 @@ def _answer(connection: Connection, folder: Path | None) -> None:
         tracker = open_run(
             uri=f"sqlite:///{folder / 'mlflow.db'}",
             experiment="bench",
+            identity="run",
             name="run",
             params={},
             tags={},

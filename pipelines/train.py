@@ -45,7 +45,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, open_run
     from adaconv.tracking.results import hand_over, keep_results
-    from adaconv.tracking.runs import default_uri
+    from adaconv.tracking.runs import default_uri, identity_of
     from adaconv.training.plan import describe
 
     config = config.model_copy(
@@ -56,7 +56,9 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if config.resume == "none":
         name = _unused(config.output, name)
     run_folder = storage.join(config.output, name)
-    local = Path(run_folder) if storage.is_local(run_folder) else Path(tempfile.gettempdir()) / "adaconv-runs" / name
+    identity = identity_of(run_folder)
+    scratch = Path(tempfile.gettempdir()) / "adaconv-runs" / f"{name}-{identity[:8]}"
+    local = Path(run_folder) if storage.is_local(run_folder) else scratch
     tracking_uri = default_uri(config.tracking.uri, local.parent)
     result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
 
@@ -77,6 +79,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     tracker = open_run(
         uri=tracking_uri,
         experiment=config.tracking.experiment,
+        identity=identity,
         name=name,
         params=config.model_dump(mode="json", exclude={"output", "resume", "name", "tracking"}),
         tags={

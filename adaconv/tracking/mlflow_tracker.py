@@ -64,6 +64,7 @@ def open_run(
     *,
     uri: str,
     experiment: str,
+    identity: str,
     name: str,
     params: Mapping[str, Any],
     tags: Mapping[str, str],
@@ -71,14 +72,15 @@ def open_run(
     config_yaml: str,
     spool_directory: Path,
 ) -> "MlflowTracker":
-    """Make the run of this name, or take up the one that exists.
+    """Make the run of this identity, or take up the one that exists.
 
     Where the server does not answer the training goes on: the run is made when it does.
 
     Args:
         uri: of the tracking server or database.
         experiment: made if need be.
-        name: of the run; runs are found again by it, through a tag.
+        identity: of the run (`runs.identity_of`); runs are found again by it, through a tag.
+        name: of the run, for people; several runs may have it.
         params: nested configuration, logged when the run is made; what a later start changes becomes tags.
         tags: further tags, also renewed when a run is taken up.
         datasets: context (`content`, `style`) to (source URI, root hash).
@@ -92,6 +94,7 @@ def open_run(
     flat = flatten(params)
     description = RunDescription(
         experiment=experiment,
+        identity=identity,
         name=name,
         params=flat,
         tags={
@@ -175,7 +178,7 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
         tracker.close()
         if tracker.run_id is None and not left:  # nothing waited, so nobody asked for it
             described = tracker.description
-            tracker.run_id = find_run(client_of(tracker.uri), described.experiment, described.name)
+            tracker.run_id = find_run(client_of(tracker.uri), described.experiment, described.identity)
     except (OSError, ValueError, KeyError, TypeError, MlflowException) as error:
         raise TrackingError(f"cannot hand over {spool_directory}: {error}") from error
     if left and is_permanent(problem):
@@ -208,7 +211,13 @@ class MlflowTracker:
     def reference(self) -> dict[str, str | None]:
         """What a checkpoint keeps, so that its run is found again."""
         told = self.description
-        return {"run_id": self.run_id, "run": told.name, "experiment": told.experiment, "tracking_uri": self.uri}
+        return {
+            "run_id": self.run_id,
+            "run": told.name,
+            "identity": told.identity,
+            "experiment": told.experiment,
+            "tracking_uri": self.uri,
+        }
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         self._step = step
@@ -276,7 +285,7 @@ class MlflowTracker:
         while not stop.wait(_BEAT_SECONDS):
             try:
                 client = client_of(self.uri)
-                self.run_id = self.run_id or find_run(client, self.description.experiment, self.description.name)
+                self.run_id = self.run_id or find_run(client, self.description.experiment, self.description.identity)
                 if self.run_id:
                     tags = {PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
                     client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])

@@ -205,7 +205,7 @@ def _version_named(client: MlflowClient, uri: str, name: str) -> ModelVersion:
 
 def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str) -> ModelVersion:
     meta = checkpoint.meta_of(checkpoint_uri)
-    run_id = meta.get("run_id") or find_run(client, meta.get("experiment", ""), meta.get("run", ""))
+    run_id = meta.get("run_id") or find_run(client, meta.get("experiment", ""), meta.get("identity", ""))
     if run_id is None:
         raise CheckpointError(
             f"{checkpoint_uri} names no tracking run that is known here; register a checkpoint of pipelines/train.py, "

@@ -14,7 +14,7 @@ from adaconv.scratch import scratch_folder
 from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
-from adaconv.tracking.runs import IDENTITY_TAG, client_of
+from adaconv.tracking.runs import NAME_TAG, client_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def find(client: MlflowClient, run: str) -> Run:
         return client.get_run(run)
     except MlflowException:
         quote = '"' if "'" in run else "'"
-        found = client.search_runs(experiments, f"tags.`{IDENTITY_TAG}` = {quote}{run}{quote}")
+        found = client.search_runs(experiments, f"tags.`{NAME_TAG}` = {quote}{run}{quote}")
     if len(found) != 1:
         ids = ", ".join(one.info.run_id for one in found) or "none"
         raise TrackingError(f"expected one run with id or name {run}, found {ids}")

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,11 +20,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from adaconv import storage
 from adaconv.errors import TrackingError
 
 log = logging.getLogger(__name__)
 
-IDENTITY_TAG = "adaconv.run"
+IDENTITY_TAG, NAME_TAG = "adaconv.id", "adaconv.run"
 ERROR_TAG, STATUS_TIME_TAG = "adaconv.error", "adaconv.status_time"
 PROCESS_TAG, ALIVE_TAG = "adaconv.process", "adaconv.alive"
 _LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST, _AT_ONCE = 6000, 5000, 36, 100  # MLflow's limits, with room in tags
@@ -41,7 +43,8 @@ class RunDescription:
 
     Args:
         experiment: made if need be.
-        name: of the run; it is found again by it, through a tag.
+        identity: of the run, which it is found again by, through a tag.
+        name: of the run, for people; several runs may have it.
         params: dotted names to texts.
         tags: more of them.
         datasets: context (`content`, `style`) to (source URI, root hash).
@@ -51,6 +54,7 @@ class RunDescription:
     """
 
     experiment: str
+    identity: str
     name: str
     params: Mapping[str, str]
     tags: Mapping[str, str]
@@ -102,6 +106,14 @@ def default_uri(uri: str | None, output: Path) -> str:
     return uri
 
 
+def identity_of(run_folder: str) -> str:
+    """A run's own random id, kept in its folder: the same settings in another folder are another run."""
+    where = storage.join(run_folder, "id")
+    if not storage.exists(where):
+        storage.publish_bytes(where, uuid.uuid4().hex.encode())
+    return storage.read_bytes(where).decode()
+
+
 def is_permanent(error: BaseException | None) -> bool:
     """Whether the server answered, and will answer so again; anything else is an outage."""
     if isinstance(error, MlflowException):
@@ -110,25 +122,25 @@ def is_permanent(error: BaseException | None) -> bool:
 
 
 def make_or_find(client: MlflowClient, description: RunDescription) -> Run:
-    """The run of this name, made if need be, with all that belongs to it.
+    """The run of this identity, made if need be, with all that belongs to it.
 
     Raises:
         MlflowException: the server does not answer, or refuses.
         TrackingError: the experiment or the run is deleted.
     """
     experiment_id = _experiment(client, description)
-    found = _runs_named(client, experiment_id, description.name)
+    found = _runs_of(client, experiment_id, description.identity)
     if not found:
-        _refuse_deleted(client, experiment_id, description.name)
+        _refuse_deleted(client, experiment_id, description)
         client.create_run(
             experiment_id,
             start_time=description.started_ms,
             run_name=description.name,
-            tags={IDENTITY_TAG: description.name, **description.tags},
+            tags={IDENTITY_TAG: description.identity, NAME_TAG: description.name, **description.tags},
         )
         # A request that was answered too late was made again by the client, and two processes may have been here at
         # once: all of them keep the oldest.
-        found = _runs_named(client, experiment_id, description.name)
+        found = _runs_of(client, experiment_id, description.identity)
         for ghost in found[1:]:
             try:
                 client.delete_run(ghost.info.run_id)
@@ -139,10 +151,10 @@ def make_or_find(client: MlflowClient, description: RunDescription) -> Run:
     return found[0]
 
 
-def find_run(client: MlflowClient, experiment: str, name: str) -> str | None:
-    """The id of the run of this name, if there is one."""
+def find_run(client: MlflowClient, experiment: str, identity: str) -> str | None:
+    """MLflow's id of the run of this identity, if there is one."""
     found = client.get_experiment_by_name(experiment)
-    runs = _runs_named(client, found.experiment_id, name) if found else []
+    runs = _runs_of(client, found.experiment_id, identity) if found else []
     return str(runs[0].info.run_id) if runs else None
 
 
@@ -203,7 +215,7 @@ def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
         alive_ms = max(int(tags.get(ALIVE_TAG, "0")), run.info.start_time)
         client.set_terminated(run.info.run_id, "FAILED", end_time=alive_ms)
         client.set_tag(run.info.run_id, ERROR_TAG, f"{why}; the same command takes the run up again")
-        reaped.append(Reaped(run.info.run_id, tags[IDENTITY_TAG], why))
+        reaped.append(Reaped(run.info.run_id, tags[NAME_TAG], why))
     return reaped
 
 
@@ -239,24 +251,23 @@ def _experiment(client: MlflowClient, description: RunDescription) -> str:
     return str(found.experiment_id)
 
 
-def _runs_named(
-    client: MlflowClient, experiment_id: str, name: str, view: ViewType = ViewType.ACTIVE_ONLY
+def _runs_of(
+    client: MlflowClient, experiment_id: str, identity: str, view: ViewType = ViewType.ACTIVE_ONLY
 ) -> list[Run]:
     """Oldest first."""
-    quote = '"' if "'" in name else "'"
     found = client.search_runs(
-        [experiment_id], f"tags.`{IDENTITY_TAG}` = {quote}{name}{quote}", run_view_type=view, max_results=100
+        [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", run_view_type=view, max_results=100
     )
     return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
-def _refuse_deleted(client: MlflowClient, experiment_id: str, name: str) -> None:
+def _refuse_deleted(client: MlflowClient, experiment_id: str, description: RunDescription) -> None:
     """A run that somebody deleted is not silently made anew."""
-    deleted = _runs_named(client, experiment_id, name, ViewType.DELETED_ONLY)
+    deleted = _runs_of(client, experiment_id, description.identity, ViewType.DELETED_ONLY)
     if deleted:
         raise TrackingError(
-            f"run '{name}' ({deleted[0].info.run_id}) is deleted in MLflow; restore it there, or start another run "
-            "with --resume none or --name"
+            f"run '{description.name}' ({deleted[0].info.run_id}) is deleted in MLflow; restore it there, or start "
+            "another run with --resume none or --name"
         )
 
 

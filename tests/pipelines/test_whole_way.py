@@ -82,6 +82,7 @@ def test_one_finished_run_holds_curves_grids_and_lineage(demo):
     run = runs[0]
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in history] == [10, 20]
+    assert (Path(run.data.tags["adaconv.folder"]) / "id").read_text() == run.data.tags["adaconv.id"]
     assert run.data.params["train.global_batch_size"] == "4"
     assert run.data.tags["adaconv.content_hash"] == open_version(str(root / "data" / "photos")).root_hash
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"content", "style"}

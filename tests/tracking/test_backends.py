@@ -94,6 +94,7 @@ def open_one(uri, folder):
     return open_run(
         uri=uri,
         experiment="team",
+        identity="run-1",
         name="run-1",
         params={"data": {"crop": 32}},
         tags={},

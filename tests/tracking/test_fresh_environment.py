@@ -41,7 +41,7 @@ def champion(tmp_path_factory):
     root = tmp_path_factory.mktemp("fresh")
     uri = f"sqlite:///{root / 'mlflow.db'}"
     tracker = open_run(
-        uri=uri, experiment="t", name="run", params={}, tags={}, datasets={}, config_yaml="",
+        uri=uri, experiment="t", identity="run", name="run", params={}, tags={}, datasets={}, config_yaml="",
         spool_directory=root / "run" / "spool",
     )  # fmt: skip
     close_run(tracker, "FINISHED")

@@ -16,16 +16,17 @@ from adaconv.errors import TrackingError
 from adaconv.tracking import mlflow_tracker
 from adaconv.tracking import spool as spool_module
 from adaconv.tracking.mlflow_tracker import close_run, logged_checkpoints, open_run, sync
-from adaconv.tracking.runs import client_of, default_uri, make_or_find, reap
+from adaconv.tracking.runs import client_of, default_uri, identity_of, make_or_find, reap
 from tests.servers import MlflowServer
 
 SLOW = pytest.mark.slow
 
 
-def start(uri: str, folder: Path, name: str = "run-1", **train):
+def start(uri: str, folder: Path, name: str = "run-1", identity: str | None = None, **train):
     return open_run(
         uri=uri,
         experiment="test",
+        identity=identity or name,
         name=name,
         params={"train": {"steps": 4, "long": "x" * 7000, **train}, "model": {"name": "tiny", "groups": [1, 2]}},
         tags={"adaconv.content_hash": "f" * 64},
@@ -95,6 +96,20 @@ def test_a_run_taken_up_again_is_the_same_run_with_each_step_once(tmp_path, data
     assert points(database, first.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     images = MlflowClient(database).list_artifacts(first.run_id, "images")
     assert sum(a.path.endswith(".png") for a in images) == 2
+
+
+def test_the_same_settings_in_another_folder_are_another_run(tmp_path, database):
+    """Same name, same server: neither loses a point to the other."""
+    folders = [tmp_path / who / "adaconv-0123" for who in ("ann", "bob")]
+    identities = [identity_of(str(folder)) for folder in folders]
+    assert identities == [identity_of(str(folder)) for folder in folders]
+    trackers = [start(database, folder, identity=one) for folder, one in zip(folders, identities, strict=True)]
+    for number, tracker in enumerate(trackers):
+        tracker.metrics({"train/loss": float(number)}, step=1)
+        assert tracker.flush(timeout_seconds=20) == 0
+    for number, tracker in enumerate(trackers):
+        assert points(database, tracker.run_id, "train/loss") == [(1, float(number))]
+        close_run(tracker, "FINISHED")
 
 
 def test_a_failed_run_says_so_and_why(tmp_path, database):
@@ -197,7 +212,7 @@ def test_two_that_make_a_run_at_once_keep_the_same_one(tmp_path, database):
     tracker = start(database, tmp_path)
     client = client_of(database)
     mine = client.get_run(tracker.run_id)
-    client.create_run(mine.info.experiment_id, tags={"adaconv.run": "run-1"})  # a ghost, as a retried request leaves it
+    client.create_run(mine.info.experiment_id, tags={"adaconv.id": "run-1"})  # a ghost, as a retried request leaves it
     client.delete_run(tracker.run_id)
     again = make_or_find(client, tracker.description)
     assert again.info.run_id != tracker.run_id

@@ -33,6 +33,7 @@ def trained(tmp_path_factory):
     tracker = open_run(
         uri=uri,
         experiment="test",
+        identity="run-1",
         name="run-1",
         params={"data": {"crop": 32}, "encoder": {"weights": "seeded:0"}, "train": {"learning_rate": 1e-3}},
         tags={"adaconv.content_hash": "c" * 64, "adaconv.style_hash": "5" * 64},
@@ -196,7 +197,7 @@ def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path):
 
     def part(*steps_and_losses):
         tracker = open_run(
-            uri=uri, experiment="test", name="run", params={}, tags={}, datasets={}, config_yaml="",
+            uri=uri, experiment="test", identity="run", name="run", params={}, tags={}, datasets={}, config_yaml="",
             spool_directory=tmp_path / "run" / "spool",
         )  # fmt: skip
         for step, loss in steps_and_losses:

@@ -22,6 +22,7 @@ def run_with(root, name, grids, *, crop):
     tracker = open_run(
         uri=f"sqlite:///{root / 'mlflow.db'}",
         experiment="test",
+        identity=name,
         name=name,
         params={"data": {"crop": crop}},
         tags={},

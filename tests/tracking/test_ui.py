@@ -31,6 +31,7 @@ def seen(tmp_path_factory):
         tracker = open_run(
             uri=server.uri,
             experiment="styles",
+            identity="run-1",
             name="run-1",
             params={"data": {"crop": 32}, "train": {"learning_rate": 1e-3}, "encoder": {"weights": "seeded:0"}},
             tags={"adaconv.content_hash": "c" * 64},

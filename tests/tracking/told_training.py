@@ -27,6 +27,7 @@ def drive(root: Path, name: str, uri: str, steps: int) -> None:
     tracker = open_run(
         uri=uri,
         experiment="faults",
+        identity=name,
         name=name,
         params={"train": {"steps": steps}},
         tags={"adaconv.folder": str(folder)},
