@@ -1,9 +1,29 @@
 """What every configuration model shares."""
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Config(BaseModel):
     """A frozen set of fields; an unknown key is an error, not a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def refuse_password(uri: str | None) -> str | None:
+    """The tracking URI as it is, unless it carries a password.
+
+    Raises:
+        ValueError: it does; the message leaves the URI out.
+    """
+    if uri and re.match(r"[^/]+://([^/@]*:[^/@]+@|.*[?&]password=)", uri):
+        raise ValueError(
+            "the URI carries a password, which would be printed and kept with runs; give it in "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's by an MLflow server in front of it"
+        )
+    return uri
+
+
+TrackingUri = Annotated[str | None, AfterValidator(refuse_password)]

@@ -1,12 +1,12 @@
 """Configuration of pipelines/doctor.py: what to look at."""
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, TrackingUri
 
 
 class DoctorConfig(Config):
     output: str = "."
     """Folder (local or s3://) that jobs are to write to."""
-    tracking_uri: str | None = None
+    tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: MLFLOW_TRACKING_URI, else a SQLite file in the output folder."""
     encoder_weights: str = "imagenet"
     """VGG-19 weights that a training is to use; see `encoder.weights` of pipelines/train.py."""

@@ -2,11 +2,11 @@
 
 from pydantic import model_validator
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, TrackingUri
 
 
 class RegisterTrackingConfig(Config):
-    uri: str | None = None
+    uri: TrackingUri = None
     """MLflow tracking server or database; None: the run's own, else MLFLOW_TRACKING_URI."""
 
 

@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, TrackingUri
 
 
 class SyncConfig(Config):
     runs: str
     """Folder of runs, or of one, on this machine: every spool below it is handed over."""
-    tracking_uri: str | None = None
+    tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: the one that each run was started with."""
     timeout_seconds: float = Field(default=300, gt=0)
     """Longest time for one run, in seconds."""
@@ -25,12 +25,12 @@ class PageConfig(Config):
     """Folder for time-machine.html, which needs no other file."""
     max_mb: float = Field(default=18, gt=0)
     """Bytes of the pictures of each run, in units of 1e6."""
-    tracking_uri: str | None = None
+    tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
 
 
 class ReapConfig(Config):
-    tracking_uri: str | None = None
+    tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
     output: str | None = None
     """Folder for result.json; None writes none."""

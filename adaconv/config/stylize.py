@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, TrackingUri
 
 
 class OptionsConfig(Config):
@@ -68,7 +68,7 @@ class GalleryConfig(Config):
 
 
 class StylizeTrackingConfig(Config):
-    uri: str | None = None
+    uri: TrackingUri = None
     """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: MLFLOW_TRACKING_URI."""
 
 

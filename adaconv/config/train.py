@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, TrackingUri
 from adaconv.config.model import EncoderConfig, LossConfig, ModelConfig
 
 
@@ -185,7 +185,7 @@ class HardwareConfig(Config):
 
 
 class TrackingConfig(Config):
-    uri: str | None = None
+    uri: TrackingUri = None
     """MLflow tracking server or database; None: the variable MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the
     output folder."""
     experiment: str = "adaconv"

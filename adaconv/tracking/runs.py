@@ -5,7 +5,6 @@ Every function here may be repeated: what is there already is left as it is.
 
 import logging
 import os
-import re
 import socket
 import time
 import uuid
@@ -21,6 +20,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag,
 from mlflow.exceptions import MlflowException
 
 from adaconv import storage
+from adaconv.config.base import refuse_password
 from adaconv.errors import TrackingError
 
 log = logging.getLogger(__name__)
@@ -97,12 +97,10 @@ def default_uri(uri: str | None, output: Path) -> str:
             f"tracking.uri {uri}: MLflow no longer keeps runs in folders; use sqlite:////absolute/path.db or the "
             "http:// address of a server"
         )
-    if re.match(r"[^/]+://[^/@]*:[^/@]+@", uri):
-        raise TrackingError(
-            f"tracking.uri {uri.partition('://')[0]}://…@{uri.rpartition('@')[2]} carries a password, which would be "
-            "printed and kept with runs; give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a "
-            "database's by an MLflow server in front of it"
-        )
+    try:
+        refuse_password(uri)
+    except ValueError as error:
+        raise TrackingError(f"tracking: {error}") from None
     return uri
 
 
