@@ -7,6 +7,7 @@
 Each takes --help, --config and --dry-run as every pipeline does.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,35 +17,48 @@ from adaconv import cli
 from adaconv.config.base import Config
 from adaconv.config.runs import PageConfig, ReapConfig, SyncConfig
 
+log = logging.getLogger(__name__)
+
 
 def sync(config: SyncConfig) -> dict[str, Any]:
     from adaconv import storage
+    from adaconv.errors import TrackingError
     from adaconv.tracking.mlflow_tracker import sync
     from adaconv.tracking.results import keep_results
 
-    left, ids = 0, {}
+    left, ids, going_on, problems = 0, {}, list[str](), list[str]()
     for spool in _spools(config):
-        tracker, waiting = sync(spool, uri=config.tracking_uri, timeout_seconds=config.timeout_seconds)
+        try:
+            tracker, waiting = sync(spool, uri=config.tracking_uri, timeout_seconds=config.timeout_seconds)
+        except TrackingError as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                log.info("%s is of a run that is going on and hands over by itself", spool)
+                going_on.append(str(spool))
+            else:
+                problems.append(str(error))
+            continue
         left += waiting
-        if not waiting:
-            ids[tracker.description.name] = tracker.run_id
-            folder = tracker.description.tags.get("adaconv.folder", str(spool.parent))
-            keep_results(tracker, checkpoints=storage.join(folder, "checkpoints"))
-    result = {"runs": ids, "left": left}
-    if left:
-        why = f"{left} records are not handed over: the server did not take them in time; the same command goes on"
-        return {**result, "status": "failed", "error": why}
-    return result
+        if waiting:
+            problems.append(
+                f"{waiting} records of {spool} are not handed over: {tracker.uri} did not take them in time; the same "
+                "command goes on"
+            )
+            continue
+        ids[tracker.description.name] = tracker.run_id
+        folder = tracker.description.tags.get("adaconv.folder", str(spool.parent))
+        keep_results(tracker, checkpoints=storage.join(folder, "checkpoints"))
+    result = {"runs": ids, "left": left, "going_on": going_on}
+    return {**result, "status": "failed", "error": "\n".join(problems)} if problems else result
 
 
 def page(config: PageConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.errors import TrackingError
     from adaconv.tracking.results import find
-    from adaconv.tracking.runs import client_of, default_uri
+    from adaconv.tracking.runs import default_uri, reader_of
     from adaconv.tracking.time_machine import PAGE_FILE, render
 
-    client = client_of(default_uri(config.tracking_uri, Path.cwd()))
+    client = reader_of(default_uri(config.tracking_uri, Path.cwd()))
     runs = [find(client, name) for name in (config.run, config.against) if name]
     text = render(client, runs, max_bytes=int(config.max_mb * 1e6))
     if text is None:
@@ -55,9 +69,9 @@ def page(config: PageConfig) -> dict[str, Any]:
 
 
 def reap(config: ReapConfig) -> dict[str, Any]:
-    from adaconv.tracking.runs import client_of, default_uri, reap
+    from adaconv.tracking.runs import default_uri, reader_of, reap
 
-    reaped = reap(client_of(default_uri(config.tracking_uri, Path.cwd())))
+    reaped = reap(reader_of(default_uri(config.tracking_uri, Path.cwd())))
     return {"reaped": [{"run_id": one.run_id, "name": one.name, "why": one.why} for one in reaped]}
 
 

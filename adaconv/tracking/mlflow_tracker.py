@@ -167,7 +167,7 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
         the run's tracker, and how many records are left.
 
     Raises:
-        TrackingError: the run is going on, the server refuses, or what lies there is no spool.
+        TrackingError: the run is going on or gone, the server refuses, or what lies there is no spool.
     """
     try:
         told = json.loads((spool_directory / "run.json").read_text())
@@ -183,6 +183,11 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
         raise TrackingError(f"cannot hand over {spool_directory}: {error}") from error
     if left and is_permanent(problem):
         raise TrackingError(f"{tracker.uri} refuses what {spool_directory} holds: {problem}")
+    if tracker.run_id is None and not left:
+        raise TrackingError(
+            f"{tracker.uri} has no run '{tracker.description.name}' of {spool_directory}, of which nothing waits: "
+            "if it was deleted, restore it in MLflow"
+        )
     return tracker, left
 
 

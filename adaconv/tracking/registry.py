@@ -20,7 +20,7 @@ from adaconv import checkpoint, storage
 from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.scratch import scratch_folder
 from adaconv.tracking.logged_model import card_of, log_model
-from adaconv.tracking.runs import client_of, find_run, iso
+from adaconv.tracking.runs import find_run, iso, reader_of
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def register(model: str, *, name: str, alias: str | None, reason: str, tracking_
         TrackingError: the registry cannot be reached or refuses.
     """
     try:
-        client = client_of(tracking_uri)
+        client = reader_of(tracking_uri)
         if model.startswith("models:/"):
             version = _version_named(client, model, name)
         else:
@@ -87,7 +87,7 @@ def rollback(*, name: str, alias: str, reason: str, tracking_uri: str) -> Regist
         TrackingError: there is no such alias, nothing to go back to, or the registry cannot be reached.
     """
     try:
-        client = client_of(tracking_uri)
+        client = reader_of(tracking_uri)
         now = str(client.get_model_version_by_alias(name, alias).version)
         moved = [move for move in history_of(client, name, alias) if move.version == now and not move.rollback]
         if not moved or moved[-1].before is None:
@@ -156,7 +156,7 @@ def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str,
     if tracking_uri is None:
         raise UsageError(f"{uri} is looked up in MLflow: give --tracking.uri or set MLFLOW_TRACKING_URI")
     try:
-        client = client_of(tracking_uri)
+        client = reader_of(tracking_uri)
         by_alias = re.fullmatch(r"models:/([^/@]+)@([^/]+)", uri)
         if by_alias:
             version = client.get_model_version_by_alias(*by_alias.groups()).version

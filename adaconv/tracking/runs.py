@@ -83,6 +83,21 @@ def client_of(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
+def reader_of(uri: str) -> MlflowClient:
+    """The client of a backend that holds something already.
+
+    Raises:
+        TrackingError: a SQLite file that is not there: MLflow would make it, and find nothing in it.
+    """
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if uri.startswith("sqlite:///") and not file.exists():
+        raise TrackingError(
+            f"tracking: expected MLflow's database at {file.absolute()}, found none; give --tracking.uri (of runs.py "
+            "--tracking-uri) sqlite:////…/runs/mlflow.db with the output folder of the runs, or set MLFLOW_TRACKING_URI"
+        )
+    return client_of(uri)
+
+
 def default_uri(uri: str | None, output: Path) -> str:
     """The tracking URI to use: the one given, else MLFLOW_TRACKING_URI, else a SQLite file in the output folder.
 

@@ -82,7 +82,7 @@ def folders(tmp_path):
                 "--output",
                 "{}/out",
             ),
-            "pipelines/register.py makes model versions",
+            "expected MLflow's database at {}/m.db, found none",
         ),
         (
             ("demo", "--content", "{}/nothing", "--output", "{}/out"),
