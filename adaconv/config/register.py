@@ -1,6 +1,6 @@
 """Configuration of pipelines/register.py: a checkpoint to a named model version, and aliases from one to another."""
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from adaconv.config.base import Config, TrackingUri
 
@@ -20,7 +20,7 @@ class RegisterConfig(Config):
     """Alias that is moved to the version; `champion` is the one that jobs use."""
     rollback: str | None = None
     """Instead of --model: an alias that is moved back to the version that it named before."""
-    reason: str = ""
+    reason: str = Field(default="", max_length=1000)
     """Why the alias moves; kept with the version and in the alias's history."""
     output: str | None = None
     """Folder for result.json; None writes none."""

@@ -24,8 +24,6 @@ from adaconv.tracking.runs import find_run, iso, reader_of
 
 log = logging.getLogger(__name__)
 
-_MOVES_KEPT = 100
-
 
 @dataclass(frozen=True)
 class RegisteredVersion:
@@ -105,7 +103,11 @@ def rollback(*, name: str, alias: str, reason: str, tracking_uri: str) -> Regist
 def move_alias(
     client: MlflowClient, name: str, alias: str, version: ModelVersion, *, why: str, rollback: bool = False
 ) -> None:
-    """Point an alias to a version, and say who did, why, and with which metrics: at the version and in the history."""
+    """Point an alias to a version, and say who did, why, and with which metrics: at the version and in the history.
+
+    Each move is a tag of its own, for PostgreSQL keeps 5000 characters of one. It is told before it is done, so that no
+    move is without its reason.
+    """
     before = client.get_registered_model(name).aliases.get(alias)
     if before is not None and str(before) == str(version.version):
         return
@@ -118,19 +120,26 @@ def move_alias(
         metrics={key: float(value) for key, value in json.loads(version.tags.get("metrics", "{}")).items()},
         rollback=rollback,
     )
-    client.set_registered_model_alias(name, alias, version.version)
+    number = max(_moves(client, name, alias), default=0) + 1
+    text = json.dumps(asdict(move), ensure_ascii=False)
+    client.set_registered_model_tag(name, f"alias.{alias}.move.{number:06d}", text)
     told = {"reason": move.why, "by": move.by, "at": move.at, "from": move.before or "none"}
     told["metrics"] = ", ".join(f"{key} {value:.6g}" for key, value in move.metrics.items()) or "none"
     for key, value in told.items():
         client.set_model_version_tag(name, version.version, f"alias.{alias}.{key}", value)
-    history = [*history_of(client, name, alias), move][-_MOVES_KEPT:]
-    client.set_registered_model_tag(name, f"alias.{alias}.history", json.dumps([asdict(one) for one in history]))
+    client.set_registered_model_alias(name, alias, version.version)
 
 
 def history_of(client: MlflowClient, name: str, alias: str) -> list[Move]:
     """Every move of an alias, oldest first."""
+    return [move for _, move in sorted(_moves(client, name, alias).items())]
+
+
+def _moves(client: MlflowClient, name: str, alias: str) -> dict[int, Move]:
+    """By their numbers, from 1."""
     tags = client.get_registered_model(name).tags
-    return [Move(**move) for move in json.loads(tags.get(f"alias.{alias}.history", "[]"))]
+    found = {re.fullmatch(rf"alias\.{re.escape(alias)}\.move\.(\d+)", key): text for key, text in tags.items()}
+    return {int(key[1]): Move(**json.loads(text)) for key, text in found.items() if key}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from adaconv.errors import TrackingError
 from adaconv.tracking.mlflow_tracker import close_run, open_run
-from adaconv.tracking.registry import register, resolved_model
+from adaconv.tracking.registry import history_of, register, resolved_model
 from adaconv.tracking.results import keep_results
 from tests.helpers import save_checkpoint
 from tests.servers import MlflowServer, free_port, postgresql
@@ -130,6 +130,10 @@ def test_a_run_its_page_and_its_model_live_on_a_teams_server(team, ann, tmp_path
     names = {entry["Key"].rpartition("/")[2] for entry in listed}
     assert {"time-machine.html", "config.yaml", "MODEL_CARD.md", "model.safetensors"} <= names
     assert version.run_id == tracker.run_id
+    _, other = save_checkpoint(folder, 30, **tracker.reference())
+    for number in range(15):  # a history that one tag of PostgreSQL's would not hold
+        register((other, uri)[number % 2], name="adaconv", alias="long", reason="x" * 900, tracking_uri=server.uri)
+    assert len(history_of(client, "adaconv", "long")) == 15
 
 
 def test_nobody_gets_in_without_an_account(team, monkeypatch, tmp_path):

@@ -169,6 +169,36 @@ def test_a_champion_goes_back_step_by_step_and_every_move_is_told(trained, versi
     assert len(client.search_model_versions("name = 'adaconv'")) == 3  # moves make no versions
 
 
+def test_no_number_of_moves_outgrows_a_tag(trained, versions):
+    """PostgreSQL keeps 5000 characters of a registered model's tag; SQLite does not count."""
+    uri, client = trained[0], MlflowClient(trained[0])
+    named = [f"models:/adaconv/{version.version}" for version in versions[:2]]
+    for number in range(20):
+        register(named[number % 2], name="adaconv", alias="long", reason="é" * 1000, tracking_uri=uri)
+    assert [move.version for move in history_of(client, "adaconv", "long")] == [
+        versions[number % 2].version for number in range(20)
+    ]
+    assert max(map(len, client.get_registered_model("adaconv").tags.values())) < 2500
+    assert rollback(name="adaconv", alias="long", reason="", tracking_uri=uri).version == versions[0].version
+
+
+def test_a_move_that_fails_leaves_the_alias_and_may_be_made_again(trained, versions, monkeypatch):
+    uri, client = trained[0], MlflowClient(trained[0])
+    first, second = (f"models:/adaconv/{version.version}" for version in versions[:2])
+    register(first, name="adaconv", alias="fragile", reason="", tracking_uri=uri)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_tag", _refuse)
+        with pytest.raises(TrackingError, match="cannot register adaconv"):
+            register(second, name="adaconv", alias="fragile", reason="", tracking_uri=uri)
+    assert str(client.get_model_version_by_alias("adaconv", "fragile").version) == versions[0].version
+    register(second, name="adaconv", alias="fragile", reason="", tracking_uri=uri)
+    assert rollback(name="adaconv", alias="fragile", reason="", tracking_uri=uri).version == versions[0].version
+
+
+def _refuse(*_):
+    raise OSError("no")
+
+
 def test_the_same_checkpoint_gets_no_second_version(trained, versions):
     uri, _, folder = trained
     again = register(str(folder / "step-00000200"), name="adaconv", alias="candidate", reason="", tracking_uri=uri)
