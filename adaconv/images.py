@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
@@ -98,6 +97,8 @@ def require_sound_jpeg(path: Path) -> None:
     Raises:
         ImageError: `truncated` or `corrupt_data`.
     """
+    import simplejpeg  # which a bare GPU machine need not have: pictures come there as tensors
+
     with open_header(path, max_pixels=10**10) as image:
         if image.format not in ("JPEG", "MPO"):
             return

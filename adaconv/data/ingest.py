@@ -19,11 +19,22 @@ import PIL
 import pyarrow
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 
 from adaconv.config.shard import RecipeConfig
 from adaconv.errors import DatasetError
-from adaconv.images import ImageError, decode, encode_jpeg, is_srgb, libvips, open_header, scale_down, to_rgb, to_srgb
+from adaconv.images import (
+    ImageError,
+    decode,
+    encode_jpeg,
+    is_srgb,
+    libvips,
+    open_header,
+    scale_down,
+    to_rgb,
+    to_srgb,
+    upright,
+)
 
 _JPEG = (".jpg", ".jpeg", ".jfif")
 _EXTENSIONS = {"JPEG": _JPEG, "MPO": _JPEG, "TIFF": (".tif", ".tiff")}
@@ -216,7 +227,7 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
         picture = _loaded(image) if pixels is None else Image.fromarray(pixels)
         picture.info.update(image.info)
         if orientation != 1:
-            picture = ImageOps.exif_transpose(picture)
+            picture = upright(picture)
             size = stored_size(*picture.size, recipe)  # TIFF's header tells the upright size, those of others not
         picture, repair = _visible_srgb(picture, foreign)
         repairs += repair
