@@ -29,6 +29,7 @@ from adaconv.errors import AdaConvError, JobError, UsageError
 from adaconv.images import ImageError
 from adaconv.orchestration.cluster import require_resources, set_up_ray_data
 from adaconv.orchestration.metrics import output_counter
+from adaconv.orchestration.tasks import plain_errors, raise_cause
 from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.gallery import Failure, Picture, render
@@ -236,11 +237,7 @@ def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig,
                 raise UsageError(row["error"]) if row["usage"] else JobError(row["error"])
             yield row
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (AdaConvError, OSError)):
-            # Ray adds advice on its own settings to the message.
-            message, _, _ = str(error.cause).partition("\nFailed to apply UDF transform")
-            raise type(error.cause)(message) from None
-        raise
+        raise_cause(error)
 
 
 class _Beginnings:
@@ -306,6 +303,7 @@ class _ModelActor:
 class _PackMaker(_ModelActor):
     """A style to its pack, in storage."""
 
+    @plain_errors()
     def __call__(self, job: Row) -> list[Row]:
         item = Item.from_row({name: value for name, value in job.items() if name not in ("style", "side")})
         row = {"style": job["style"], "side": job["side"], "source": item.source, "uri": "", "digest": "", "reason": ""}
@@ -355,6 +353,7 @@ class _ContentStylizer(_ModelActor):
         self.shown: set[int] = ray.get(shown)
         self._read_pack = lru_cache(_PACKS_AT_HAND)(self._read_pack_anew)
 
+    @plain_errors()
     def __call__(self, job: Row) -> list[Row]:
         named = ("content", "pairs", "first")
         item = Item.from_row({name: value for name, value in job.items() if name not in named})

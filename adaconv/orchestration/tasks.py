@@ -4,7 +4,8 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import ray
@@ -84,9 +85,15 @@ def run_tasks(
 def _with_plain_errors(
     job: dict[str, Any], *, function: Callable[..., dict[str, Any]], **shared: Any
 ) -> dict[str, Any]:
-    """What a task does. Ray Data adds its advice to an error's arguments, of which a path would be the third."""
-    try:
+    with plain_errors():
         return function(job, **shared)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Around what Ray Data calls, which adds its advice to an error's arguments: an OSError's third is its path."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None:
             raise
