@@ -211,6 +211,14 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return converted
 
 
+def fits(profile: bytes, mode: str) -> bool:
+    """Whether an ICC profile is one of a mode's colours."""
+    try:
+        return bool(_to_srgb_transform(profile, mode))
+    except (ImageCms.PyCMSError, OSError):
+        return False
+
+
 @lru_cache(maxsize=16)
 def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(

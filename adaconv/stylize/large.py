@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from adaconv.images import RGB_MODES, ImageError, libvips, open_header, require_sound_jpeg
+from adaconv.images import RGB_MODES, ImageError, fits, libvips, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
 from adaconv.stylize.raster import FileRaster
 
@@ -39,11 +39,14 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
     require_sound_jpeg(path)
     with open_header(path, max_pixels=10**10) as header:
         keep_colours = keep_colours and header.mode in RGB_MODES
+        bare_inks = header.mode == "CMYK" and not fits(header.info.get("icc_profile", b""), "CMYK")
     try:
         image = vips.Image.new_from_source(_as_it_is(path), "", access="sequential", fail_on="error")
         if image.get_typeof("orientation") and image.get("orientation") > 1:
             image = vips.Image.new_from_source(_as_it_is(path), "", fail_on="error").autorot()
-        if image.get_typeof("icc-profile-data") and not keep_colours:
+        if bare_inks:
+            image = _light_of_inks(image)
+        elif image.get_typeof("icc-profile-data") and not keep_colours:
             image = image.icc_transform("srgb", embedded=True, intent="relative", black_point_compensation=True)
         elif image.interpretation != "srgb":
             image = image.colourspace("srgb")
@@ -94,6 +97,13 @@ def thumbnail_of(path: Path, *, side: int) -> Image.Image:
     small = vips.Image.thumbnail(str(path), side, height=side, size="down").colourspace("srgb")
     small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
     return Image.fromarray(small.cast("uchar").numpy())
+
+
+def _light_of_inks(image: Any) -> Any:
+    """CMYK of no profile to RGB by Pillow's arithmetic; libvips would take a profile of its own."""
+    image = image >> 8 if image.format == "ushort" else image
+    light = 255 - image[3]
+    return (light - (image[0:3] * light / 255).rint()).copy(interpretation="srgb")
 
 
 def _as_it_is(path: Path) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from adaconv.images import ImageError
+from adaconv.images import ImageError, libvips
 from adaconv.stylize import inputs, large
 from adaconv.stylize.inputs import decode_picture
 from adaconv.stylize.outputs import Recipe, read_recipe
@@ -155,6 +155,12 @@ def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
     transparent.save(tmp_path / "transparent.png")
     picture.convert("P").save(tmp_path / "palette.gif")
     Image.effect_noise((160, 96), 60).convert("I;16").save(tmp_path / "16bit.png")
+    inks, print_profile = _inks(160, 96), bytes(libvips().Operation.call("profile_load", "cmyk"))
+    for name, profile in (("plain", None), ("of rgb", swapped_profile()), ("of print", print_profile)):
+        inks.save(tmp_path / f"cmyk {name}.tif", icc_profile=profile)
+        inks.save(tmp_path / f"cmyk {name}.jpg", icc_profile=profile, quality=95)
+    wide = libvips().Image.new_from_array(np.asarray(inks)).copy(interpretation="cmyk").cast("ushort", shift=True)
+    wide.tiffsave(str(tmp_path / "cmyk 16bit.tif"))
     for path in sorted(tmp_path.iterdir()):
         wanted = np.asarray(decode_picture(path, max_pixels=10**6)).astype(int)
         raster = large.unpack(path, tmp_path / "raw")
@@ -162,6 +168,12 @@ def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
         raster.close()
         assert found.shape == wanted.shape, path
         assert np.abs(found - wanted).max() <= (3 if path.suffix == ".jpg" else 1), path
+
+
+def _inks(width, height):
+    """CMYK with more of black than Pillow's own conversion, which makes none."""
+    cyan, magenta, yellow, black = (smooth(width, height, seed).getchannel(0) for seed in range(4))
+    return Image.merge("CMYK", (cyan, magenta, yellow, black.point(lambda level: level // 2)))
 
 
 @pytest.mark.parametrize("name", ["c.bmp", "c.gif", "c.tif", "c.webp", "c.jpg"])
