@@ -84,7 +84,7 @@ class StylizeConfig(Config):
     pairs: str = "grid"
     """`grid`: all with all; `zip`: one to one; `random:K`: K styles for each content, by the seed; or a .csv or
     .parquet file with columns `content`, `style` and any of the options."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of `random:K`."""
     replay: str | None = None
     """An output: make it again from its recipe and compare the bytes. Needs --content, and --style unless the pack is

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from adaconv import storage
 from adaconv.errors import UsageError
 
+_TOO_MANY = "\0"  # what DictReader puts a row's fields under for which the first line has no name
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -80,6 +82,10 @@ def _pairs_of_file(
     seen: set[tuple[int, int, str]] = set()
     for number, row in enumerate(_rows(uri), 1):
         where = f"--pairs {uri}, row {number}"
+        if _TOO_MANY in row:
+            expected = len(row) - 1
+            found_fields = expected + len(row[_TOO_MANY])
+            raise UsageError(f"{where}: expected {expected} fields, as the first line has, found {found_fields}")
         found: dict[str, int] = {}
         for name, place in places.items():
             value = str(row.pop(name, None) or "")
@@ -122,6 +128,7 @@ def _rows(uri: str) -> list[dict[str, Any]]:
             raise UsageError(f"--pairs {uri}: expected a Parquet file, found: {error}") from None
         return rows
     try:
-        return [dict(row) for row in csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)]
+        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+        return list(csv.DictReader(text, restkey=_TOO_MANY, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"--pairs {uri}: expected a CSV file in UTF-8, found: {error}") from None

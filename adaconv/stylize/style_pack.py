@@ -41,8 +41,10 @@ class StylePack:
     @property
     def side(self) -> int:
         """Pixels of the shorter side at which the style was read; of a mixture, those of its first part."""
-        parts = self.options.get("mixed")
-        return int(parts[0]["options"]["side"] if parts else self.options["side"])
+        options = self.options
+        while "mixed" in options:  # a part may be a mixture itself
+            options = options["mixed"][0]["options"]
+        return int(options["side"])
 
     def require_model(self, digest: str, *, name: str = "") -> None:
         """Refuse to be used by another model.

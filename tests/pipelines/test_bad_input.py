@@ -68,6 +68,8 @@ def folders(tmp_path):
             ("stylize", "--model", "{}/empty", "--content", "{}/images", "--style", "{}/images", "--output", "{}/out"),
             "expected a checkpoint at {}/empty",
         ),
+        (("stylize", "--pairs", "random:1", "--seed", str(2**63)), "seed"),
+        (("stylize", "--pairs", "random:1", "--seed", "-1"), "seed"),
         (
             (
                 "stylize",

@@ -52,6 +52,8 @@ def test_a_file_of_pairs(tmp_path):
         ("content,style\na,s\na,x\n", "row 2: expected the name of a style that --style holds, found 'x'"),
         ("content,style\ntwice,s\n", "row 1: more than one content is called 'twice'"),
         ("content\na\n", "row 1: expected the name of a style that --style holds, found ''"),
+        ("content,style\na,s\na,s,\n", "row 2: expected 2 fields, as the first line has, found 3"),
+        ("content,style,alpha\na,s,0.5,x,y\n", "row 1: expected 3 fields, as the first line has, found 5"),
         ("content,style\n", "expected rows, found none"),
     ],
 )

@@ -236,6 +236,13 @@ def test_a_mixture_is_even_and_linear(stylizer):
     again = StylePack.from_bytes(mixed.to_bytes(), name="m", model_digest=stylizer.info.digest)
     assert torch.equal(stylizer.stylize(content, again), stylizer.stylize(content, [a, b], weights=[1, 3]))
     assert again.digest != mix_packs([a, b], [3, 1]).digest
+    nested = mix_packs([mixed, a])
+    assert nested.side == mixed.side == 32
+    assert torch.allclose(
+        stylizer.stylize(content, nested, alpha=0.5),
+        stylizer.stylize(content, [a, b], weights=[5, 3], alpha=0.5),
+        atol=1e-5,
+    )
     for weights in ([1], [1, -1], [0, 0]):
         with pytest.raises(UsageError, match="expected 2 weights"):
             stylizer.stylize(content, [a, b], weights=weights)
