@@ -25,6 +25,7 @@ def plan(config: StylizeConfig) -> str:
         return f"make {config.replay} again from its recipe and compare the bytes"
     from adaconv.orchestration.stylize_job import plan_job
 
+    _check_apart(config)
     return f"{plan_job(config)} of {config.model} in {config.output}"
 
 
@@ -41,6 +42,7 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
         from adaconv.stylize.replay import replay
 
         return replay(config.replay, resolved=resolved, **config.model_dump(include={"model", "content", "style"}))
+    _check_apart(config)
     check_sources(config.content, flag="--content")  # a typo is answered before a cluster is started
     check_sources(config.style, flag="--style", packs=True)
     assert config.output is not None
@@ -51,6 +53,14 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
         from adaconv.orchestration.stylize_job import run_stylize_job
 
         return run_stylize_job(config, model=model, folder=folder)
+
+
+def _check_apart(config: StylizeConfig) -> None:
+    from adaconv.stylize.inputs import check_apart
+
+    assert config.output is not None
+    for name, sources in (("content", config.content), ("style", config.style)):
+        check_apart(sources, config.output, flag=f"--{name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -80,7 +80,8 @@ class StylizeConfig(Config):
     style: tuple[str, ...] = ()
     """Styles: the same, or style packs (FILE.safetensors, or folders of them)."""
     output: str | None = None
-    """Folder or s3://bucket/prefix for images, style packs, index and gallery; run again, it makes what is missing."""
+    """Folder or s3://bucket/prefix for images, style packs, index and gallery, in no folder of contents or styles; run
+    again, it makes what is missing."""
     pairs: str = "grid"
     """`grid`: all with all; `zip`: one to one; `random:K`: K styles for each content, by the seed; or a .csv or
     .parquet file with columns `content`, `style` and any of the options."""

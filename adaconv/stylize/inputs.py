@@ -7,6 +7,7 @@ All may lie here or on s3://.
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -72,6 +73,24 @@ def check_sources(sources: Iterable[str], *, flag: str, packs: bool = False) -> 
     for source in sources:
         if next(_items_of(source, flag, packs), None) is None:
             raise UsageError(f"{flag} {source}: expected images, found none")
+
+
+def check_apart(sources: Iterable[str], output: str, *, flag: str) -> None:
+    """Refuse outputs in a folder of sources: the same command again would take them for contents or styles.
+
+    Raises:
+        UsageError: names both.
+    """
+    images = storage.join(_real(output), "images")
+    for source in sources:
+        root = _real(source)
+        inside = images.removeprefix(root.rstrip("/") + "/")
+        seen = inside != images and not any(part.startswith(".") for part in inside.split("/"))
+        if (seen and not _is_version(source)) or f"{root}/".startswith(f"{images}/"):
+            raise UsageError(
+                f"{flag} {source}: expected a folder apart from the outputs, found --output {output}; the same command "
+                "again would stylize what it made: choose another --output"
+            )
 
 
 def read_item(item: Item) -> bytes:
@@ -168,6 +187,11 @@ def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
             yield from (
                 Item("file", f.source, f.uri, (f.bytes, 0), member=f.member) for f in iter_images((source,), flag=flag)
             )
+
+
+def _real(uri: str) -> str:
+    """One name for a place, however it was given."""
+    return os.path.realpath(Path(uri).expanduser()) if storage.is_local(uri) else storage.absolute(uri)
 
 
 def _is_version(source: str) -> bool:

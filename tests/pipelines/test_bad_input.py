@@ -68,6 +68,10 @@ def folders(tmp_path):
             ("stylize", "--model", "{}/empty", "--content", "{}/images", "--style", "{}/images", "--output", "{}/out"),
             "expected a checkpoint at {}/empty",
         ),
+        (
+            ("stylize", "--model", "m", "--content", "{}", "--style", "{}/images", "--output", "{}/out"),
+            "--content {}: expected a folder apart from the outputs",
+        ),
         (("stylize", "--pairs", "random:1", "--seed", str(2**63)), "seed"),
         (("stylize", "--pairs", "random:1", "--seed", "-1"), "seed"),
         (

@@ -1,5 +1,6 @@
 """Where contents and styles come from: what is listed, what is read, what is refused by name."""
 
+import contextlib
 import io
 import zipfile
 from pathlib import Path
@@ -14,8 +15,17 @@ from adaconv import storage
 from adaconv.data.manifest import open_version
 from adaconv.errors import UsageError
 from adaconv.images import ImageError
-from adaconv.stylize import large
-from adaconv.stylize.inputs import Item, check_sources, decode_picture, list_items, local_file, read_item, sha256_of
+from adaconv.stylize import inputs, large
+from adaconv.stylize.inputs import (
+    Item,
+    check_apart,
+    check_sources,
+    decode_picture,
+    list_items,
+    local_file,
+    read_item,
+    sha256_of,
+)
 from tests.helpers import build_version
 
 
@@ -97,6 +107,35 @@ def test_what_is_not_there_is_said(tmp_path, name):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1nothing")
     with pytest.raises(UsageError, match=f"--style .*{name}: expected .*found"):
         check_sources((str(tmp_path / name),), flag="--style", packs=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "apart"),
+    [
+        ("photos", "photos", False),
+        ("photos", "photos/stylized", False),
+        ("photos/", "link/stylized", False),
+        ("photos/../photos", "photos/a/b", False),
+        ("photos/out/images/monet", "photos/out", False),
+        ("photos", "photos2", True),
+        ("photos", ".", True),
+        ("photos", "photos/.stylized", True),  # which listings leave out
+        ("version", "version/stylized", True),
+        ("s3://b/photos", "s3://b/photos/stylized", False),
+        ("s3://b/photos/", "s3://b/photos", False),
+        ("s3://b/photos", "s3://b/photos-stylized", True),
+    ],
+)
+def test_outputs_lie_apart_from_what_they_are_made_of(tmp_path, monkeypatch, source, output, apart):
+    """Else the same command again would take them for contents."""
+    monkeypatch.setattr(inputs, "_is_version", lambda given: given == "version")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    with (
+        contextlib.nullcontext() if apart else pytest.raises(UsageError, match=f"--content {source}: expected a folder")
+    ):
+        check_apart((source,), output, flag="--content")
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
