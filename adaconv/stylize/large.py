@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from adaconv.images import RGB_MODES, ImageError, fits, libvips, open_header, require_sound_jpeg
-from adaconv.stylize.outputs import Metadata, Recipe, xmp_of
+from adaconv.stylize.outputs import Metadata, Recipe, add_exif, xmp_of
 from adaconv.stylize.raster import FileRaster
 
 _STRIP_BYTES = 2**20
@@ -85,6 +85,8 @@ def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata |
                 image.webpsave(str(path), Q=quality)
             case _:
                 image.tiffsave(str(path), compression="deflate", bigtiff=True)
+                with path.open("r+b") as file:
+                    add_exif(file, kept.exif)
     except vips.Error as error:
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from error

@@ -15,10 +15,11 @@ import html
 import io
 import json
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -164,10 +165,45 @@ def _encode(image: Image.Image, recipe: Recipe, kept: Metadata) -> bytes:
         case "webp":
             image.save(buffer, "WEBP", quality=quality, method=4, xmp=xmp_of(recipe), **told)
         case "tiff":
+            told.pop("exif", None)
             image.save(buffer, "TIFF", compression="tiff_adobe_deflate", tiffinfo={_XMP_TAG: xmp_of(recipe)}, **told)
+            add_exif(buffer, kept.exif)
         case other:
             raise UsageError(f"options.format: expected {', '.join(_EXTENSIONS)}, found {other}")
     return buffer.getvalue()
+
+
+def add_exif(file: BinaryIO, exif: bytes) -> None:
+    """Put EXIF into a TIFF: libtiff writes no directory within another, where cameras put most of it.
+
+    The file's own directory is written anew behind its end, with what EXIF has besides.
+    """
+    if not exif:
+        return
+    file.seek(0)
+    head = file.read(16)
+    tags = Image.Exif()
+    tags.load(exif)
+    tags.endian, tags.bigtiff = ("<" if head[:2] == b"II" else ">"), b"+" in head[2:4]
+    number, entry, pointer, at = ("Q", 20, "Q", 8) if tags.bigtiff else ("H", 12, "L", 4)
+    number, pointer = tags.endian + number, tags.endian + pointer
+
+    def entries(directory: BinaryIO) -> dict[int, bytes]:
+        (count,) = struct.unpack(number, directory.read(struct.calcsize(number)))
+        each = [directory.read(entry) for _ in range(count)]
+        return {struct.unpack_from(f"{tags.endian}H", one)[0]: one for one in each}
+
+    end = file.seek(0, io.SEEK_END)
+    end += end % 2  # directories begin at even places
+    added = tags.tobytes(end).removeprefix(b"Exif\0\0")[at + struct.calcsize(pointer) :]
+    file.seek(struct.unpack_from(pointer, head, at)[0])
+    own = entries(file)
+    merged = sorted((own | entries(io.BytesIO(added))).items())
+    place = end + len(added)
+    file.seek(end)
+    file.write(added + struct.pack(number, len(merged)) + b"".join(one for _, one in merged) + struct.pack(pointer, 0))
+    file.seek(at)
+    file.write(struct.pack(pointer, place))
 
 
 def xmp_of(recipe: Recipe) -> bytes:

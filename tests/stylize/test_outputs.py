@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image, ImageCms, TiffImagePlugin, TiffTags
 
 from adaconv.errors import UsageError
+from adaconv.stylize import large
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.outputs import INDEX, Metadata, Recipe, encode, is_whole, publish_index, read_recipe, slug
 from adaconv.stylize.pictures import thumbnail
+from adaconv.stylize.raster import FileRaster
 
 RECIPE = Recipe(
     content="a/cat.jpg",
@@ -65,22 +68,40 @@ def test_the_recipe_travels_in_the_file(kind):
     assert read_recipe(buffer.getvalue()) is None
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_metadata_is_kept_on_request_but_for_the_orientation(kind, tmp_path):
+def encoded(recipe, metadata, folder):
+    return encode(Image.new("RGB", (5, 9)), recipe, metadata=metadata)
+
+
+def packed(recipe, metadata, folder):
+    raster = FileRaster(folder / "raw", 3, 9, 5, torch.uint8)
+    large.pack(raster, folder / "output", recipe, metadata=metadata)
+    raster.close()
+    return (folder / "output").read_bytes()
+
+
+@pytest.mark.parametrize("write", [encoded, packed])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+def test_metadata_is_kept_on_request_but_for_the_orientation(kind, write, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[0x010F], exif[0x0112] = "a maker", 6
+    exif.get_ifd(0x8769)[0x920A] = 50.0  # focal length
+    exif.get_ifd(0x8825)[0x0001] = "N"
     Image.new("RGB", (9, 5)).save(tmp_path / "x.jpg", exif=exif, icc_profile=profile)
     recipe = replace(RECIPE, options={"format": kind})
     with Image.open(tmp_path / "x.jpg") as content:
         metadata = Metadata.of(content)
-    kept = encode(Image.new("RGB", (5, 9)), recipe, metadata=metadata)
-    with Image.open(io.BytesIO(kept)) as image:
+    data = write(recipe, metadata, tmp_path)
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.size, image.convert("RGB").getextrema()) == ((5, 9), ((0, 0),) * 3)
         assert image.info["icc_profile"] == profile
-        assert dict(image.getexif()) == {0x010F: "a maker"}
-    with Image.open(io.BytesIO(encode(Image.new("RGB", (5, 9)), recipe))) as image:
+        kept = image.getexif()
+        assert (kept[0x010F], kept.get(0x0112, 1)) == ("a maker", 1)
+        assert (kept.get_ifd(0x8769)[0x920A], kept.get_ifd(0x8825)[0x0001]) == (50.0, "N")
+    assert read_recipe(data) == recipe
+    with Image.open(io.BytesIO(write(recipe, None, tmp_path))) as image:
         assert "icc_profile" not in image.info
-        assert not dict(image.getexif())
+        assert 0x010F not in image.getexif()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
