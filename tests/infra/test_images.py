@@ -135,7 +135,7 @@ def test_a_node_runs_without_rights_and_with_the_pins(image):
         assert (ray, torch.partition("+")[0]) == (pins["ray"], pins["torch"])
         run(name, "python", "pipelines/train.py", "--help")
         run(name, "python", "pipelines/shard.py", "--config", "conf/shard/coco.yaml", "--help")
-        assert "FAIL" not in run(name, *config["Cmd"]).stdout
+        run(name, *config["Cmd"])  # the doctor, which ends with 1 where something is wrong
         run(name, "sh", "-c", "test -x /usr/bin/tini && test -x /usr/bin/wget && test -w /tmp/ray && ray --version")
 
 
