@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from adaconv import storage
-from adaconv.images import open_header, to_uint8
+from adaconv.images import ImageError, open_header, to_uint8
 from adaconv.scratch import scratch_folder
 from adaconv.stylize import large
 from adaconv.stylize.inputs import decode_picture, metadata_of
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _SMALLEST_TILE = 64
 _DEATHS_BEFORE_TILES = 3
+_HEADER_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,12 @@ class Production:
         return replace(one.recipe, made=made)
 
     def _seen(self, one: Wanted, uri: str) -> Made:
-        """An output that is there already."""
+        """An output that is there already. On an object store no more of it is read than must be."""
+        if not one.shown and not storage.is_local(uri):
+            head = storage.read_range(uri, 0, _HEADER_BYTES)
+            # Of a TIFF, a WebP, or a JPEG with much metadata, what tells the size ends later.
+            with contextlib.suppress(ImageError), open_header(head, max_pixels=10**10) as header:
+                return Made(one.key, "skipped", "", *header.size)
         with scratch_folder("seen", self._limits.scratch) as folder:
             path = Path(uri)
             if not storage.is_local(uri):

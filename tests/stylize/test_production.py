@@ -6,14 +6,17 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
 
+from adaconv import storage
 from adaconv.images import ImageError, libvips
-from adaconv.stylize import inputs, large
+from adaconv.stylize import inputs, large, production
 from adaconv.stylize.inputs import decode_picture
 from adaconv.stylize.outputs import Recipe, read_recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted, file_thumbnail
@@ -79,6 +82,21 @@ def test_tiles_from_disk_to_disk_make_the_same_picture(stylizer, tmp_path, kind,
     again = make(stylizer, tmp_path / "tiled", tmp_path / "c.png", outputs)
     assert [(one.state, one.width, one.height) for one in again] == [("skipped", 170, 130)] * 2
     assert again[0].thumbnail
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+def test_an_output_on_an_object_store_is_not_read_whole_to_be_skipped(stylizer, tmp_path, monkeypatch, kind):
+    smooth(170, 130).save(tmp_path / "c.png")
+    outputs = [replace(one, shown=False) for one in wanted(stylizer, format=kind)]
+    make(stylizer, tmp_path, tmp_path / "c.png", outputs)
+    read_bytes, whole = storage.read_bytes, []
+    monkeypatch.setattr(production, "_HEADER_BYTES", 4096)
+    monkeypatch.setattr(storage, "is_local", lambda uri: False)
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: whole.append(uri) or read_bytes(uri))
+    monkeypatch.setattr(storage, "_filesystem", lambda uri: fsspec.filesystem("file"))
+    (made,) = make(stylizer, tmp_path, tmp_path / "c.png", outputs)
+    assert (made.state, made.width, made.height) == ("skipped", 170, 130)
+    assert len(whole) == (kind in ("webp", "tiff"))  # whose headers a part does not tell
 
 
 def test_batches_of_styles_change_rounding_alone(stylizer, tmp_path):
