@@ -53,7 +53,7 @@ class ActorConfig(Config):
     threads_per_actor: int | None = Field(default=None, ge=1)
     """Threads that torch uses in each; None divides the machine's cores among them when on CPUs."""
     batch_size: int = Field(default=1, ge=1)
-    """Styles that a content is decoded with at once: helps GPUs, not CPUs. Halved where memory runs out."""
+    """Styles that a content is decoded with at once on a GPU; on CPUs it is one. Halved where memory runs out."""
 
 
 class GalleryConfig(Config):

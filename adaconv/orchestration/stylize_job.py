@@ -321,7 +321,7 @@ class _PackMaker(_ModelActor):
             "digest": pack.digest,
             "model_digest": pack.model_digest,
         }
-        row["uri"] = storage.join(self.output, pack_name(item.source, pack.digest))
+        row["uri"] = storage.join(self.output, pack_name(row["source"], pack.digest))
         if not storage.exists(row["uri"]):
             storage.publish_bytes(row["uri"], pack.to_bytes())
         if job["style"] < self.config.gallery.max_styles and pack.thumbnail:

@@ -53,6 +53,7 @@ class Options:
 class Limits:
     """What a picture may take; none of it changes an output but for rounding.
 
+    `batch_size`: styles at once on a GPU; on CPUs it would bring nothing, and roundings that no recipe tells of.
     `tile`: side of tiles for every picture; None tiles what would take more memory than the stylizer may.
     """
 
@@ -174,7 +175,7 @@ class Production:
         if deaths >= _DEATHS_BEFORE_TILES:
             tile = min(tile or 256, 256)
         if tile is None:
-            batch = limits.batch_size
+            batch = limits.batch_size if self._stylizer.device == "cuda" else 1
             while batch >= 1:
                 yield batch, None
                 batch //= 2

@@ -1,5 +1,6 @@
 """An output made again from the recipe that it carries, and compared byte for byte."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +25,6 @@ def replay(
     model: str = "",
     content: Sequence[str],
     style: Sequence[str] = (),
-    max_memory_gb: float = 4.0,
 ) -> dict[str, Any]:
     """Make an output again.
 
@@ -34,7 +34,6 @@ def replay(
         model: instead of the one that the recipe names.
         content: sources, one of which holds the content's bytes.
         style: sources, one of which holds the style's bytes; not needed where the job's packs lie beside the output.
-        max_memory_gb: see Stylizer; the tiles are the recipe's.
 
     Returns:
         the output, its recipe and whether the bytes are the same; `status` is `failed` where they are not.
@@ -56,7 +55,8 @@ def replay(
     if not model and not recipe.model.startswith(("models:/", "runs:/")):
         raise UsageError(f"--replay {uri}: it was made by a checkpoint {recipe.model}; say where that is as --model")
     with resolved(model or recipe.model) as (_, folder):
-        stylizer = Stylizer.from_folder(folder, precision=options.precision, max_memory_gb=max_memory_gb)  # type: ignore[arg-type]
+        # Whole frames and tiles are as the recipe says, whatever memory the job had.
+        stylizer = Stylizer.from_folder(folder, precision=options.precision, max_memory_gb=math.inf)  # type: ignore[arg-type]
     if stylizer.info.digest != recipe.model_digest:
         raise UsageError(
             f"--replay {uri}: expected model {recipe.model_digest[:12]}, found {stylizer.info.digest[:12]} at "

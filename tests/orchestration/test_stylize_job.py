@@ -272,9 +272,14 @@ def test_a_pack_of_another_model_is_refused_by_name(cluster, contents, grid, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--tile.side", 64)], ids=["whole", "tiled"])
-def test_a_replay_gives_the_same_bytes(flags, cluster, model, contents, styles, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [("images", ()), ("images", ("--tile.side", 64)), ("packs", ())],
+    ids=["whole", "tiled", "packs"],
+)
+def test_a_replay_gives_the_same_bytes(given, flags, cluster, model, contents, styles, grid, tmp_path):
     output = tmp_path / "out"
+    styles = grid / "styles" if given == "packs" else styles
     how = ("--limit-contents", 2, "--limit-styles", 2, "--options.alpha", 0.7, "--options.color", "coral", *flags)
     stylize(cluster, model, contents, styles, output, *how)
     for name in sorted(hashes_of(output))[:2]:

@@ -1,0 +1,48 @@
+"""Outputs made again from their recipes, whatever the job was given besides."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from adaconv.stylize import stylizer as stylizer_module
+from adaconv.stylize.inputs import sha256_of
+from adaconv.stylize.outputs import Recipe, pack_name
+from adaconv.stylize.production import Limits, Options, Production, Wanted
+from adaconv.stylize.replay import replay
+from adaconv.stylize.stylizer import Stylizer
+from tests.helpers import save_checkpoint
+
+
+@pytest.mark.parametrize("given", ["memory", "batch"])
+def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
+    """Memory for the whole frame, where a replay's own would take tiles; several styles at once."""
+    if given == "memory":
+        monkeypatch.setattr(
+            stylizer_module, "plan_tile", lambda *size, max_memory_gb, **how: None if max_memory_gb > 100 else 64
+        )
+    folder = Path(save_checkpoint(tmp_path / "model")[1])
+    content = tmp_path / "contents" / "c.png"
+    content.parent.mkdir()
+    Image.effect_noise((96, 80), 60).convert("RGB").save(content)
+    stylizer = Stylizer.from_folder(folder, max_memory_gb=1000)
+    outputs = []
+    for number in range(4):
+        pack = stylizer.style_pack(Image.effect_noise((64, 64), 20 + 40 * number), side=32, source=f"{number}.jpg")
+        told = ("c.png", sha256_of(content), pack.source, pack.source_sha256, pack.digest)
+        recipe = Recipe(*told, "models:/m/1", stylizer.info.digest, Options().__dict__)
+        outputs.append(Wanted(number, recipe, lambda pack=pack: pack))
+        beside = tmp_path / "out" / pack_name(pack.source, pack.digest)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(pack.to_bytes())
+    limits = Limits(batch_size=4 if given == "batch" else 1)
+    assert len(list(Production(lambda: stylizer, str(tmp_path / "out"), limits).make(content, outputs))) == 4
+
+    @contextmanager
+    def resolved(name):
+        yield name, folder
+
+    for one in outputs:
+        uri = str(tmp_path / "out" / one.recipe.name)
+        assert replay(uri, resolved=resolved, content=[str(content.parent)])["same_bytes"], uri
