@@ -3,7 +3,8 @@
     python pipelines/stylize.py --config conf/stylize/base.yaml --model models:/adaconv@champion \
         --tracking.uri sqlite:///mlflow.db --content photos/ --style paintings/ --output stylized/
 
-The same command again makes only what is missing. Ends with 1 if a pair could not be made; the others stand.
+The same command again makes only what is missing. Ends with 1 if more pairs could not be made than --budget.share
+allows, which is none; the others stand.
 
     python pipelines/stylize.py --replay stylized/images/monet/cat-0123456789abcdef.png --content photos/
 

@@ -67,6 +67,11 @@ class GalleryConfig(Config):
     """Longer side of a picture in the gallery, in pixels; a click opens the full size."""
 
 
+class FailureBudgetConfig(Config):
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pairs that may fail before the job ends with 1; the index and result.json name them all the same."""
+
+
 class StylizeTrackingConfig(Config):
     uri: TrackingUri = None
     """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: MLFLOW_TRACKING_URI."""
@@ -98,6 +103,7 @@ class StylizeConfig(Config):
     tile: TileConfig = TileConfig()
     scaling: ActorConfig = ActorConfig()
     gallery: GalleryConfig = GalleryConfig()
+    budget: FailureBudgetConfig = FailureBudgetConfig()
     tracking: StylizeTrackingConfig = StylizeTrackingConfig()
 
     @model_validator(mode="after")

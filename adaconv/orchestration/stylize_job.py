@@ -87,7 +87,7 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
         folder: local, of the model's files.
 
     Returns:
-        books and paths; `status` is `failed` where a pair could not be made.
+        books and paths; `status` is `failed` where more pairs could not be made than the budget allows.
 
     Raises:
         UsageError: no contents or no styles, or a style pack of another model.
@@ -466,13 +466,14 @@ def _close_books(config: StylizeConfig, model: str, rows: list[Row], packs: list
     }
     if states["failed"]:
         failures = sorted({f"{row['reason']} ({_culprit(row)})" for row in rows if row["state"] == "failed"})
-        result |= {
-            "status": "failed",
-            "failures": failures,
-            "error": f"{states['failed']} of {len(rows)} outputs could not be made: {'; '.join(failures[:5])}"
-            + (f"; and {len(failures) - 5} more, see result.json" if len(failures) > 5 else "")
-            + f"; the others are in {config.output}, the index names all",
-        }
+        result["failures"] = failures
+        if states["failed"] > config.budget.share * len(rows):
+            result |= {
+                "status": "failed",
+                "error": f"{states['failed']} of {len(rows)} outputs could not be made: {'; '.join(failures[:5])}"
+                + (f"; and {len(failures) - 5} more, see result.json" if len(failures) > 5 else "")
+                + f"; the others are in {config.output}, the index names all",
+            }
     return result
 
 

@@ -208,6 +208,11 @@ def test_what_is_broken_is_named_and_the_rest_made(cluster, model, damaged, styl
         assert reason in told
     assert "17 of 21 outputs could not be made" in done.stderr
     assert len(hashes_of(tmp_path / "out")) == 4
+    stylize(cluster, model, damaged, ways, tmp_path / "out", "--budget.share", 0.9)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["status"] == "done"
+    assert result["books"] == {"pairs": 21, "done": 0, "skipped": 4, "failed": 17}
+    assert " ".join(result["failures"]) == told
 
 
 SHARED = REPO.parent / "shared" / "data" / "broken"
