@@ -11,7 +11,8 @@ from pipelines.doctor import main
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which MLflow sets too: it is taken back after the test
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     return tmp_path
 
 
