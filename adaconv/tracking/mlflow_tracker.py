@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 import uuid
@@ -115,6 +116,7 @@ def open_run(
             "RUNNING", params=flat, tags={**description.tags, PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
         )
         problem = tracker.wait_for_server(timeout_seconds=_START_PATIENCE_SECONDS)
+        tracker.database = _inode(uri)
     except OSError as error:
         raise TrackingError(f"cannot keep a spool in {spool_directory}: {error}") from error
     finally:
@@ -197,6 +199,7 @@ class MlflowTracker:
     def __init__(self, uri: str, description: RunDescription, spool_directory: Path) -> None:
         self.uri, self.description, self.spool = uri, description, spool_directory
         self.run_id: str | None = None  # until the server was reached
+        self.database: int | None = None  # inode of a SQLite file, where the run was opened
         self._start()
 
     def _start(self) -> None:
@@ -226,9 +229,9 @@ class MlflowTracker:
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         self._step = step
+        self._tell("metrics", step, _finite(values))
         if self._system is None:
             self._system = SystemMetrics(lambda found: self._tell("metrics", self._step, _finite(found)))
-        self._tell("metrics", step, _finite(values))
 
     def image(self, key: str, pixels: NDArray[np.uint8], *, step: int) -> None:
         spool, name = self._open(), uuid.uuid4().hex
@@ -300,8 +303,21 @@ class MlflowTracker:
     def _tell(self, kind: Literal["metrics", "image", "checkpoint", "status"], step: int, values: Any) -> None:
         self._open().append(kind, step, values)
 
+    def _refuse_another_database(self) -> None:
+        """The path of a SQLite file names, on another machine, none or one of other runs.
+
+        Raises:
+            TrackingError: the run was opened in another file than this path is here.
+        """
+        if self.database is not None and _inode(self.uri) != self.database:
+            raise TrackingError(
+                f"tracking.uri {self.uri}: expected the database that the run was opened in, found another one or none "
+                f"on {socket.gethostname()}. Ranks on several machines need the http:// address of an MLflow server"
+            )
+
     def _open(self) -> Spool:
         if self._spool is None:
+            self._refuse_another_database()
             try:
                 self._spool = Spool(self.spool, self._deliver)
             except BlockingIOError as error:  # a rank before this one hangs: no reason to stop the training
@@ -431,6 +447,14 @@ def logged_checkpoints(client: MlflowClient, run_id: str) -> list[dict[str, Any]
             Path(client.download_artifacts(run_id, CHECKPOINTS_FILE, scratch)).read_text()
         )
     return found
+
+
+def _inode(uri: str) -> int | None:
+    """Of a SQLite file that is there; the same on all machines that share its folder."""
+    try:
+        return os.stat(uri.removeprefix("sqlite:///")).st_ino if uri.startswith("sqlite:///") else None
+    except OSError:
+        return None
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | str]:

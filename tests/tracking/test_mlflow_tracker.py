@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -330,6 +331,21 @@ def test_a_rank_that_hangs_stops_neither_its_successor_nor_the_run(tmp_path, dat
     successor.close()
     close_run(tracker, "FINISHED")
     assert {step for step, _ in points(database, tracker.run_id, "train/loss")} == {1, 2}
+
+
+def test_a_rank_refuses_a_database_that_is_another_one_where_it_runs(tmp_path, database):
+    """As on another machine, where the same path names no file, or one of other runs."""
+    tracker, file = start(database, tmp_path), tmp_path / "mlflow.db"
+    telling = pickle.dumps(tracker)
+    file.rename(tmp_path / "there.db")
+    with pytest.raises(TrackingError, match="expected the database that the run was opened in"):
+        pickle.loads(telling).metrics({"train/loss": 1.0}, step=1)
+    assert not file.exists()
+    shutil.copy(tmp_path / "there.db", file)
+    with pytest.raises(TrackingError, match="found another one"):
+        pickle.loads(telling).metrics({"train/loss": 1.0}, step=1)
+    (tmp_path / "there.db").replace(file)
+    assert close_run(tracker, "FINISHED")
 
 
 @pytest.mark.parametrize("when", [pytest.param("start", marks=SLOW), "middle", pytest.param("end", marks=SLOW)])
