@@ -26,6 +26,7 @@ def plan(config: TrainConfig) -> str:
     from adaconv.data.manifest import open_version
     from adaconv.training.plan import describe
 
+    config = _absolute(config)
     content, style = open_version(config.content), open_version(config.style)
     steps, batch = config.train.steps, config.train.global_batch_size
     rows = {name: sum(s.rows for s in version.shards) for name, version in (("content", content), ("style", style))}
@@ -44,13 +45,11 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.errors import Interrupted
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, open_run
-    from adaconv.tracking.results import hand_over, keep_results
+    from adaconv.tracking.results import hand_over, keep_results, lacks_its_end
     from adaconv.tracking.runs import default_uri, identity_of
     from adaconv.training.plan import describe
 
-    config = config.model_copy(
-        update={name: storage.absolute(getattr(config, name)) for name in ("content", "style", "output")}
-    )
+    config = _absolute(config)
     content, style = open_version(config.content), open_version(config.style)
     name = _run_name(config, content.root_hash, style.root_hash)
     if config.resume == "none":
@@ -59,23 +58,27 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     identity = identity_of(run_folder)
     scratch = Path(tempfile.gettempdir()) / "adaconv-runs" / f"{name}-{identity[:8]}"
     local = Path(run_folder) if storage.is_local(run_folder) else scratch
-    tracking_uri = default_uri(config.tracking.uri, local.parent)
+    tracking_uri = _absolute_database(default_uri(config.tracking.uri, local.parent))
     result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
 
     checkpoints = storage.join(run_folder, "checkpoints")
-    done = max(checkpoint.steps_in(checkpoints), default=0)
+    there = checkpoint.steps_in(checkpoints)
+    done = max(there, default=0)
+    if there and _starts_from(config):
+        _refuse_other_start(config, there[done])
     if done >= config.train.steps:
-        log.info("%s has its %d steps already; nothing to do", run_folder, done)
-        newest = checkpoint.steps_in(checkpoints)[done]
-        hand_over(local / "spool", checkpoints=checkpoints)
-        run_id = checkpoint.meta_of(newest).get("run_id")
-        return {**result, "run_id": run_id, "step": done, "checkpoint": newest, "finished": True}
-
-    for line in describe(config, content, style, ranks=()).splitlines():
-        log.info(line)
+        log.info("%s has its %d steps already; nothing to train", run_folder, done)
+        run_id = checkpoint.meta_of(there[done]).get("run_id")
+        result |= {"run_id": run_id, "step": done, "checkpoint": there[done], "finished": True}
+        if hand_over(local / "spool", checkpoints=checkpoints) or not lacks_its_end(tracking_uri, run_id):
+            return result
+    else:
+        for line in describe(config, content, style, ranks=()).splitlines():
+            log.info(line)
     pinned = {"content": f"{content.root}@{content.version}", "style": f"{style.root}@{style.version}"}
     config = config.model_copy(update=pinned)
     storage.publish_bytes(storage.join(run_folder, "config.yaml"), to_yaml(config).encode())
+    started_from = {"started_from": config.resume} if _starts_from(config) else {}
     tracker = open_run(
         uri=tracking_uri,
         experiment=config.tracking.experiment,
@@ -86,42 +89,95 @@ def execute(config: TrainConfig) -> dict[str, Any]:
             "adaconv.folder": run_folder,
             "adaconv.content_hash": content.root_hash,
             "adaconv.style_hash": style.root_hash,
+            **{f"adaconv.{key}": checkpoint_uri for key, checkpoint_uri in started_from.items()},
         },
         datasets={"content": (pinned["content"], content.root_hash), "style": (pinned["style"], style.root_hash)},
         config_yaml=to_yaml(config),
         spool_directory=local / "spool",
     )
     log.info("run %s (MLflow %s at %s)", run_folder, tracker.run_id, tracking_uri)
-    try:
-        with connect():
-            from adaconv.orchestration.train_job import run_train_job
+    if not result.get("finished"):  # else only its end is missing
+        meta = {**tracker.reference(), **started_from}
+        try:
+            with connect():
+                from adaconv.orchestration.train_job import run_train_job
 
-            outcome = run_train_job(config, run_folder=run_folder, tracker=tracker, meta=tracker.reference())
-    except (KeyboardInterrupt, Interrupted):
+                result |= run_train_job(config, run_folder=run_folder, tracker=tracker, meta=meta)
+        except (KeyboardInterrupt, Interrupted):
+            close_run(tracker, "KILLED")
+            raise
+        except BaseException as error:
+            close_run(tracker, "FAILED", error=f"{type(error).__name__}: {error}")
+            raise
+    if not result["finished"]:
         close_run(tracker, "KILLED")
-        raise
-    except BaseException as error:
-        close_run(tracker, "FAILED", error=f"{type(error).__name__}: {error}")
-        raise
-    if not outcome["finished"]:
-        close_run(tracker, "KILLED")
-        raise Interrupted(f"stopped at step {outcome['step']} with a checkpoint; the same command goes on from there")
+        raise Interrupted(f"stopped at step {result['step']} with a checkpoint; the same command goes on from there")
     if close_run(tracker, "FINISHED"):
         result |= keep_results(tracker, checkpoints=checkpoints)
-    return {**result, "run_id": tracker.run_id, **outcome}
+    return {**result, "run_id": tracker.run_id}
 
 
 def _end(_signal: int, _frame: object) -> None:
     from adaconv.errors import Interrupted
 
-    raise Interrupted("stopped before training began; the same command begins it")
+    raise Interrupted("stopped; the same command goes on")
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Paths as ranks can read them, whose working directories are others."""
+    from adaconv import storage
+
+    changed: dict[str, Any] = {name: storage.absolute(getattr(config, name)) for name in ("content", "style", "output")}
+    if _starts_from(config):
+        changed["resume"] = storage.absolute(config.resume)
+    if Path(config.encoder.weights).expanduser().is_file():
+        changed["encoder"] = config.encoder.model_copy(update={"weights": storage.absolute(config.encoder.weights)})
+    if config.data.cache_dir is not None:
+        changed["data"] = config.data.model_copy(update={"cache_dir": storage.absolute(config.data.cache_dir)})
+    if config.train.ledger is not None:
+        changed["train"] = config.train.model_copy(update={"ledger": storage.absolute(config.train.ledger)})
+    return config.model_copy(update=changed)
+
+
+def _absolute_database(uri: str) -> str:
+    from adaconv import storage
+
+    scheme = "sqlite:///"
+    return scheme + storage.absolute(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
+
+
+def _starts_from(config: TrainConfig) -> bool:
+    """Whether `resume` names a checkpoint."""
+    return config.resume not in ("auto", "none")
+
+
+def _refuse_other_start(config: TrainConfig, newest: str) -> None:
+    """A run that has checkpoints goes on from the newest one; another start of it would have to undo them.
+
+    Raises:
+        UsageError: the run did not start from the checkpoint that is to be started from.
+    """
+    from adaconv import checkpoint
+    from adaconv.errors import UsageError
+
+    before = checkpoint.meta_of(newest).get("started_from")
+    if before != config.resume:
+        raise UsageError(
+            f"--resume {config.resume}: expected a run that has no checkpoints yet, or started from this one; found "
+            f"{newest}. Give another --name or none, or leave out --resume to go on from there"
+        )
 
 
 def _run_name(config: TrainConfig, *root_hashes: str) -> str:
-    """A run is what determines its weights: another learning rate is another run, another number of ranks is not."""
+    """A run is what determines its weights: another learning rate is another run, another number of ranks is not.
+
+    So is a start from a checkpoint, with what is skipped from there on: the steps after it are done anew, and those of
+    the run that they were taken from stand.
+    """
     if config.name:
         return config.name
-    identity = json.dumps([config.identity(), *root_hashes], sort_keys=True)
+    start = [config.resume, *config.data.skip_batches] if _starts_from(config) else []
+    identity = json.dumps([config.identity(), *root_hashes, *start], sort_keys=True)
     return f"{config.model.architecture}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 

@@ -25,7 +25,7 @@ class DataConfig(Config):
     """Shards whose samples are shuffled together."""
     skip_batches: tuple[str, ...] = ()
     """Ranges FIRST:END of the order's batches that are not used, END excluded, such as 41200:41500 for data that made
-    the loss jump; steps go on with those that follow. Take up the run from a checkpoint before them (`resume`)."""
+    the loss jump; steps go on with those that follow. Start from a checkpoint before them (`resume`)."""
     loader_workers: int = Field(default=1, ge=0)
     """Decoding processes of each rank; 0 decodes in the training process."""
     prefetch_batches: int = Field(default=4, ge=1)
@@ -187,7 +187,7 @@ class HardwareConfig(Config):
 class TrackingConfig(Config):
     uri: TrackingUri = None
     """MLflow tracking server or database; None: the variable MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the
-    output folder."""
+    output folder. Ranks on several machines reach a SQLite file only in a folder that they share."""
     experiment: str = "adaconv"
     """MLflow experiment."""
     samples_every_steps: int = Field(default=500, ge=1)
@@ -209,7 +209,7 @@ class TrainConfig(Config):
     """Name of the run; None derives it from what determines its result, so that the same command finds it again."""
     resume: str = "auto"
     """`auto` takes up the run of the same name where it stopped; `none` starts afresh under a new name; or a checkpoint
-    folder to start from."""
+    folder that another run, of a name of its own, starts from."""
     encoder: EncoderConfig = EncoderConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

@@ -96,7 +96,7 @@ class _Desk:
         )
         self.fail(
             f"training was given up: {self._max_restarts} restarts in a row (scaling.max_restarts) brought no "
-            f"checkpoint after step {self._furthest}. {why}; the same command goes on from the newest one",
+            f"checkpoint after step {self._furthest}; the same command goes on from there. {why}",
             1,
         )
 

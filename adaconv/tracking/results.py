@@ -55,6 +55,17 @@ def hand_over(spool: Path, *, checkpoints: str) -> int:
     return left
 
 
+def lacks_its_end(uri: str, run_id: str | None) -> bool:
+    """Whether a run is anything but FINISHED; a server that has no such run, or does not answer, is left alone."""
+    if run_id is None:  # nobody answered when its last checkpoint was made
+        return True
+    try:
+        return bool(client_of(uri).get_run(run_id).info.status != "FINISHED")
+    except (MlflowException, OSError) as error:
+        log.warning("tracking: cannot ask %s how run %s ended: %s", uri, run_id, error)
+        return False
+
+
 def keep_page(client: MlflowClient, run: Run, *, local: Path | None = None) -> str | None:
     """The run's page, as its artifact and as a local file; None where it logged no sample grid."""
     page = time_machine.render(client, [run])

@@ -214,7 +214,7 @@ def test_an_error_in_the_data_ends_the_run_at_once_with_its_cause(training, tmp_
     for tar in (damaged / "shards").iterdir():
         tar.write_bytes(b"")
     training.content = dataclasses.replace(training.content, root=str(damaged))
-    assert training.start(workers=2).finish() == 1
+    assert training.start("--data.loader-workers", 1, workers=2).finish() == 1
     assert "bytes of sample" in training.text()
     assert "Traceback" not in training.text()
     assert not training.lines()  # no rank began a step, at any attempt

@@ -1,0 +1,153 @@
+"""What the driver of a training does around the ranks; they are the real loop, here in this process."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from adaconv import checkpoint
+from adaconv.data.manifest import open_version
+from adaconv.orchestration import cluster, train_job
+from adaconv.tracking import mlflow_tracker, results
+from adaconv.training.loop import train
+from pipelines.train import main
+
+STEPS = 4
+SMALL = {
+    "encoder.weights": "seeded:0",
+    "encoder.widths": "4 8 8 16",
+    "model.descriptor-channels": 8,
+    "model.groups": "16 4 2 1",
+    "data.resize": 40,
+    "data.crop": 32,
+    "data.loader-workers": 0,
+    "data.cache-dir": "cache",
+    "train.steps": STEPS,
+    "train.global-batch-size": 2,
+    "train.log-every-steps": 1,
+    "train.ledger": "ledger",
+    "checkpoint.every-steps": 2,
+    "tracking.sample-contents": 1,
+    "tracking.sample-styles": 1,
+    "tracking.uri": "sqlite:///runs/mlflow.db",
+}
+
+
+class User:
+    """Trains from a working directory, with relative paths; ranks run in another one."""
+
+    def __init__(self, monkeypatch, folder: Path, content, style) -> None:
+        self.folder, self._monkeypatch = folder, monkeypatch
+        self._data = {"content": content.root, "style": style.root, "output": "runs"}
+        self.ranks = folder / "ranks"
+        self.ranks.mkdir(parents=True)
+        self.trained, self.kept = 0, 0
+        monkeypatch.setattr(cluster, "connect", contextlib.nullcontext)
+        monkeypatch.setattr(train_job, "run_train_job", self._ranks)
+        monkeypatch.setattr(results, "keep_results", self._keep)
+
+    def train(self, *more) -> int:
+        self._monkeypatch.chdir(self.folder)
+        told = [word for name, value in (self._data | SMALL).items() for word in (f"--{name}", *str(value).split())]
+        return main([*told, *map(str, more)])
+
+    def result(self):
+        return json.loads((self.folder / "runs" / "result.json").read_text())
+
+    def client(self):
+        return MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+
+    def run(self, result):
+        return self.client().get_run(result["run_id"])
+
+    def steps(self):
+        """Of the ledger's newest file: step to keys of contents."""
+        newest = max((self.folder / "ledger").iterdir())
+        return {line["step"]: line["content"] for line in map(json.loads, newest.read_text().splitlines())}
+
+    def _ranks(self, config, *, run_folder, tracker, meta):
+        tracker = pickle.loads(pickle.dumps(tracker))
+        with contextlib.chdir(self.ranks):
+            result = train(
+                config,
+                content=open_version(config.content),
+                style=open_version(config.style),
+                checkpoints=f"{run_folder}/checkpoints",
+                device=torch.device("cpu"),
+                tracker=tracker,
+                start_from=None if config.resume in ("auto", "none") else config.resume,
+                meta=meta,
+            )
+            self.trained += 1
+            tracker.flush(timeout_seconds=30)
+            tracker.close()
+        return asdict(result)
+
+    def _keep(self, tracker, *, checkpoints):
+        self.kept += 1
+        return {"page": None, "models": {}}
+
+
+@pytest.fixture(scope="module")
+def user(content_version, style_version, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield User(monkeypatch, tmp_path_factory.mktemp("user"), content_version, style_version)
+
+
+@pytest.fixture(scope="module")
+def first(user):
+    """The result of a training whose driver ended after the last checkpoint, and of the same command."""
+
+    def end(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # until it is heard
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(mlflow_tracker, "close_run", end)
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            assert user.train() == 143
+    assert "error: stopped; the same command goes on" in told.getvalue()
+    assert user.train() == 0
+    return user.result()
+
+
+def test_the_same_command_ends_a_run_that_lacks_its_end_alone(user, first):
+    assert (user.trained, user.kept) == (1, 1)
+    assert (first["step"], first["finished"]) == (STEPS, True)
+    assert user.run(first).info.status == "FINISHED"
+    assert user.train() == 0
+    assert (user.trained, user.kept) == (1, 1)
+
+
+def test_ranks_find_relative_paths(user, first):
+    history = user.client().get_metric_history(first["run_id"], "train/loss")
+    assert [point.step for point in history] == [1, 2, 3, 4]
+    assert (user.folder / "ledger").exists()
+    assert not list(user.ranks.iterdir())
+
+
+def test_a_start_from_a_checkpoint_is_a_run_of_its_own(user, first, capsys):
+    whole, before = user.steps(), user.trained
+    start = Path(first["checkpoint"]).with_name(checkpoint.name_of(2))
+    told = ("--resume", start.relative_to(user.folder), "--data.skip-batches", "2:3")
+    for _ in range(2):
+        assert user.train(*told) == 0
+    second = user.result()
+    assert user.trained == before + 1
+    assert second["name"] != first["name"]
+    assert (sorted(user.steps()), user.steps()[2]) == ([2, 3], whole[3])
+    assert user.run(second).data.tags["adaconv.started_from"] == str(start)
+    assert sorted(checkpoint.steps_in(f"{first['run']}/checkpoints")) == [2, 4]
+    capsys.readouterr()
+    assert user.train(*told, "--name", first["name"]) == 2
+    assert "expected a run that has no checkpoints yet" in capsys.readouterr().err
