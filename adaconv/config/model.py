@@ -14,7 +14,7 @@ class EncoderConfig(Config):
     """VGG-19 weights: `imagenet` (torchvision's, downloaded once), a file or URL, or `seeded:<n>` (offline runs and
     tests; not for quality)."""
     normalise: Literal["data", "none"] = "data"
-    """`data` rescales channels to a mean activation of 1 over a calibration sample of the datasets
+    """`data` rescales channels to a mean activation of 1 over 64 contents and 64 styles, whatever the batch
     (function-preserving); `none` keeps the weights as they are."""
     widths: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)
     """Channels at relu1_1, relu2_1, relu3_1 and relu4_1."""

@@ -219,7 +219,7 @@ def normalise_encoder(encoder: VGGEncoder, images: Iterable[Tensor]) -> None:
     batches = list(images)
     means: list[Tensor] = []
     for batch in batches:
-        x = (batch - encoder.mean) / encoder.std
+        x = (batch.to(encoder.mean.device) - encoder.mean) / encoder.std
         for index, (conv, step) in enumerate(zip(encoder.convs, THEN, strict=True)):
             x = F.relu(conv(x))
             mean = x.mean(dim=(0, 2, 3)) * (len(batch) / sum(map(len, batches)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LINE_EVERY_SECONDS = 10.0
-_CALIBRATION_BATCHES = 8
+_CALIBRATION_BATCHES, _CALIBRATION_PAIRS = 8, 8  # whatever the batch, so that the encoder does not depend on it
 
 
 Word = Literal["go", "checkpoint", "stop"]
@@ -267,7 +268,7 @@ def _resume_or_start(
         encoder = load_encoder(config.encoder.weights, widths=config.encoder.widths)
         if config.encoder.normalise == "data":
             if distributed.rank() == 0:
-                normalise_encoder(encoder, _calibration_images(config, content, style))
+                normalise_encoder(encoder.to(device), _calibration_images(config, content, style))
             distributed.copy_from_first_rank(encoder.to(device))
         torch.manual_seed(config.train.seed)
         network = build_network(encoder=encoder, **config.model.model_dump())
@@ -301,27 +302,28 @@ def _refuse_other_run(uri: str, saved: dict[str, Any], now: dict[str, Any]) -> N
 
 
 def _calibration_images(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> list[Tensor]:
-    dataset = _dataset(config, content, style, every_rank=True)
+    dataset = _dataset(config, content, style, calibration=True)
     given = [images for step in range(_CALIBRATION_BATCHES) for images in dataset[step].images]
     return [images.to(torch.float32, memory_format=torch.contiguous_format).div_(255) for images in given]
 
 
 def _dataset(
-    config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, every_rank: bool = False
+    config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, calibration: bool = False
 ) -> PairDataset:
-    data = config.data
+    """This rank's share of the batches, or the small whole batches that the encoder is calibrated with."""
+    data, batch = config.data, config.train.global_batch_size
     return PairDataset(
         content,
         style,
         seed=config.train.seed,
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=_CALIBRATION_PAIRS if calibration else batch,
         content_geometry=Geometry(data.resize, data.crop, data.flip),
         style_geometry=Geometry(data.resize, data.crop, data.flip, data.rotate_style),
-        rank=0 if every_rank else distributed.rank(),
-        num_ranks=1 if every_rank else distributed.num_ranks(),
-        partitions=data.partitions,
+        rank=0 if calibration else distributed.rank(),
+        num_ranks=1 if calibration else distributed.num_ranks(),
+        partitions=math.gcd(_CALIBRATION_PAIRS, data.partitions) if calibration else data.partitions,
         block_shards=data.block_shards,
-        skipped=() if every_rank else data.skipped,  # the encoder was calibrated before anything was skipped
+        skipped=() if calibration else data.skipped,  # the encoder was calibrated before anything was skipped
         cache=ShardCache(data.cache_dir or default_cache_dir(), int(data.cache_gb * 1e9)),
         verify=data.verify_samples,
     )

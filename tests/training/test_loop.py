@@ -92,6 +92,14 @@ def test_a_resumed_run_equals_the_unbroken_one_to_the_bit(content_version, style
     assert [step for step, _, _ in tracker.images] == [4]
 
 
+def test_the_encoder_is_calibrated_alike_whatever_the_batch(content_version, style_version, unbroken, tmp_path):
+    """On as many images, and no more at once: a batch of 512 would be 8,192 of them."""
+    run(content_version, style_version, tmp_path, train__steps=1, train__global_batch_size=6)
+    of_four = checkpoint.load_network(unbroken[1] / checkpoint.name_of(4))[1]
+    of_six = checkpoint.load_network(tmp_path / checkpoint.name_of(1))[1]
+    assert of_four.encoder_fingerprint == of_six.encoder_fingerprint
+
+
 def test_a_stop_request_leaves_a_checkpoint_to_go_on_from(content_version, style_version, unbroken, tmp_path):
     class StopAfterFirst(NoControl):
         def word(self):
@@ -115,7 +123,7 @@ def test_micro_batches_and_workers_do_not_change_the_result(content_version, sty
     found, wanted = series[1], series[0]
     assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-5)
     assert found["train/gradient_norm"] == pytest.approx(wanted["train/gradient_norm"], rel=1e-3)
-    assert found["train/gradient_norm"][1] == pytest.approx(wanted["train/gradient_norm"][1], rel=1e-5)
+    assert found["train/gradient_norm"][1] == pytest.approx(wanted["train/gradient_norm"][1], rel=1e-4)
 
 
 def _rank(rank, world, port_file, folder, content, style):
