@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from adaconv import storage
+from adaconv.data.order import StreamOrder
 from adaconv.data.shard_cache import default_cache_dir
 from adaconv.errors import UsageError
 from adaconv.model import work
@@ -125,7 +126,8 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
 
     Raises:
         UsageError: the run is impossible: fewer shards than ranks, a cache that the shards in use do not fit, no disk
-            for the cache, or more memory than a rank has. All problems at once.
+            for the cache, partitions that the shards do not admit, or more memory than a rank has, be they few or many.
+            All problems at once.
     """
     hardware, scaling = config.hardware, config.scaling
     gpu = scaling.gpus_per_worker > 0
@@ -168,6 +170,11 @@ def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion,
     hardware, scaling, data = config.hardware, config.scaling, config.data
     problems = []
     for name, version in (("content", content), ("style", style)):
+        rows = [shard.rows for shard in version.shards]
+        try:
+            StreamOrder(rows, config.train.seed, name, config.train.global_batch_size, data.partitions)
+        except UsageError as error:
+            problems.append(str(error))
         if len(version.shards) < scaling.most_workers and remote:
             problems.append(
                 f"the {name} dataset has {len(version.shards)} shards, fewer than scaling.num_workers "
@@ -189,13 +196,16 @@ def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion,
                 f"the cache of shards may take {wanted:.1f} GB, {free:.1f} GB are free at "
                 f"{data.cache_dir or default_cache_dir()}: lower data.cache_gb or name another data.cache_dir"
             )
-    memory = hardware.memory_gb or (80 if scaling.gpus_per_worker else _memory_gib() / scaling.most_workers)
-    needed = memory_gib(config, scaling.least_workers)
-    if needed > memory:
-        problems.append(
-            f"a rank needs about {needed:.1f} GiB, there are {memory:.1f}: lower train.micro_batch_size (now "
-            f"{config.train.micro_batch_size or 'its whole share'}; the result stays the same) or data.crop"
-        )
+    for ranks in dict.fromkeys((scaling.least_workers, scaling.most_workers)):
+        beside = min(ranks, hardware.ranks_per_node)
+        memory = hardware.memory_gb or (80 if scaling.gpus_per_worker else _memory_gib() / beside)
+        needed = memory_gib(config, ranks)
+        if needed > memory:
+            problems.append(
+                f"scaling.num_workers {ranks}: a rank needs about {needed:.1f} GiB, there are {memory:.1f}: lower "
+                f"train.micro_batch_size (now {config.train.micro_batch_size or 'its whole share'}; the result stays "
+                "the same) or data.crop, or give hardware.memory_gb where a rank has more"
+            )
     if problems:
         raise UsageError("\n".join(problems))
 

@@ -1,6 +1,7 @@
 """The plan of a run: terms that move as they must, and what is refused."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from adaconv.errors import UsageError
 from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
+from adaconv.training import plan
 from adaconv.training.plan import describe, memory_gib, plan_step, size_of
 
 
@@ -85,6 +87,31 @@ def test_the_impossible_is_refused_all_at_once(content_version, style_version):
     assert "take 0.6 GB, data.cache_gb is 0.5" in message
     assert "0.1 GB are free" in message
     assert "a rank needs about" in message
+
+
+def test_few_and_many_ranks_are_each_judged_by_what_they_have(content_version, style_version, monkeypatch):
+    """A rank of one needs 4.3 GiB, one of eight 1.8; the machine's memory is shared by those of a node."""
+
+    def refused(machine_gib, workers, **hardware):
+        monkeypatch.setattr(plan, "_memory_gib", lambda: machine_gib)
+        config = config_of(scaling={"num_workers": workers}, hardware={"tflops": 1, **hardware})
+        try:
+            describe(config, content_version, style_version, ranks=())
+        except UsageError as error:
+            return re.findall(r"scaling\.num_workers (\d): a rank needs about ([\d.]+) GiB", str(error))
+        return []
+
+    assert refused(23, [1, 8]) == refused(23, 1) == refused(23, 8) == []
+    assert refused(10, [1, 8]) == refused(10, 8) == [("8", "1.8")]
+    assert refused(10, [1, 8], ranks_per_node=4) == []
+    assert refused(23, [1, 8], memory_gb=2) == [("1", "4.3")]
+
+
+def test_partitions_that_the_shards_do_not_admit_are_refused(content_version, style_version):
+    config = config_of(data={"partitions": 8}, hardware={"tflops": 1, "memory_gb": 80})
+    few = dataclasses.replace(style_version, shards=style_version.shards[:2])
+    with pytest.raises(UsageError, match=r"data\.partitions \(8\) exceeds the 2 shards of the style dataset"):
+        describe(config, content_version, few, ranks=())
 
 
 def test_a_plan_has_a_row_for_each_number_of_ranks(content_version, style_version):
