@@ -23,7 +23,7 @@ FORBIDDEN = {
     "training": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "checkpoint": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "stylize": {"ray", "mlflow", "webdataset", "pydantic"},
-    "tracking": {"ray", "webdataset", "adaconv.!tracking,checkpoint,storage,errors,images,stylize,scratch,config"},
+    "tracking": {"ray", "webdataset", "adaconv.!tracking,config,checkpoint,storage,errors,images,stylize,scratch"},
     "orchestration": {"mlflow"},
 }
 # Only these rooms may name these libraries.
