@@ -85,6 +85,9 @@ def _refuse_relative_paths_in_a_job(config: Config) -> None:
         for path in paths:
             if not re.match(r"[a-z0-9]+:/", path) and not Path(path).expanduser().is_absolute():
                 relative.append(f"--{name} {path}")
+    database = getattr(getattr(config, "tracking", None), "uri", None) or ""
+    if re.match(r"sqlite:///[^/]", database):
+        relative.append(f"--tracking.uri {database}")
     if relative:
         raise UsageError(
             f"{', '.join(relative)}: a Ray job runs in a copy of the working directory that is thrown away; give "

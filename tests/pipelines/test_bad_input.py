@@ -170,6 +170,14 @@ def test_a_password_in_a_tracking_uri_is_refused_and_never_printed(capsys, tmp_p
         assert "secret" not in written.out + written.err
 
 
+def test_a_database_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    argv = ("--content", folders / "empty", "--style", folders / "empty", "--output", folders / "out")
+    code, err = answer(capsys, "train", *argv, "--tracking.uri", "sqlite:///runs/mlflow.db")
+    assert code == 2
+    assert "--tracking.uri sqlite:///runs/mlflow.db: a Ray job runs in a copy of the working directory" in err
+
+
 @pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])
 def test_help_explains_itself(capsys, name):
     module = importlib.import_module(f"pipelines.{name}")
