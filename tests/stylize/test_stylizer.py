@@ -331,7 +331,7 @@ def test_the_same_threads_give_the_same_bits_and_others_round(stylizer):
 def test_a_model_is_found_by_its_folder_and_without_what_jobs_need(tmp_path):
     """In three lines, on a machine that has neither Ray nor MLflow."""
     _, folder = save_checkpoint(tmp_path)
-    others = ("ray", "mlflow", "webdataset", "s3fs", "pydantic", "tyro")
+    others = ("ray", "mlflow", "webdataset", "s3fs", "pydantic", "tyro", "simplejpeg")
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({others!r}))\n"  # importing any of them fails
         "from adaconv import Stylizer\nfrom PIL import Image\nimport bench.stylize_tiled, bench.stylize_large\n"
