@@ -130,10 +130,12 @@ def test_a_run_its_page_and_its_model_live_on_a_teams_server(team, ann, tmp_path
     names = {entry["Key"].rpartition("/")[2] for entry in listed}
     assert {"time-machine.html", "config.yaml", "MODEL_CARD.md", "model.safetensors"} <= names
     assert version.run_id == tracker.run_id
-    _, other = save_checkpoint(folder, 30, **tracker.reference())
-    for number in range(15):  # a history that one tag of PostgreSQL's would not hold
-        register((other, uri)[number % 2], name="adaconv", alias="long", reason="x" * 900, tracking_uri=server.uri)
-    assert len(history_of(client, "adaconv", "long")) == 15
+    _, uri = save_checkpoint(folder, 30, **tracker.reference())
+    other = register(uri, name="adaconv", alias=None, reason="", tracking_uri=server.uri)
+    for number in range(7):  # a history that one tag of PostgreSQL's would not hold
+        named = f"models:/adaconv/{(version, other)[number % 2].version}"
+        register(named, name="adaconv", alias="long", reason="x" * 1000, tracking_uri=server.uri)
+    assert len(history_of(client, "adaconv", "long")) == 7
 
 
 def test_nobody_gets_in_without_an_account(team, monkeypatch, tmp_path):
