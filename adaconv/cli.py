@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Config)
 
-_PATHS = ("source", "content", "style", "dataset", "against", "output", "model")  # flags that name data
+_PATHS = ("source", "content", "style", "dataset", "against", "output", "model", "data.cache_dir", "train.ledger")
+_TRACKING = ("tracking.uri", "tracking_uri")
+_PATHS_OR_WORDS = ("resume", "encoder.weights", *_TRACKING)  # such as `auto`, `imagenet`, a server's address
 
 
 def run(
@@ -79,20 +81,27 @@ def _refuse_relative_paths_in_a_job(config: Config) -> None:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # which Ray sets for a submitted job
         return
     relative = []
-    for name in _PATHS:
-        given = getattr(config, name, None)
+    for name in (*_PATHS, *_PATHS_OR_WORDS):
+        given = _field(config, name)
+        if name in _TRACKING and given is None:
+            given = os.environ.get("MLFLOW_TRACKING_URI")
         paths = (given,) if isinstance(given, str) else given if isinstance(given, tuple) else ()
         for path in paths:
-            if not re.match(r"[a-z0-9]+:/", path) and not Path(path).expanduser().is_absolute():
-                relative.append(f"--{name} {path}")
-    database = getattr(getattr(config, "tracking", None), "uri", None) or ""
-    if re.match(r"sqlite:///[^/]", database):
-        relative.append(f"--tracking.uri {database}")
+            file = path.removeprefix("sqlite:///")
+            a_word = name in _PATHS_OR_WORDS and file == path and not Path(path).exists()
+            if not a_word and not re.match(r"[a-z0-9]+:/", file) and not Path(file).expanduser().is_absolute():
+                relative.append(f"--{name.replace('_', '-')} {path}")
     if relative:
         raise UsageError(
             f"{', '.join(relative)}: a Ray job runs in a copy of the working directory that is thrown away; give "
             "absolute paths that every node sees, or s3://"
         )
+
+
+def _field(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
 
 
 def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], output: str | None) -> int:

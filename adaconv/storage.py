@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -302,10 +303,16 @@ def remove_directory(uri: str, *, first: str | None = None) -> None:
     bucket, _ = _bucket_and_prefix(uri)
     keys = (item["Key"] for item in _objects(uri))
     while some := [{"Key": key} for key in islice(keys, _DELETED_AT_ONCE)]:
-        what = {"Objects": some, "Quiet": True}
-        answer = _patiently(uri, lambda: _filesystem(uri).call_s3("delete_objects", Bucket=bucket, Delete=what))  # noqa: B023
-        for error in answer.get("Errors", ()):
-            raise PermissionError(f"s3://{bucket}/{error['Key']} cannot be deleted: {error['Code']}")
+        _patiently(uri, partial(_delete, bucket, some))
+
+
+def _delete(bucket: str, keys: list[dict[str, str]]) -> None:
+    """One request; the answer has errors of single keys in it."""
+    uri = f"s3://{bucket}"
+    answer = _filesystem(uri).call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+    for error in answer.get("Errors", ()):
+        kind = PermissionError if error["Code"] == "AccessDenied" else ConnectionError  # which is tried again
+        raise kind(f"{uri}/{error['Key']} was not deleted: {error['Code']}")
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def plan(config: TrainConfig) -> str:
 def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv import checkpoint, storage
     from adaconv.data.manifest import open_version
-    from adaconv.errors import Interrupted
+    from adaconv.errors import Interrupted, UsageError
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, open_run
     from adaconv.tracking.results import hand_over, keep_results, lacks_its_end
@@ -55,30 +55,38 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if config.resume == "none":
         name = _unused(config.output, name)
     run_folder = storage.join(config.output, name)
-    identity = identity_of(run_folder)
-    scratch = Path(tempfile.gettempdir()) / "adaconv-runs" / f"{name}-{identity[:8]}"
-    local = Path(run_folder) if storage.is_local(run_folder) else scratch
-    tracking_uri = _absolute_database(default_uri(config.tracking.uri, local.parent))
+    is_local = storage.is_local(run_folder)
+    beside = Path(config.output) if is_local else Path(tempfile.gettempdir()) / "adaconv-runs"
+    tracking_uri = _absolute_database(default_uri(config.tracking.uri, beside))
     result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
 
     checkpoints = storage.join(run_folder, "checkpoints")
     there = checkpoint.steps_in(checkpoints)
     done = max(there, default=0)
-    if there and _starts_from(config):
-        _refuse_other_start(config, there[done])
+    started_from = checkpoint.meta_of(there[done]).get("started_from") if there else None
+    if _starts_from(config):
+        if there and started_from != config.resume:
+            raise UsageError(
+                f"--resume {config.resume}: expected a run that has no checkpoints yet, or started from this one; "
+                f"found {there[done]}. Give another --name or none, or leave out --resume to go on from there"
+            )
+        started_from = config.resume
+    if done < config.train.steps:
+        for line in describe(config, content, style, ranks=()).splitlines():
+            log.info(line)
+    identity = identity_of(run_folder)  # the first that is written, when nothing is refused any more
+    local = Path(run_folder) if is_local else beside / f"{name}-{identity[:8]}"
     if done >= config.train.steps:
         log.info("%s has its %d steps already; nothing to train", run_folder, done)
         run_id = checkpoint.meta_of(there[done]).get("run_id")
         result |= {"run_id": run_id, "step": done, "checkpoint": there[done], "finished": True}
-        if hand_over(local / "spool", checkpoints=checkpoints) or not lacks_its_end(tracking_uri, run_id):
+        waits = hand_over(local / "spool", checkpoints=checkpoints)
+        if waits or not lacks_its_end(tracking_uri, run_id, config.tracking.experiment, identity):
             return result
-    else:
-        for line in describe(config, content, style, ranks=()).splitlines():
-            log.info(line)
     pinned = {"content": f"{content.root}@{content.version}", "style": f"{style.root}@{style.version}"}
     config = config.model_copy(update=pinned)
     storage.publish_bytes(storage.join(run_folder, "config.yaml"), to_yaml(config).encode())
-    started_from = {"started_from": config.resume} if _starts_from(config) else {}
+    origin = {"started_from": started_from} if started_from else {}
     tracker = open_run(
         uri=tracking_uri,
         experiment=config.tracking.experiment,
@@ -89,7 +97,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
             "adaconv.folder": run_folder,
             "adaconv.content_hash": content.root_hash,
             "adaconv.style_hash": style.root_hash,
-            **{f"adaconv.{key}": checkpoint_uri for key, checkpoint_uri in started_from.items()},
+            **{f"adaconv.{key}": checkpoint_uri for key, checkpoint_uri in origin.items()},
         },
         datasets={"content": (pinned["content"], content.root_hash), "style": (pinned["style"], style.root_hash)},
         config_yaml=to_yaml(config),
@@ -97,7 +105,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     )
     log.info("run %s (MLflow %s at %s)", run_folder, tracker.run_id, tracking_uri)
     if not result.get("finished"):  # else only its end is missing
-        meta = {**tracker.reference(), **started_from}
+        meta = {**tracker.reference(), **origin}
         try:
             with connect():
                 from adaconv.orchestration.train_job import run_train_job
@@ -130,7 +138,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     changed: dict[str, Any] = {name: storage.absolute(getattr(config, name)) for name in ("content", "style", "output")}
     if _starts_from(config):
         changed["resume"] = storage.absolute(config.resume)
-    if Path(config.encoder.weights).expanduser().is_file():
+    if Path(config.encoder.weights).is_file():  # not ~/…, which each rank expands: it is part of what the run is
         changed["encoder"] = config.encoder.model_copy(update={"weights": storage.absolute(config.encoder.weights)})
     if config.data.cache_dir is not None:
         changed["data"] = config.data.model_copy(update={"cache_dir": storage.absolute(config.data.cache_dir)})
@@ -149,23 +157,6 @@ def _absolute_database(uri: str) -> str:
 def _starts_from(config: TrainConfig) -> bool:
     """Whether `resume` names a checkpoint."""
     return config.resume not in ("auto", "none")
-
-
-def _refuse_other_start(config: TrainConfig, newest: str) -> None:
-    """A run that has checkpoints goes on from the newest one; another start of it would have to undo them.
-
-    Raises:
-        UsageError: the run did not start from the checkpoint that is to be started from.
-    """
-    from adaconv import checkpoint
-    from adaconv.errors import UsageError
-
-    before = checkpoint.meta_of(newest).get("started_from")
-    if before != config.resume:
-        raise UsageError(
-            f"--resume {config.resume}: expected a run that has no checkpoints yet, or started from this one; found "
-            f"{newest}. Give another --name or none, or leave out --resume to go on from there"
-        )
 
 
 def _run_name(config: TrainConfig, *root_hashes: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,6 +177,20 @@ def test_every_file_below_a_folder_is_walked(root):
     storage.publish_bytes(storage.join(root, "a.jpg"), b"other")
     assert {entry.path: entry for entry in storage.walk(root)}["a.jpg"].stamp != found["a.jpg"].stamp
     assert list(storage.walk(storage.join(root, "nothing"))) == []
+
+
+def test_keys_that_were_not_deleted_are_tried_again_or_named(monkeypatch):
+    """A request to delete many is answered with 200, and errors of single keys in it."""
+    answers = [[{"Key": "p/a", "Code": "InternalError"}], [], [{"Key": "p/a", "Code": "AccessDenied"}]]
+
+    def call_s3(what, **_):
+        assert what in ("list_objects_v2", "delete_objects")
+        return {"Contents": [{"Key": "p/a"}]} if what.startswith("list") else {"Errors": answers.pop(0)}
+
+    monkeypatch.setattr(storage, "_filesystem", lambda uri: SimpleNamespace(call_s3=call_s3))
+    storage.remove_directory("s3://b/p")
+    with pytest.raises(PermissionError, match="s3://b/p/a was not deleted: AccessDenied"):
+        storage.remove_directory("s3://b/p")
 
 
 def test_a_server_that_is_busy_is_asked_again(bucket, s3_server):

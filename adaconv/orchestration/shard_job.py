@@ -234,9 +234,10 @@ def _recall(plans: list[dict[str, Any]], work: str, version: DatasetVersion, par
         shard = shards[rows[0]["shard"]] if any(one.key in there for one in candidates) else None
         told = [there.get(one.key) or refused.get((one.source, one.sha256)) for one in candidates]
         known = [row for row in told if row and row["reason"] not in MENDABLE]
+        whole = shard is None or there.keys() <= {one.key for one in candidates}  # else what was mended moved images
         if shard:
             rows = next(written, [])
-        if len(known) == len(candidates) and plan["name"] not in noted:
+        if whole and len(known) == len(candidates) and plan["name"] not in noted:
             publish_note(work, plan["name"], shard, known)
 
 

@@ -95,9 +95,9 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.strerror is None:
             raise
-        raise type(error)(f"{error.strerror}: {error.filename}") from error
+        raise type(error)(error.strerror + (f": {error.filename}" if error.filename else "")) from error
 
 
 def raise_cause(error: ray.exceptions.RayTaskError) -> NoReturn:

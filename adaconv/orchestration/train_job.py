@@ -50,7 +50,7 @@ class _Desk:
         self._stop, self._lines = False, list[str]()
         self._error: tuple[str, int | None] | None = None
         self._nodes, self._notices = set[str](), set[str]()
-        self._starts_in_vain, self._furthest, self._ranks = 0, 0, 0
+        self._starts_in_vain, self._furthest, self._ranks = 0, -1, 0
         self._trouble: str | None = None  # of this start
         self._trouble_before: str | None = None
 
@@ -75,9 +75,14 @@ class _Desk:
 
     def found(self, newest_step: int) -> None:
         """The first rank goes on from the checkpoint of this step; too many starts in vain end the run."""
-        if newest_step > self._furthest:
-            self._starts_in_vain, self._furthest = 0, newest_step
+        if newest_step > max(self._furthest, 0):
+            self._starts_in_vain = 0
+        self._furthest = max(self._furthest, newest_step)
         self._give_up_in_the_end()
+
+    def published(self, step: int) -> None:
+        """A new checkpoint is there, so the next start follows one that was not in vain."""
+        self._starts_in_vain, self._furthest = -1, max(step, self._furthest)
 
     def lost(self, trouble: str) -> None:
         """A rank ends for what may be better the next time. The first to say so in a start knows best why."""
@@ -88,6 +93,7 @@ class _Desk:
         if self._starts_in_vain <= self._max_restarts:
             return
         trouble = self._trouble or self._trouble_before
+        since = f"checkpoint after step {self._furthest}" if self._furthest >= 0 else "new checkpoint"
         why = (
             f"The last one ended with: {trouble}"
             if trouble
@@ -96,7 +102,7 @@ class _Desk:
         )
         self.fail(
             f"training was given up: {self._max_restarts} restarts in a row (scaling.max_restarts) brought no "
-            f"checkpoint after step {self._furthest}; the same command goes on from there. {why}",
+            f"{since}; the same command goes on from the newest one. {why}",
             1,
         )
 
@@ -132,6 +138,9 @@ class _DeskControl:
 
     def say(self, line: str) -> None:
         self._desk.say.remote(line)
+
+    def published(self, step: int) -> None:
+        self._desk.published.remote(step)
 
     def _ask(self) -> None:
         while not self._stop:
@@ -213,10 +222,8 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
     first_rank = context.get_world_rank() == 0
     node = ray.get_runtime_context().get_node_id()
     ray.get(desk.start.remote(node, context.get_world_size(), first_rank))
-    if ray.get(desk.error.remote()) is not None:
-        return {}
     try:
-        if first_rank:
+        if first_rank and ray.get(desk.error.remote()) is None:
             ray.get(desk.found.remote(max(checkpoint.steps_in(job["checkpoints"]), default=0)))
         barrier(ray.train.torch.get_device())  # the first rank's word, which may be that this was one start too many
         if ray.get(desk.error.remote()) is not None:

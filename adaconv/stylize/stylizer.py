@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adaconv.checkpoint import ModelInfo, fetched, load_network
 from adaconv.errors import UsageError
-from adaconv.images import as_seen, to_tensor
+from adaconv.images import as_seen, to_tensor, upright
 from adaconv.model.kernels import EPS
 from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, padded_side, reflected
 from adaconv.stylize.blend import mix
@@ -436,7 +436,7 @@ def _statistics(moments: Moments) -> StyleCode:
 def _mask(mask: Mask, height: int, width: int) -> Tensor:
     """(1, 1, H, W) float32 in [0, 1]."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
+        mask = np.asarray(upright(mask).convert("L"))
     values = torch.as_tensor(np.array(mask) if isinstance(mask, np.ndarray) else mask)
     values = values.float().div(255) if values.dtype == torch.uint8 else values.float()
     if values.ndim not in (2, 3, 4) or values.numel() != values.shape[-1] * values.shape[-2]:

@@ -207,7 +207,7 @@ class MlflowTracker:
         self._client: MlflowClient | None = None
         self._system: SystemMetrics | None = None
         self._heart: threading.Event | None = None
-        self._step = 0
+        self._step, self._elsewhere = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -215,6 +215,7 @@ class MlflowTracker:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+        self._elsewhere = True
 
     def reference(self) -> dict[str, str | None]:
         """What a checkpoint keeps, so that its run is found again."""
@@ -309,7 +310,7 @@ class MlflowTracker:
         Raises:
             TrackingError: the run was opened in another file than this path is here.
         """
-        if self.database is not None and _inode(self.uri) != self.database:
+        if self._elsewhere and self.database is not None and _inode(self.uri) != self.database:
             raise TrackingError(
                 f"tracking.uri {self.uri}: expected the database that the run was opened in, found another one or none "
                 f"on {socket.gethostname()}. Ranks on several machines need the http:// address of an MLflow server"

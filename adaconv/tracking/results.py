@@ -9,14 +9,16 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from adaconv import checkpoint, storage
-from adaconv.errors import AdaConvError, TrackingError
+from adaconv.errors import AdaConvError, Interrupted, TrackingError
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
-from adaconv.tracking.runs import NAME_TAG, client_of
+from adaconv.tracking.runs import NAME_TAG, client_of, find_run
 
 log = logging.getLogger(__name__)
+
+_KEPT_TAG = "adaconv.results"  # of a run whose page and models are there
 
 
 def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
@@ -37,6 +39,9 @@ def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
         run = client.get_run(tracker.run_id)
         page = keep_page(client, run, local=tracker.spool.parent)
         models = keep_models(client, run, checkpoints)
+        client.set_tag(tracker.run_id, _KEPT_TAG, checkpoints)
+    except Interrupted:
+        raise
     except (MlflowException, OSError, AdaConvError) as error:
         log.warning("tracking: the page or the models of run %s are missing: %s", tracker.description.name, error)
     return {"page": page, "models": models}
@@ -55,14 +60,21 @@ def hand_over(spool: Path, *, checkpoints: str) -> int:
     return left
 
 
-def lacks_its_end(uri: str, run_id: str | None) -> bool:
-    """Whether a run is anything but FINISHED; a server that has no such run, or does not answer, is left alone."""
-    if run_id is None:  # nobody answered when its last checkpoint was made
-        return True
+def lacks_its_end(uri: str, run_id: str | None, experiment: str, identity: str) -> bool:
+    """Whether a run is anything but FINISHED with its page and models.
+
+    One that somebody deleted, or whose server does not answer, is left alone.
+    """
     try:
-        return bool(client_of(uri).get_run(run_id).info.status != "FINISHED")
+        client = client_of(uri)
+        run_id = run_id or find_run(client, experiment, identity)
+        if run_id is None:  # nobody answered as long as it trained
+            return True
+        run = client.get_run(run_id)
+        complete = run.info.status == "FINISHED" and _KEPT_TAG in run.data.tags
+        return not complete and run.info.lifecycle_stage == "active"
     except (MlflowException, OSError) as error:
-        log.warning("tracking: cannot ask %s how run %s ended: %s", uri, run_id, error)
+        log.warning("tracking: cannot ask %s how run %s ended: %s", uri, run_id or identity, error)
         return False
 
 

@@ -223,7 +223,7 @@ def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
         experiments, "attributes.status = 'RUNNING'", run_view_type=ViewType.ACTIVE_ONLY, max_results=1000
     ):
         tags = run.data.tags
-        if IDENTITY_TAG not in tags or (why := _why_dead(run, now)) is None:
+        if NAME_TAG not in tags or (why := _why_dead(run, now)) is None:
             continue
         alive_ms = max(int(tags.get(ALIVE_TAG, "0")), run.info.start_time)
         client.set_terminated(run.info.run_id, "FAILED", end_time=alive_ms)

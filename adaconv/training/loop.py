@@ -60,6 +60,9 @@ class Control(Protocol):
     def say(self, line: str) -> None:
         """One line for whoever watches."""
 
+    def published(self, step: int) -> None:
+        """The checkpoint of this step is whole and where it belongs."""
+
 
 class NoControl:
     def word(self) -> Word:
@@ -67,6 +70,9 @@ class NoControl:
 
     def say(self, line: str) -> None:
         log.info(line)
+
+    def published(self, step: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -170,13 +176,17 @@ def train(
                 if word == "checkpoint":
                     writer.wait()
                     control.say(f"step {state.step}: checkpoint before a node goes")
-            for step, uri in writer.take_published():
-                tracker.checkpoint(uri, step=step)
-    for step, uri in writer.take_published():
-        tracker.checkpoint(uri, step=step)
+            _tell_published(writer, tracker, control)
+    _tell_published(writer, tracker, control)
     distributed.barrier(device)  # nobody ends before the last one is published
     where = checkpoint.steps_in(checkpoints).get(state.step, "")
     return TrainResult(state.step, where, state.step >= config.train.steps, report.last)
+
+
+def _tell_published(writer: CheckpointWriter, tracker: Tracker, control: Control) -> None:
+    for step, uri in writer.take_published():
+        tracker.checkpoint(uri, step=step)
+        control.published(step)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,14 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from adaconv import storage
+from adaconv.data.changes import by_shard
 from adaconv.data.manifest import open_version
+from adaconv.data.plan import ShardPlan
+from adaconv.data.sources import iter_images
 from adaconv.data.synthetic import generate_photos
+from adaconv.orchestration import shard_job
+from adaconv.orchestration.tasks import plain_errors
+from tests.helpers import look_at
 from tests.orchestration.runs import command, hashes_of, shard
 from tests.servers import REPO
 
@@ -63,6 +69,22 @@ def test_a_missing_shard_is_made_again_and_no_other(cluster, images, undisturbed
     assert json.loads((root / "result.json").read_text())["made"] == 1
 
 
+def test_a_shard_of_other_images_than_planned_is_not_taken_for_the_plans(photos, content_version, tmp_path):
+    """As where an image that could not be read when it was made can be read now, and moves the others."""
+    candidates = {candidate.key: candidate for candidate in look_at(iter_images((str(photos),)))}
+    planned = [[candidates[row["key"]] for row in rows] for _, rows in by_shard(content_version.rows())]
+
+    def recalled(plans):
+        work = str(tmp_path / str(len(plans[0])))
+        jobs = [shard_job._publish_plan(ShardPlan(tuple(plan)).to_json(), work) for plan in plans]
+        shard_job._recall(jobs, work, content_version, None)
+        noted = {Path(uri).stem for uri in storage.list_files(f"{work}/shard")}
+        return [job["name"] in noted for job in jobs]
+
+    assert recalled(planned) == [True] * len(planned)
+    assert recalled([planned[0][:-1], *planned[1:]]) == [False, *[True] * (len(planned) - 1)]
+
+
 def test_a_later_start_reads_again_what_could_not_be_read(cluster, images, undisturbed, tmp_path):
     root = tmp_path / "data"
     shard(cluster, images, root, "--budget.at-least", 0, "--budget.share", 0, code=1)
@@ -81,6 +103,14 @@ def test_a_version_without_an_image_is_refused(cluster, tmp_path):
     done = shard(cluster, tmp_path / "images", tmp_path / "data", code=1)
     assert "all 3 images were refused; among them: " in done.stderr
     assert not (tmp_path / "data" / "LATEST").exists()
+
+
+@pytest.mark.parametrize(("error", "told"), [((28, "Full"), "Full"), ((28, "Full", "/x"), "Full: /x"), (("a",), "a")])
+def test_an_error_of_the_system_has_one_argument(error, told):
+    """So that Ray's advice, added as another one, is no path: a full disk is met in a write, which has none."""
+    with pytest.raises(OSError, match=f"^{told}$") as raised, plain_errors():
+        raise OSError(*error)
+    assert raised.value.args == (told,)
 
 
 def test_an_error_of_the_system_keeps_its_path(cluster, images, tmp_path):

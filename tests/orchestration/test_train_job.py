@@ -354,6 +354,28 @@ def test_a_lost_loader_worker_is_a_reason_to_start_again_and_told_in_the_end(mon
     assert f"ended with: RuntimeError: {text}" in rank.attempt()[1][0]
 
 
+def test_no_rank_leaves_the_others_at_the_barrier(monkeypatch):
+    """Whatever is at the desk when it comes: those that came before wait for it."""
+    rank, reached = Rank(monkeypatch, max_restarts=0), []
+    monkeypatch.setattr(checkpoint, "steps_in", lambda folder: {})
+    monkeypatch.setattr(train_job, "barrier", reached.append)
+    rank.desk.fail("another rank's error", 1)
+    assert rank.attempt() == (None, ("another rank's error", 1))
+    assert len(reached) == 1
+
+
+def test_a_checkpoint_counts_from_the_moment_that_it_is_there(monkeypatch):
+    """Not from the next start that finds it, for then the store may be away."""
+    rank = Rank(monkeypatch, max_restarts=1)
+    monkeypatch.setattr(checkpoint, "steps_in", lambda folder: {})
+    monkeypatch.setattr(train_job, "_train", lambda *_: {})
+    assert [rank.attempt()[1] for _ in range(2)] == [None, None]
+    rank.desk.published(50_000)
+    monkeypatch.setattr(checkpoint, "steps_in", fails_with(ConnectionError("s3://runs/checkpoints: no answer")))
+    assert [rank.attempt()[1] for _ in range(2)] == [None, None]
+    assert "brought no checkpoint after step 50000" in rank.attempt()[1][0]
+
+
 def test_ranks_that_join_are_no_restart_in_vain(monkeypatch):
     rank = Rank(monkeypatch, max_restarts=1)
     monkeypatch.setattr(checkpoint, "steps_in", lambda folder: {})

@@ -170,12 +170,25 @@ def test_a_password_in_a_tracking_uri_is_refused_and_never_printed(capsys, tmp_p
         assert "secret" not in written.out + written.err
 
 
-def test_a_database_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--tracking.uri", "sqlite:///runs/mlflow.db"),
+        ("--data.cache-dir", "cache"),
+        ("--train.ledger", "ledger"),
+        ("--resume", "images"),
+        ("--encoder.weights", "file"),
+    ],
+)
+def test_what_lies_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatch, flag, given):
+    monkeypatch.chdir(folders)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     argv = ("--content", folders / "empty", "--style", folders / "empty", "--output", folders / "out")
-    code, err = answer(capsys, "train", *argv, "--tracking.uri", "sqlite:///runs/mlflow.db")
+    code, err = answer(capsys, "train", *argv, flag, given)
     assert code == 2
-    assert "--tracking.uri sqlite:///runs/mlflow.db: a Ray job runs in a copy of the working directory" in err
+    assert f"{flag} {given}: a Ray job runs in a copy of the working directory" in err
+    code, err = answer(capsys, "train", *argv, "--resume", "none", "--encoder.weights", "imagenet")
+    assert "expected a dataset version" in err
 
 
 @pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])

@@ -166,6 +166,11 @@ def test_pil_pictures_are_taken_as_they_are_seen(stylizer, tmp_path):
     assert (found.size, found.mode, found.info) == ((64, 96), "RGB", {})
     assert found.tobytes() == stylizer.stylize(seen, stylizer.style_pack(style, side=32)).tobytes()
     assert pack.digest == stylizer.style_pack(seen, side=32).digest
+    lying, standing = smooth(96, 64, 2).convert("L"), smooth(96, 64, 2).convert("L").rotate(-90, expand=True)
+    lying.save(tmp_path / "m.png", exif=exif)
+    with Image.open(tmp_path / "m.png") as mask:
+        masked = [stylizer.stylize(seen, pack, mask=one) for one in (mask, standing)]
+    assert masked[0].tobytes() == masked[1].tobytes()
     turned = np.asarray(seen)
     assert pack.digest == stylizer.style_pack(Image.fromarray(turned), side=32).digest
 
