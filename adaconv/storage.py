@@ -420,7 +420,7 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
                 raise
             attempt += 1
             patience = float(os.environ.get("ADACONV_STORAGE_PATIENCE", "60"))
-            pause = min(_LONGEST_PAUSE_SECONDS, 0.2 * 2**attempt) * random.uniform(0.5, 1)
+            pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**attempt) * random.uniform(0.5, 1)
             if attempt >= _LEAST_ATTEMPTS and time.monotonic() - began + pause > patience:
                 raise ConnectionError(
                     f"{uri}: no answer in {patience:.0f} s, {attempt} attempts; the last said: {error}. "
