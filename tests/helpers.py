@@ -24,6 +24,18 @@ RECIPE = RecipeConfig(target_mb=0.05, short_side=96, min_side=32)
 
 TINY_MODEL = {"architecture": "adaconv", "descriptor_channels": 8, "groups": [16, 4, 2, 1]}
 TINY_WIDTHS = (4, 8, 8, 16)
+# The same as flags of pipelines/train.py, on small crops that are decoded where they are trained on.
+TINY_TRAINING = {
+    "encoder.widths": "4 8 8 16",
+    "model.descriptor-channels": 8,
+    "model.groups": "16 4 2 1",
+    "data.resize": 40,
+    "data.crop": 32,
+    "data.loader-workers": 0,
+    "train.log-every-steps": 1,
+    "tracking.sample-contents": 1,
+    "tracking.sample-styles": 1,
+}
 
 
 def save_checkpoint(folder: Path, step: int = 7, **meta: Any) -> tuple[StyleTransferNet, str]:

@@ -21,6 +21,7 @@ from safetensors.torch import load
 
 from adaconv import checkpoint, storage
 from adaconv.orchestration import train_job
+from tests.helpers import TINY_TRAINING
 from tests.servers import REPO, ray_cluster
 
 pytestmark = pytest.mark.ray
@@ -61,22 +62,14 @@ class Training:
             "content": self.content.root,
             "style": self.style.root,
             "output": self.output,
-            "encoder.widths": "4 8 8 16",
-            "model.descriptor-channels": 8,
-            "model.groups": "16 4 2 1",
-            "data.resize": 40,
-            "data.crop": 32,
-            "data.loader-workers": 0,
+            **TINY_TRAINING,
             "train.steps": STEPS,
             "train.global-batch-size": 6,
             "train.schedule": "constant",
             "train.learning-rate": 1e-4,
             "train.ledger": self.folder / "ledger",
-            "train.log-every-steps": 1,
             "checkpoint.every-steps": 4,
             "tracking.samples-every-steps": 1000,
-            "tracking.sample-contents": 1,
-            "tracking.sample-styles": 1,
             "scaling.num-workers": workers,
         }
         words = [word for name, value in told.items() for word in (f"--{name}", *str(value).split())]

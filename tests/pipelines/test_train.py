@@ -20,24 +20,17 @@ from adaconv.orchestration import cluster, train_job
 from adaconv.tracking import mlflow_tracker, results
 from adaconv.training.loop import train
 from pipelines.train import main
+from tests.helpers import TINY_TRAINING
 
 STEPS = 4
 SMALL = {
     "encoder.weights": "seeded:0",
-    "encoder.widths": "4 8 8 16",
-    "model.descriptor-channels": 8,
-    "model.groups": "16 4 2 1",
-    "data.resize": 40,
-    "data.crop": 32,
-    "data.loader-workers": 0,
+    **TINY_TRAINING,
     "data.cache-dir": "cache",
     "train.steps": STEPS,
     "train.global-batch-size": 2,
-    "train.log-every-steps": 1,
     "train.ledger": "ledger",
     "checkpoint.every-steps": 2,
-    "tracking.sample-contents": 1,
-    "tracking.sample-styles": 1,
     "tracking.uri": "sqlite:///runs/mlflow.db",
 }
 
