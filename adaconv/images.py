@@ -28,7 +28,7 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif
 RGB_MODES = ("RGB", "RGBA", "P")  # whose pixels an RGB profile describes
 MAX_PIXELS = 40_000_000
 _PILLOWS_LIMIT = threading.Lock()
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112  # the tag of EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -153,7 +153,7 @@ def upright(image: Image.Image) -> Image.Image:
     """
     image.load()  # which turns a TIFF by itself
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # EXIF is written by anything that ever touched a photograph
         return image
     if turn is None:

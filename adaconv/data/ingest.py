@@ -24,6 +24,7 @@ from PIL import Image, features
 from adaconv.config.shard import RecipeConfig
 from adaconv.errors import DatasetError
 from adaconv.images import (
+    ORIENTATION,
     ImageError,
     decode,
     encode_jpeg,
@@ -39,7 +40,6 @@ from adaconv.images import (
 _JPEG = (".jpg", ".jpeg", ".jfif")
 _EXTENSIONS = {"JPEG": _JPEG, "MPO": _JPEG, "TIFF": (".tif", ".tiff")}
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "libtiff", "littlecms2")
-_ORIENTATION = 0x0112
 # Of whoever reads: the file may be another one the next time, though its listing is the same.
 MENDABLE = frozenset(("changed", "crc_mismatch", "deflate_error", "unreadable", "vanished"))
 _THUMBNAIL_SIDE = 96
@@ -243,7 +243,7 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
 
 def _orientation(image: Image.Image) -> tuple[int, list[str]]:
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF is written by anything that ever touched a photograph
         return 1, ["exif_invalid"]
     if orientation == 1:

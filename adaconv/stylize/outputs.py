@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 
 from adaconv import storage
 from adaconv.errors import UsageError
-from adaconv.images import ImageError, open_header
+from adaconv.images import ORIENTATION, ImageError, open_header
 
 Format = Literal["png", "jpeg", "webp", "tiff"]
 
@@ -38,7 +38,6 @@ _EXTENSIONS: Mapping[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"
 _ENDS = {"png": b"\x00\x00\x00\x00IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}  # pixels that a format has room for
 _XMP_TAG = 700  # of TIFF
-_ORIENTATION = 0x0112
 # Of TIFF: how and where its pixels lie, and packets that are no EXIF: XMP, IPTC, Photoshop, ICC.
 _LAYOUT_TAGS = frozenset(
     (*range(254, 267), 273, *range(277, 282), 284, *range(288, 294), 301, 317, *range(320, 348), *range(512, 533))
@@ -118,7 +117,7 @@ class Metadata:
         """Of an opened image; EXIF that cannot be read is left behind."""
         try:
             exif = image.getexif()
-            for tag in (_ORIENTATION, *_LAYOUT_TAGS):  # the orientation has been applied
+            for tag in (ORIENTATION, *_LAYOUT_TAGS):  # the orientation has been applied
                 exif.pop(tag, None)
             kept = exif.tobytes() if len(exif) else b""
         except Exception:  # EXIF is written by anything that ever touched a photograph
