@@ -92,7 +92,7 @@ def set_up_ray_data() -> None:
     # Its first look at what the cluster has finds nothing, for that is asked for then; until the next one it starts one
     # task, so as not to wait for ever. There is no setting.
     assert hasattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S"), f"not an attribute in Ray {ray.__version__}"
-    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = property(lambda self: 1.0 if self._global_limits.cpu else 0.1)
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
