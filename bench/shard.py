@@ -30,6 +30,7 @@ from adaconv.images import encode_jpeg, scale_down
 from adaconv.orchestration.cluster import connect
 from bench.measure import Row, Seconds, alternate
 
+_CORES = os.cpu_count() or 1
 _SIZES = ((1280, 960), (960, 720), (640, 480))  # two of three are scaled down, one keeps its bytes
 _RECIPE = RecipeConfig(target_mb=16)
 _IMG2DATASET = """
@@ -53,16 +54,18 @@ def rows(quick: bool) -> list[Row]:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "3600000")
     try:
         _draw(folder / "raw", count)
-        with connect():
-            return [_row(folder, count, rounds=1 if quick else 3)]
+        # Forked before Ray's threads are there: a later fork of this process can leave them waiting for ever.
+        with ProcessPoolExecutor(_CORES, mp_context=get_context("fork")) as processes:
+            list(processes.map(abs, range(_CORES)))
+            with connect():
+                return [_row(folder, count, processes, rounds=1 if quick else 3)]
     finally:
         shutil.rmtree(folder)
 
 
-def _row(folder: Path, count: int, rounds: int) -> Row:
+def _row(folder: Path, count: int, processes: ProcessPoolExecutor, rounds: int) -> Row:
     from adaconv.orchestration.shard_job import run_shard_job
 
-    cores = os.cpu_count() or 1
     files = sorted((folder / "raw").iterdir())
     made = iter(range(1000))
 
@@ -74,8 +77,7 @@ def _row(folder: Path, count: int, rounds: int) -> Row:
         shutil.rmtree(root)
 
     def in_processes(work: Callable[[Sequence[Path]], None]) -> None:
-        with ProcessPoolExecutor(cores, mp_context=get_context("fork")) as pool:
-            list(pool.map(work, [files[first::cores] for first in range(cores)]))
+        list(processes.map(work, [files[first::_CORES] for first in range(_CORES)]))
 
     python = os.environ.get("ADACONV_IMG2DATASET")
     if python:
@@ -83,7 +85,7 @@ def _row(folder: Path, count: int, rounds: int) -> Row:
         urls.write_text("".join(f"file://{file}\n" for file in files))
 
         def baseline() -> Any:
-            return Seconds(_img2dataset(python, urls, folder / "img2dataset", cores))
+            return Seconds(_img2dataset(python, urls, folder / "img2dataset", _CORES))
     else:
 
         def baseline() -> Any:
@@ -98,7 +100,7 @@ def _row(folder: Path, count: int, rounds: int) -> Row:
         ours_seconds,
         peers_seconds,
         floor=floor,
-        unit=f"{count} images on {cores} cores; the baseline is {peer}",
+        unit=f"{count} images on {_CORES} cores; the baseline is {peer}",
     )
 
 
