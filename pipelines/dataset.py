@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def append(config: AppendConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.data.builds import finished_version, result_of, spill_listing
+    from adaconv.data.builds import result_of, spill_listing, whole_version
     from adaconv.data.manifest import open_version
     from adaconv.data.sources import iter_images
     from adaconv.orchestration.cluster import connect
@@ -44,7 +44,7 @@ def append(config: AppendConfig) -> dict[str, Any]:
     config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
     with scratch_folder("listing") as scratch:
         listing = spill_listing(iter_images(config.source), scratch)
-        finished = finished_version(parent.root, listing.build(parent.recipe, parent.version))
+        finished = whole_version(parent.root, listing, parent.recipe, parent.version)
         if finished:
             log.info("nothing to do: these images are in version %s", finished.version)
             return {**result_of(finished), "made": 0}

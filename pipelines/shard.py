@@ -31,7 +31,7 @@ def plan(config: ShardConfig) -> str:
 
 def execute(config: ShardConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.data.builds import finished_version, result_of, spill_listing
+    from adaconv.data.builds import result_of, spill_listing, whole_version
     from adaconv.data.ingest import recipe_of
     from adaconv.data.manifest import split_spec
     from adaconv.data.sources import iter_images
@@ -50,7 +50,7 @@ def execute(config: ShardConfig) -> dict[str, Any]:
     with scratch_folder("listing") as scratch:
         listing = spill_listing(iter_images(config.source), scratch)
         log.info("%d images, %.1f MB in %s", listing.images, listing.bytes / 1e6, ", ".join(config.source))
-        finished = finished_version(config.output, listing.build(recipe_of(config.shard), None))
+        finished = whole_version(config.output, listing, recipe_of(config.shard))
         if finished:
             log.info("nothing to do: this build is version %s", finished.version)
             return {**result_of(finished), "made": 0}

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaconv import storage
+from adaconv.data.ingest import MENDABLE
 from adaconv.data.manifest import (
     DatasetVersion,
     latest_uri,
@@ -17,7 +19,11 @@ from adaconv.data.manifest import (
     open_version,
     version_uri,
 )
-from adaconv.data.sources import Found, fingerprint
+from adaconv.data.plan import found_from
+from adaconv.data.sources import Found, fingerprint, read_found
+from adaconv.images import ImageError
+
+log = logging.getLogger(__name__)
 
 _CHUNK_IMAGES = 512
 
@@ -36,6 +42,11 @@ class Listing:
         """Name of the build of these files by a recipe, as an addition to a parent or as a version of its own."""
         text = json.dumps([self.fingerprint, recipe, parent], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def files(self) -> Iterator[Found]:
+        for name in self.chunks:
+            with (self.folder / f"{name}.jsonl").open() as lines:
+                yield from (found_from(json.loads(line)) for line in lines)
 
 
 def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
@@ -99,6 +110,29 @@ def finished_version(root: str, build: str) -> DatasetVersion | None:
     newest = open_version(f"{root}@{latest}") if latest and storage.exists(version_uri(root, latest)) else None
     if newest is None or version.version not in (ancestor.version for ancestor in lineage(newest)):
         storage.publish_bytes(latest_uri(root), version.version.encode())
+    return version
+
+
+def whole_version(
+    root: str, listing: Listing, recipe: Mapping[str, Any], parent: str | None = None
+) -> DatasetVersion | None:
+    """The version that these images gave, unless one that could not be read then can be read now."""
+    version = finished_version(root, listing.build(recipe, parent))
+    if version is None or not MENDABLE & version.books["reasons"].keys():
+        return version
+
+    def files(*, unread: bool) -> Iterator[tuple[str, int]]:
+        return ((row["source"], row["source_bytes"]) for row in version.rows() if (row["reason"] in MENDABLE) == unread)
+
+    unread = set(files(unread=True))
+    unread.difference_update(files(unread=False))  # what a parent could not read, and a later one could
+    for found in (one for one in listing.files() if (one.source, one.bytes) in unread):
+        try:
+            read_found(found, max_bytes=int(recipe["max_megabytes"] * 1e6))
+        except ImageError:
+            continue
+        log.info("%s could not be read for version %s, and can be read now", found.source, version.version)
+        return None
     return version
 
 

@@ -1,7 +1,9 @@
 """Shards on a real Ray cluster: the same bytes whatever happens, on a disk and on an S3 server."""
 
+import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -23,7 +25,7 @@ from adaconv.data.synthetic import generate_photos
 from adaconv.orchestration import shard_job
 from adaconv.orchestration.tasks import plain_errors
 from tests.helpers import look_at
-from tests.orchestration.runs import command, hashes_of, shard
+from tests.orchestration.runs import command, dataset, hashes_of, shard
 from tests.servers import REPO
 
 pytestmark = pytest.mark.ray
@@ -94,6 +96,33 @@ def test_a_later_start_reads_again_what_could_not_be_read(cluster, images, undis
     chunk.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     shard(cluster, images, root)
     assert hashes_of(root) == undisturbed[1]
+
+
+def test_a_finished_build_is_made_again_once_what_it_could_not_read_can_be_read(cluster, tmp_path):
+    """As where a damaged archive is repaired by a copy that keeps its time."""
+    generate_photos(tmp_path / "photos", 4, seed=1, size=64)
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "photos"))
+    whole, listed = archive.read_bytes(), archive.stat()
+
+    def sharded(data, root):
+        archive.write_bytes(data)
+        os.utime(archive, ns=(listed.st_atime_ns, listed.st_mtime_ns))
+        return shard(cluster, archive, tmp_path / root).stdout, open_version(str(tmp_path / root))
+
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    _, before = sharded(damaged, "root")
+    assert (before.books["kept"], before.books["quarantined"]) == (3, 1)
+    assert "nothing to do" in sharded(damaged, "root")[0]
+    shutil.copytree(tmp_path / "root", tmp_path / "grows")
+    told, after = sharded(whole, "root")
+    assert "can be read now" in told
+    assert after == dataclasses.replace(sharded(whole, "other")[1], root=after.root)
+    assert after.books["kept"] == 4
+    added = ("append", "--dataset", f"{tmp_path / 'grows'}@{before.version}", "--source", archive)
+    assert "can be read now" not in dataset(cluster, *added).stdout
+    assert "nothing to do" in dataset(cluster, *added).stdout
+    assert open_version(str(tmp_path / "grows")).books["kept"] == 4
 
 
 def test_a_version_without_an_image_is_refused(cluster, tmp_path):
