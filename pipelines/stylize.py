@@ -42,7 +42,8 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     if config.replay:
         from adaconv.stylize.replay import replay
 
-        return replay(config.replay, resolved=resolved, **config.model_dump(include={"model", "content", "style"}))
+        given = config.model_dump(include={"model", "content", "style"})
+        return replay(config.replay, resolved=resolved, scratch=config.tile.scratch, **given)
     _check_apart(config)
     check_sources(config.content, flag="--content")  # a typo is answered before a cluster is started
     check_sources(config.style, flag="--style", packs=True)

@@ -25,6 +25,7 @@ def replay(
     model: str = "",
     content: Sequence[str],
     style: Sequence[str] = (),
+    scratch: str | None = None,
 ) -> dict[str, Any]:
     """Make an output again.
 
@@ -34,6 +35,7 @@ def replay(
         model: instead of the one that the recipe names.
         content: sources, one of which holds the content's bytes.
         style: sources, one of which holds the style's bytes; not needed where the job's packs lie beside the output.
+        scratch: folder for all that is put aside meanwhile; None is the system's for temporary files.
 
     Returns:
         the output, its recipe and whether the bytes are the same; `status` is `failed` where they are not.
@@ -54,19 +56,24 @@ def replay(
     options = Options(**recipe.options)
     if not model and not recipe.model.startswith(("models:/", "runs:/")):
         raise UsageError(f"--replay {uri}: it was made by a checkpoint {recipe.model}; say where that is as --model")
-    with resolved(model or recipe.model) as (_, folder):
-        # Whole frames and tiles are as the recipe says, whatever memory the job had.
-        stylizer = Stylizer.from_folder(folder, precision=options.precision, max_memory_gb=math.inf)  # type: ignore[arg-type]
-    if stylizer.info.digest != recipe.model_digest:
-        raise UsageError(
-            f"--replay {uri}: expected model {recipe.model_digest[:12]}, found {stylizer.info.digest[:12]} at "
-            f"{model or recipe.model}; give the right one as --model"
-        )
-    with scratch_folder("replay") as scratch:
-        path = _find(content, recipe.content, recipe.content_sha256, scratch / "content", "--content")
-        pack = _pack(uri, recipe, options, style, stylizer, scratch / "style")
-        limits = Limits(tile=recipe.made.get("tile"), max_megapixels=1e6, scratch=scratch)
-        root = scratch / "made"
+    with scratch_folder("replay", scratch) as aside:
+        with resolved(model or recipe.model) as (_, folder):
+            # Whole frames and tiles are as the recipe says, whatever memory the job had.
+            stylizer = Stylizer.from_folder(
+                folder,
+                precision=options.precision,  # type: ignore[arg-type]
+                max_memory_gb=math.inf,
+                scratch=aside,
+            )
+        if stylizer.info.digest != recipe.model_digest:
+            raise UsageError(
+                f"--replay {uri}: expected model {recipe.model_digest[:12]}, found {stylizer.info.digest[:12]} at "
+                f"{model or recipe.model}; give the right one as --model"
+            )
+        path = _find(content, recipe.content, recipe.content_sha256, aside / "content", "--content")
+        pack = _pack(uri, recipe, options, style, stylizer, aside / "style")
+        limits = Limits(tile=recipe.made.get("tile"), max_megapixels=1e6, scratch=aside)
+        root = aside / "made"
         (made,) = Production(lambda: stylizer, str(root), limits).make(path, [Wanted(0, recipe, lambda: pack)])
         if made.state != "done":
             raise UsageError(f"--replay {uri}: {made.reason}")

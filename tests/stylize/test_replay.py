@@ -1,5 +1,6 @@
 """Outputs made again from their recipes, whatever the job was given besides."""
 
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from adaconv.stylize.stylizer import Stylizer
 from tests.helpers import save_checkpoint
 
 
-@pytest.mark.parametrize("given", ["memory", "batch"])
+@pytest.mark.parametrize("given", ["memory", "batch", "tiles"])
 def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
-    """Memory for the whole frame, where a replay's own would take tiles; several styles at once."""
+    """Memory for the whole frame, where a replay's own would take tiles; several styles at once; tiles.
+
+    No other disk than the one that is named takes what is put aside.
+    """
     if given == "memory":
         monkeypatch.setattr(
             stylizer_module, "plan_tile", lambda *size, max_memory_gb, **how: None if max_memory_gb > 100 else 64
@@ -36,8 +40,10 @@ def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
         beside = tmp_path / "out" / pack_name(pack.source, pack.digest)
         beside.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(pack.to_bytes())
-    limits = Limits(batch_size=4 if given == "batch" else 1)
+    limits = Limits(batch_size=4 if given == "batch" else 1, tile=64 if given == "tiles" else None)
     assert len(list(Production(lambda: stylizer, str(tmp_path / "out"), limits).make(content, outputs))) == 4
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
 
     @contextmanager
     def resolved(name):
@@ -45,4 +51,4 @@ def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
 
     for one in outputs:
         uri = str(tmp_path / "out" / one.recipe.name)
-        assert replay(uri, resolved=resolved, content=[str(content.parent)])["same_bytes"], uri
+        assert replay(uri, resolved=resolved, content=[str(content.parent)], scratch=str(tmp_path))["same_bytes"], uri
