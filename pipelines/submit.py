@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adaconv import cli
+from adaconv.config.base import refuse_password
 from adaconv.config.submit import SubmitConfig
 from adaconv.errors import JobError, UsageError
 
@@ -23,6 +24,11 @@ def command(config: SubmitConfig, entrypoint: Sequence[str]) -> list[str]:
     """The `ray job submit` that does it."""
     if not entrypoint:
         raise UsageError("expected the job's command after --, as in: -- python pipelines/train.py --config FILE ...")
+    try:
+        for argument in entrypoint:
+            refuse_password(argument)
+    except ValueError as error:
+        raise UsageError(f"the job's command: {error}") from None
     cli.require_directory(config.working_dir, "--working-dir")
     environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_wait_seconds)}}
     return [
