@@ -67,7 +67,9 @@ def pair_up(
 def _draw(total: int, count: int, seed: int, place: int) -> list[int]:
     """`count` of `total` by raw Philox words, which numpy keeps the same for ever, unlike its own shuffles."""
     words = np.random.Philox(key=[seed, place]).random_raw(total)
-    chosen: list[int] = np.argsort(words, kind="stable")[:count].tolist()
+    # Only the least are sorted: to sort 81,000 styles takes ten times as long as to find a few of them.
+    least = np.flatnonzero(words <= np.partition(words, count - 1)[count - 1])
+    chosen: list[int] = least[np.argsort(words[least], kind="stable")][:count].tolist()
     return chosen
 
 

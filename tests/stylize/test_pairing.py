@@ -1,5 +1,6 @@
 """Pairs are pure functions of two lists and a seed."""
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -34,6 +35,17 @@ def test_random_pairs_follow_from_the_seed_and_stay_when_contents_are_added():
 
 
 FROZEN = [1, 2, 3, 4, 2, 4]
+
+
+def test_random_pairs_sort_no_more_styles_than_they_take(monkeypatch):
+    def in_full(place):
+        return sorted(np.argsort(np.random.Philox(key=[3, place]).random_raw(10_000), kind="stable")[:5].tolist())
+
+    expected, argsort, sorted_words = [style for place in range(20) for style in in_full(place)], np.argsort, []
+    monkeypatch.setattr(np, "argsort", lambda words, **how: sorted_words.append(len(words)) or argsort(words, **how))
+    pairs = pair_up("random:5", ["x"] * 20, ["y"] * 10_000, seed=3)
+    assert [pair.style for pair in pairs] == expected
+    assert sum(sorted_words) == len(pairs)
 
 
 def test_a_file_of_pairs(tmp_path):
