@@ -88,8 +88,9 @@ def similar(config: SimilarConfig) -> dict[str, Any]:
     from adaconv.data.similar import similar_pairs
 
     shown = 100
-    first = open_version(config.dataset).samples()
-    second = open_version(config.against).samples() if config.against else first
+    columns = ["key", "source", "phash"]
+    first = open_version(config.dataset).samples(columns)
+    second = open_version(config.against).samples(columns) if config.against else first
     others = second["phash"].to_numpy() if config.against else None
     pairs = similar_pairs(first["phash"].to_numpy(), distance=config.distance, others=others)
     listed = [

@@ -2,10 +2,14 @@
 
 import difflib
 import fnmatch
+import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from adaconv import storage
 from adaconv.config.dataset import RemoveConfig
@@ -99,21 +103,22 @@ def by_shard(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 def diff(new: DatasetVersion, old: DatasetVersion, *, examples: int = 20) -> dict[str, Any]:
     """How a version differs from another: samples, states and bytes, with the sources of a few."""
-    there = {name: set(version.samples()["key"].to_pylist()) for name, version in (("new", new), ("old", old))}
+    tables = {name: version.samples(["key", "source"]) for name, version in (("new", new), ("old", old))}
+    there = {name: set(table["key"].to_pylist()) for name, table in tables.items()}
     shards = {name: {s.name: s.bytes for s in v.shards} for name, v in (("new", new), ("old", old))}
     shared = shards["new"].keys() & shards["old"].keys()
 
-    def sources(version: DatasetVersion, keys: set[str]) -> list[str]:
-        table = version.samples().select(["key", "source"]).to_pylist()
-        return sorted(row["source"] for row in table if row["key"] in keys)[:examples]
+    def sources(name: str, keys: set[str]) -> list[str]:
+        chosen = tables[name].filter(pc.is_in(tables[name]["key"], pa.array(keys, pa.string())))
+        return heapq.nsmallest(examples, chosen["source"].to_pylist())
 
     added, removed = there["new"] - there["old"], there["old"] - there["new"]
     return {
         "added": len(added),
         "removed": len(removed),
         "kept": len(there["new"] & there["old"]),
-        "added_sources": sources(new, added),
-        "removed_sources": sources(old, removed),
+        "added_sources": sources("new", added),
+        "removed_sources": sources("old", removed),
         "shards_shared": len(shared),
         "shards_new": len(shards["new"]) - len(shared),
         "bytes_shared": sum(shards["new"][name] for name in shared),

@@ -32,8 +32,9 @@ def render(version: DatasetVersion, *, distance: int, sheet: int) -> str:
         distance: bits in which the perceptual hashes of images that look alike may differ.
         sheet: images of the contact sheet.
     """
-    samples = version.samples()
-    places = samples.select(["key", "source", "shard", "offset", "size"])
+    places_of = ["key", "source", "shard", "offset", "size"]
+    samples = version.samples([*places_of, "width", "height", "phash", "label"])
+    places = samples.select(places_of)
     width, height = (samples[name].to_numpy() for name in ("width", "height"))
     pairs = similar_pairs(samples["phash"].to_numpy(), distance=distance)
     parts = {

@@ -203,7 +203,7 @@ def _is_version(source: str) -> bool:
 
 def _samples(source: str) -> Iterator[Item]:
     version = open_version(source)
-    for row in version.samples().select(["source", "shard", "offset", "size"]).to_pylist():
+    for row in version.samples(["source", "shard", "offset", "size"]).to_pylist():
         yield Item("sample", row["source"], version.shard_uri(row["shard"]), (row["offset"], row["size"]))
 
 

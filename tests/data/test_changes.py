@@ -8,14 +8,19 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from adaconv import storage
+from adaconv.config.dataset import SimilarConfig
 from adaconv.data.changes import Criterion, by_shard, collect, diff, find_garbage, keys_to_remove
 from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, list_versions, open_version, publish_version
+from adaconv.data.report import render
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import verify_manifest, verify_shard
 from adaconv.errors import AdaConvError, DatasetError, UsageError
+from adaconv.stylize.inputs import list_items
+from pipelines.dataset import similar
 from tests.helpers import RECIPE, build_version
 
 
@@ -217,6 +222,23 @@ def test_a_difference_counts_samples_and_bytes(version):
     assert len(told["removed_sources"]) == min(20, told["removed"])
     assert told["recipe_differs"] == {}
     json.dumps(told)
+
+
+def test_whoever_asks_of_samples_reads_each_manifest_once_and_the_columns_it_needs(version, monkeypatch):
+    child = child_of(version, 3)
+    read_table, columns = pq.read_table, []
+    monkeypatch.setattr(pq, "read_table", lambda *a, **how: columns.append(how["columns"]) or read_table(*a, **how))
+    diff(child, version)
+    assert columns == [["key", "source"]] * 2
+    asked = [
+        (lambda: similar(SimilarConfig(dataset=version.root, against=child.root)), 2, 3),
+        (lambda: render(version, distance=4, sheet=3), 1, 9),
+        (lambda: list_items((version.root,), flag="--content"), 1, 4),
+    ]
+    for ask, manifests, wide in asked:
+        columns.clear()
+        ask()
+        assert list(map(len, columns)) == [wide] * manifests
 
 
 def test_garbage_is_what_no_kept_version_needs(version):
