@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import heapq
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from adaconv.data.manifest import (
 )
 from adaconv.errors import UsageError
 
+_FEW_VALUES = ("label", "artist")  # so that the nearest is found; of keys and sources there are as many as images
+_TOLD = 5  # criteria that a message names
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -32,15 +36,6 @@ class Criterion:
 
     field: str
     value: str
-
-    def admits(self, row: Row) -> bool:
-        if self.field == "key":
-            return self.value in (row["key"], row["source_sha256"])
-        if self.field == "label":
-            return f"{row['label']}/".startswith(f"{self.value}/")
-        if self.field == "artist":
-            return bool(row["artist"] == self.value)
-        return fnmatch.fnmatchcase(row["source"], self.value)
 
 
 def criteria_of(config: RemoveConfig) -> list[Criterion]:
@@ -52,25 +47,40 @@ def keys_to_remove(rows: Iterable[Row], criteria: Sequence[Criterion]) -> dict[s
     """Key -> reason of each image that a criterion names, whichever of its copies it admits; none if all are gone.
 
     Raises:
-        UsageError: a criterion admits nothing, with the nearest value there is.
+        UsageError: a criterion admits nothing, with the nearest label or artist there is.
     """
     keys: dict[str, str] = {}
     used: set[Criterion] = set()
-    known: dict[str, set[str]] = {criterion.field: set() for criterion in criteria}
+    known: dict[str, set[str]] = {criterion.field: set() for criterion in criteria if criterion.field in _FEW_VALUES}
+    place = {criterion: number for number, criterion in enumerate(dict.fromkeys(criteria))}
+    # A list of what is to go may have thousands of keys: they are looked up, only patterns are tried one by one.
+    named = {(criterion.field, criterion.value): criterion for criterion in place}
+    patterns = [(re.compile(fnmatch.translate(one.value)), one) for one in place if one.field == "source_pattern"]
     for row in rows:
         if row["state"] == "quarantined":
             continue
-        for field in known:
-            known[field].add(row["source" if field == "source_pattern" else field])
-        for criterion in criteria:
-            if criterion.admits(row):
-                used.add(criterion)
-                if row["state"] != "excluded":  # else it was removed before
-                    keys.setdefault(row["key"], f"removed_by_{criterion.field}")
-    unused = [criterion for criterion in criteria if criterion not in used]
+        for field, values in known.items():
+            values.add(row[field])
+        admitted = [named[name] for name in _names_of(row) if name in named]
+        admitted += [criterion for pattern, criterion in patterns if pattern.match(row["source"])]
+        used.update(admitted)
+        if admitted and row["state"] != "excluded":  # else it was removed before
+            first = min(admitted, key=lambda criterion: place[criterion])
+            keys.setdefault(row["key"], f"removed_by_{first.field}")
+    unused = [criterion for criterion in place if criterion not in used]
     if unused:
-        raise UsageError("; ".join(_nothing_has(criterion, known[criterion.field]) for criterion in unused))
+        told = [_nothing_has(criterion, known.get(criterion.field, ())) for criterion in unused[:_TOLD]]
+        raise UsageError("; ".join(told) + (f"; and {len(unused) - _TOLD} more" if len(unused) > _TOLD else ""))
     return keys
+
+
+def _names_of(row: Row) -> Iterator[tuple[str, str]]:
+    """What a row is named by, but for patterns: field and value."""
+    yield "key", row["key"]
+    yield "key", row["source_sha256"]
+    yield "artist", row["artist"]
+    parts = row["label"].split("/")
+    yield from (("label", "/".join(parts[:depth])) for depth in range(1, len(parts) + 1))
 
 
 def _nothing_has(criterion: Criterion, known: Iterable[str]) -> str:

@@ -189,6 +189,18 @@ def test_a_criterion_that_takes_nothing_is_answered_with_the_nearest():
         keys_to_remove(ROWS, [Criterion("artist", "mone"), Criterion("key", "a")])
 
 
+def test_a_long_list_of_keys_is_looked_up_and_what_none_has_is_told_in_short(monkeypatch):
+    rows = [row(f"{number:032x}") for number in range(2000)]
+    criteria = [Criterion("key", f"{number:032x}") for number in range(0, 4000, 2)]
+    compared = []
+    monkeypatch.setattr(Criterion, "__eq__", lambda one, other: compared.append(1) or vars(one) == vars(other))
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, known, n: compared.extend(known) or [])
+    assert len(keys_to_remove(rows, criteria[:1000])) == 1000
+    with pytest.raises(UsageError, match=f"--key {2000:032x}: no image.*; and 995 more$"):
+        keys_to_remove(rows, criteria)
+    assert len(compared) < 10 * len(criteria)
+
+
 def child_of(version, keep):
     """A version of some of the shards of another, with it as parent."""
     shards = version.shards[:keep]
