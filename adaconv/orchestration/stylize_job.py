@@ -478,7 +478,9 @@ def _close_books(config: StylizeConfig, model: str, rows: list[Row], packs: list
 
 
 def _sweep(images: str) -> None:
-    """Remove what killed workers were writing aside; what is young may be another job's."""
+    """Remove what killed workers were writing aside; what is young may be another job's. An object store has none."""
+    if not storage.is_local(images):
+        return
     for entry in storage.walk(images, hidden=True):
         aside = storage.name_of(entry.path).startswith(".") and ".tmp-" in entry.path
         if aside and time.time() - entry.changed > _LEFT_BEHIND_SECONDS:

@@ -234,10 +234,13 @@ def read_recipe(data: bytes, *, name: str = "the file") -> Recipe | None:
 
 
 def is_whole(uri: str) -> bool:
-    """An output is there to its last byte."""
-    if not storage.exists(uri):
+    """An output is there to its last byte; an object of a store is there altogether or not at all."""
+    try:
+        size, extension = storage.size_of(uri), uri.rpartition(".")[2]
+    except FileNotFoundError:
         return False
-    size, extension = storage.size_of(uri), uri.rpartition(".")[2]
+    if not storage.is_local(uri):
+        return size > 0
     if extension == "webp":
         head = storage.read_range(uri, 0, 8)
         return head[:4] == b"RIFF" and size == int.from_bytes(head[4:], "little") + 8

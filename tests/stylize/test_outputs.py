@@ -3,14 +3,17 @@ import io
 import random
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageCms, TiffImagePlugin, TiffTags
 
+from adaconv import storage
 from adaconv.errors import UsageError
-from adaconv.stylize import large
+from adaconv.stylize import large, outputs
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.outputs import INDEX, Metadata, Recipe, encode, is_whole, publish_index, read_recipe, slug
 from adaconv.stylize.pictures import thumbnail
@@ -129,6 +132,23 @@ def test_a_cut_file_is_not_whole(tmp_path, kind):
     for size, whole in ((0, False), (5, False), (len(data) - 1, False), (len(data), True)):
         path.write_bytes(data[:size])
         assert is_whole(str(path)) == whole
+
+
+def test_an_object_of_a_store_is_asked_for_once(monkeypatch):
+    """A job that is done asks for a million of them when it is run again."""
+    sizes, asked = {"s3://b/there.png": 9, "s3://b/empty.png": 0}, []
+
+    def size_of(uri):
+        asked.append(uri)
+        if uri not in sizes:
+            raise FileNotFoundError(uri)
+        return sizes[uri]
+
+    monkeypatch.setattr(storage, "size_of", size_of)
+    monkeypatch.setattr(storage, "_filesystem", None)  # no other request
+    uris = ["s3://b/there.png", "s3://b/empty.png", "s3://b/absent.png"]
+    assert [is_whole(uri) for uri in uris] == [True, False, False]
+    assert asked == uris
 
 
 def test_the_index_has_a_row_for_every_pair(tmp_path):
