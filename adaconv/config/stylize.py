@@ -69,7 +69,7 @@ class GalleryConfig(Config):
 
 class FailureBudgetConfig(Config):
     share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the pairs that may fail before the job ends with 1; the index and result.json name them all the same."""
+    """Share of the pairs that may fail before the job ends with 1; the index names them all the same."""
 
 
 class StylizeTrackingConfig(Config):

@@ -48,6 +48,8 @@ _DEATHS_ADMITTED = 5  # of workers at one picture, before it is named a failure
 _PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
 _LEFT_BEHIND_SECONDS = 3600
 _PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
+_BLOCKS_AT_MOST = 4096  # of jobs that actors are handed: Ray takes 12 ms for one, whatever it holds
+_SHOWN = 100  # kinds of failure that result.json lists
 _COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
 
 Row = dict[str, Any]
@@ -466,12 +468,12 @@ def _close_books(config: StylizeConfig, model: str, rows: list[Row], packs: list
     }
     if states["failed"]:
         failures = sorted({f"{row['reason']} ({_culprit(row)})" for row in rows if row["state"] == "failed"})
-        result["failures"] = failures
+        result["failures"] = failures[:_SHOWN]
         if states["failed"] > config.budget.share * len(rows):
             result |= {
                 "status": "failed",
                 "error": f"{states['failed']} of {len(rows)} outputs could not be made: {'; '.join(failures[:5])}"
-                + (f"; and {len(failures) - 5} more, see result.json" if len(failures) > 5 else "")
+                + (f"; and {len(failures) - 5} more" if len(failures) > 5 else "")
                 + f"; the others are in {config.output}, the index names all",
             }
     return result

@@ -35,6 +35,7 @@ FORMAT = 2
 RECIPE_KEY = "adaconv"  # of the PNG text that holds an output's recipe; elsewhere it is in the XMP packet
 _NAMESPACE = "https://adaconv.invalid/recipe/2/"
 _EXTENSIONS: Mapping[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "tiff": "tif"}
+_ROWS_AT_ONCE = 16_384  # of the index
 _ENDS = {"png": b"\x00\x00\x00\x00IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}  # pixels that a format has room for
 _XMP_TAG = 700  # of TIFF
@@ -250,9 +251,11 @@ def is_whole(uri: str) -> bool:
 
 def publish_index(root: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Write the books: a row for every pair."""
-    table = pa.Table.from_pylist([{name: row[name] for name in INDEX.names} for row in rows], schema=INDEX)
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    with pq.ParquetWriter(buffer, INDEX, compression="zstd") as writer:
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            # By its schema: what else a row has, such as a thumbnail, is left out.
+            writer.write_table(pa.Table.from_pylist(list(rows[first : first + _ROWS_AT_ONCE]), schema=INDEX))
     uri = storage.join(root, "index.parquet")
     storage.publish_bytes(uri, buffer.getvalue())
     return uri

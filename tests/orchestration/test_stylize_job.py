@@ -193,6 +193,18 @@ def damaged(contents, tmp_path):
     return folder
 
 
+def test_thousands_of_failures_are_counted_and_a_hundred_told(tmp_path):
+    told = {"number": 0, "content_index": 10**6, "style_index": 0, "column": 0, "style": "s.jpg", "state": "failed"}
+    told |= dict.fromkeys(("output", "content_sha256", "style_sha256", "options", "width", "height", "tile", "seconds"))
+    rows = [told | {"content": f"{n}.jpg", "reason": "content truncated"} for n in range(3000)]
+    config = StylizeConfig(model="m", content=("c",), style=("s",), output=str(tmp_path))
+    result = stylize_job._close_books(config, "m", rows, [])
+    assert result["books"]["failed"] == pq.read_metadata(result["index"]).num_rows == 3000
+    assert len(result["failures"]) == 100
+    assert "and 2995 more; the others are in" in result["error"]
+    assert "the index names all" in result["error"]
+
+
 @pytest.mark.slow
 def test_what_is_broken_is_named_and_the_rest_made(cluster, model, damaged, styles, tmp_path):
     shutil.copy(damaged / "cut.jpg", tmp_path / "s.jpg")

@@ -151,6 +151,18 @@ def test_an_object_of_a_store_is_asked_for_once(monkeypatch):
     assert asked == uris
 
 
+def test_a_long_index_is_written_a_few_thousand_rows_at_a_time(tmp_path, monkeypatch):
+    row = dict.fromkeys(INDEX.names) | {"state": "done", "thumbnail": b"of the gallery"}
+    rows = [row | {"output": str(number)} for number in range(40_000)]
+    table, tables = pa.Table, []
+    counting = SimpleNamespace(from_pylist=lambda r, schema: tables.append(len(r)) or table.from_pylist(r, schema))
+    monkeypatch.setattr(outputs.pa, "Table", counting)
+    read = pq.read_table(publish_index(str(tmp_path), rows))
+    assert read["output"].to_pylist() == [row["output"] for row in rows]
+    assert read.schema.equals(INDEX)
+    assert max(tables) < 20_000
+
+
 def test_the_index_has_a_row_for_every_pair(tmp_path):
     rows = [
         dict.fromkeys(INDEX.names, "") | {"width": 1, "height": 2, "tile": 0, "seconds": 0.5, "state": s, "extra": 1}
