@@ -206,7 +206,7 @@ def _columns(plan: Plan, config: StylizeConfig) -> tuple[list[int], set[int]]:
 
 
 def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig, num_actors: int) -> Iterator[Row]:
-    """One job at a time to each actor; answers come as they are ready.
+    """One job at a time to each actor, a few where there are very many; answers come as they are ready.
 
     Raises:
         AdaConvError, OSError: what an actor raised.
@@ -222,7 +222,7 @@ def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig,
     memory = config.tile.max_memory_gb * 1e9
     if not scaling.gpus_per_actor and num_actors * memory <= ray.cluster_resources().get("memory", 0):
         reserved["memory"] = memory  # so that no node is given more actors than it can feed
-    dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs))
+    dataset = ray.data.from_items(jobs, override_num_blocks=min(len(jobs), _BLOCKS_AT_MOST))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         mapped = dataset.flat_map(

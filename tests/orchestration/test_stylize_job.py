@@ -205,6 +205,27 @@ def test_thousands_of_failures_are_counted_and_a_hundred_told(tmp_path):
     assert "the index names all" in result["error"]
 
 
+@pytest.mark.parametrize(("jobs", "blocks"), [(12, 12), (100_000, 4096)])
+def test_a_hundred_thousand_contents_are_handed_out_some_at_a_time(jobs, blocks, monkeypatch):
+    """Ray takes as long to hand one out, and to prepare for it, as a GPU does to stylize it."""
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def from_items(items, *, override_num_blocks):
+        asked.append((len(items), override_num_blocks))
+        raise Asked
+
+    monkeypatch.setattr(stylize_job, "set_up_ray_data", lambda: None)
+    monkeypatch.setattr(stylize_job.ray, "cluster_resources", dict)
+    monkeypatch.setattr(stylize_job.ray.data, "from_items", from_items)
+    config = StylizeConfig(model="m", content=("c",), style=("s",), output="o")
+    with pytest.raises(Asked):
+        next(stylize_job._on_actors(object, [{}] * jobs, {}, config, 1))
+    assert asked == [(jobs, blocks)]
+
+
 @pytest.mark.slow
 def test_what_is_broken_is_named_and_the_rest_made(cluster, model, damaged, styles, tmp_path):
     shutil.copy(damaged / "cut.jpg", tmp_path / "s.jpg")
