@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import mmap
 import os
 import threading
 import time
@@ -97,7 +98,7 @@ class Spool:
         failed so often meanwhile that nobody should wait for it.
         """
         deadline, failures = time.monotonic() + timeout_seconds, self._failures
-        while self.left() and time.monotonic() < deadline and self._failures < failures + _FAILURES_WAITED_FOR:
+        while self._waits() and time.monotonic() < deadline and self._failures < failures + _FAILURES_WAITED_FOR:
             self._wake.set()
             time.sleep(0.05)
         return self.left()
@@ -109,6 +110,10 @@ class Spool:
         self._thread.join(timeout=_LONGEST_WAIT_SECONDS)
         self._file.close()
         os.close(self._owner)
+
+    def _waits(self) -> bool:
+        """Whether anything is left; to count it takes a look at every line."""
+        return bool(self._pending) or self._offset < self._size
 
     def _write_pending(self) -> None:
         data = b"".join(self._pending)
@@ -127,11 +132,12 @@ class Spool:
 
     def _drop_torn_line(self) -> None:
         """A kill may have cut the last line short; nothing was promised for it."""
-        if self._records.exists():
-            data = self._records.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(self._records, whole)
+        if not self._records.exists() or not (size := self._records.stat().st_size):
+            return
+        with self._records.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            whole = data.rfind(b"\n") + 1  # looks at the end alone, however long the run was
+        if whole < size:
+            os.truncate(self._records, whole)
 
     def _run(self) -> None:
         wait = self._interval_seconds

@@ -2,6 +2,8 @@
 
 import json
 import threading
+import time
+import tracemalloc
 
 import pytest
 
@@ -43,6 +45,22 @@ def test_an_outage_loses_nothing_and_holds_nobody_up(tmp_path):
     assert spool.flush(timeout_seconds=10) == 0
     spool.close()
     assert server.steps == list(range(10))
+
+
+def test_a_long_history_is_not_read_to_begin_and_not_counted_while_it_is_handed_over(tmp_path, monkeypatch):
+    line = b'{"kind": "metrics", "step": 1, "timestamp_ms": 1, "values": {"loss": 0.5}}\n'
+    (tmp_path / "records.jsonl").write_bytes(line * 20_000 + b"torn")
+    taken, left, counted = [], Spool.left, []
+    monkeypatch.setattr(Spool, "left", lambda spool: counted.append(1) or left(spool))
+    tracemalloc.start()
+    spool = Spool(tmp_path, lambda records: taken.append(len(records)) or time.sleep(0.02), interval_seconds=60)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(line) * 2000
+    assert spool.flush(timeout_seconds=30) == 0
+    spool.close()
+    assert sum(taken) == 20_000
+    assert len(counted) == 1
 
 
 def test_what_is_left_is_handed_over_by_the_next_start(tmp_path):
