@@ -142,14 +142,21 @@ class SampleReader:
     """
 
     def __init__(self, version: DatasetVersion, *, cache: ShardCache | None = None, verify: bool = False) -> None:
-        samples = version.samples(["key", "offset", "size", "span", "crc32"])
+        columns = ["offset", "size", *(["span", "crc32"] if verify else [])]
+        samples = version.samples(["key", *columns])
         self._version, self._verify = version, verify
         self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
-        self.keys: list[str] = samples["key"].to_pylist()
-        self._offsets, self._sizes, self._spans, self._checksums = (
-            samples[name].to_numpy().astype(np.int64) for name in ("offset", "size", "span", "crc32")
-        )
+        # Every process that decodes has its own: 48 bytes a sample, where strings would take a hundred.
+        self._keys = np.array(samples["key"].to_pylist(), np.bytes_)
+        self._of = {name: samples[name].to_numpy().astype(np.int64) for name in columns}
         self._first_rows = np.cumsum([0, *(shard.rows for shard in version.shards)])
+
+    def __len__(self) -> int:
+        """Samples of the version."""
+        return len(self._keys)
+
+    def key(self, row: int) -> str:
+        return bytes(self._keys[row]).decode()
 
     def read(self, row: int) -> bytes:
         """The image's bytes as they lie in the shard.
@@ -158,23 +165,23 @@ class SampleReader:
             DatasetError: the shard is not there, ends before the sample does, or holds other bytes.
         """
         uri, shard = self.shard_of(row)
-        size, offset = int(self._sizes[row]), int(self._offsets[row])
+        size, offset = int(self._of["size"][row]), int(self._of["offset"][row])
         if self._verify:
             self._check(row, uri, shard)
         data = self._read_at(uri, shard, offset, size)
         if len(data) != size:
             raise DatasetError(
-                f"{uri}: expected {size} bytes of sample {self.keys[row]} at offset {offset}, found {len(data)}; "
+                f"{uri}: expected {size} bytes of sample {self.key(row)} at offset {offset}, found {len(data)}; "
                 "`pipelines/dataset.py verify` locates the damage"
             )
         return data
 
     def _check(self, row: int, uri: str, shard: Shard) -> None:
         """Of all that a sample takes in its tar, headers included, as the manifest has it."""
-        offset = int(self._offsets[row]) - tarfile.BLOCKSIZE
-        if zlib.crc32(self._read_at(uri, shard, offset, int(self._spans[row]))) != self._checksums[row]:
+        offset = int(self._of["offset"][row]) - tarfile.BLOCKSIZE
+        if zlib.crc32(self._read_at(uri, shard, offset, int(self._of["span"][row]))) != self._of["crc32"][row]:
             raise DatasetError(
-                f"{uri}: the bytes of sample {self.keys[row]} at offset {offset} are not those that were written "
+                f"{uri}: the bytes of sample {self.key(row)} at offset {offset} are not those that were written "
                 "(their checksum differs); `pipelines/dataset.py verify` says what is damaged"
             )
 
@@ -271,8 +278,8 @@ class PairDataset(Dataset[Batch]):
             except (ConnectionError, TimeoutError):  # of the store, not of the sample
                 raise
             except OSError as error:
-                raise DatasetError(f"{stream} sample {reader.keys[row]} cannot be decoded: {error}") from error
-        return [reader.keys[row] for row in rows]
+                raise DatasetError(f"{stream} sample {reader.key(row)} cannot be decoded: {error}") from error
+        return [reader.key(row) for row in rows]
 
 
 def make_loader(

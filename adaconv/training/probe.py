@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def tile_grid(rows: list[list[Tensor]]) -> NDArray[np.uint8]:
 def _first_by_hash(version: DatasetVersion, count: int, side: int, cache: ShardCache | None) -> list[Tensor]:
     """Centre squares of the first samples in an order that depends on their keys alone: (3, side, side) in [0, 1]."""
     reader = SampleReader(version, cache=cache)
-    rows = sorted(range(len(reader.keys)), key=lambda row: stable_seed("probe", reader.keys[row]))[:count]
+    rows = heapq.nsmallest(count, range(len(reader)), key=lambda row: stable_seed("probe", reader.key(row)))
     geometry = Geometry(resize=side, crop=side, flip=False)
     crops = [decode_crop(reader.read(row), geometry, random.Random(0)) for row in rows]
     return [torch.from_numpy(crop.copy()).permute(2, 0, 1).float().div_(255) for crop in crops]

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -164,6 +166,22 @@ def test_rotation_turns_by_quarters():
     assert len(turned) > 4
 
 
+def test_a_reader_takes_fifty_bytes_a_sample(content_version, monkeypatch):
+    """Each process that decodes has two of them: 128 processes over 10^6 and 10^6 samples are 256 million samples."""
+    count = 20_000
+    keys = [f"{number:032x}" for number in range(count)]
+    whole = {"key": keys} | {name: range(count) for name in ("offset", "size", "span", "crc32")}
+    monkeypatch.setattr(type(content_version), "samples", lambda version, columns: pa.table(whole).select(columns))
+    reader = SampleReader(content_version)
+    assert len(pickle.dumps(reader)) < 55 * count
+    tracemalloc.start()
+    reader = pickle.loads(pickle.dumps(reader))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 55 * count
+    assert (len(reader), reader.key(count - 1)) == (count, keys[-1])
+
+
 def test_a_reader_travels(content_version):
     reader = SampleReader(content_version)
     again = pickle.loads(pickle.dumps(reader))
@@ -227,7 +245,7 @@ def test_a_shard_that_is_cut_is_named(content_version, tmp_path):
     reader = SampleReader(version)
     with open(version.shard_uri(version.shards[0].name), "rb+") as tar:
         tar.truncate(1000)
-    with pytest.raises(DatasetError, match=rf"{version.shards[0].name}: expected \d+ bytes of sample {reader.keys[0]}"):
+    with pytest.raises(DatasetError, match=rf"{version.shards[0].name}: expected \d+ bytes of sample {reader.key(0)}"):
         reader.read(0)
 
 
@@ -282,7 +300,7 @@ def test_a_worker_that_hangs_or_dies_is_told_from_one_with_an_error(content_vers
 
 def test_memory_does_not_grow_with_epochs(content_version, style_version):
     dataset = pairs(content_version, style_version)
-    steps_of_an_epoch = len(SampleReader(content_version).keys) // 6
+    steps_of_an_epoch = len(SampleReader(content_version)) // 6
     process, used = psutil.Process(), []
     for epoch in range(40):
         for step in range(epoch * steps_of_an_epoch, (epoch + 1) * steps_of_an_epoch):

@@ -53,7 +53,7 @@ def total(folder):
 def test_samples_of_s3_are_those_of_the_disk_within_the_limit(remote, content_version, tmp_path):
     limit = 2 * max(shard.bytes for shard in remote.shards)
     here, there = SampleReader(content_version), SampleReader(remote, cache=ShardCache(str(tmp_path), limit))
-    rows = list(range(len(here.keys))) * 2
+    rows = list(range(len(here))) * 2
     random.Random(0).shuffle(rows)
     for row in rows:
         assert there.read(row) == here.read(row)
