@@ -68,11 +68,23 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _OnceEach(yaml.SafeLoader):
+    """YAML forbids a key that is there twice; PyYAML takes the last one and loses the others without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key.value in {earlier.value for earlier in keys[:place]}:
+                raise yaml.MarkedYAMLError(None, None, f"the key '{key.value}' a second time", key.start_mark)
+        return node
+
+
 def _read_files(model: type[Config], files: Sequence[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in files:
         try:
-            values = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+            values = yaml.load(Path(name).read_text(encoding="utf-8"), _OnceEach) or {}
         except FileNotFoundError:
             raise ConfigError(f"--config {name}: no such file") from None
         except IsADirectoryError:

@@ -124,6 +124,19 @@ def test_a_file_that_is_missing_or_no_mapping_is_one_clear_line(tmp_path, conten
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["train: {steps: 4}\noutput: o\ntrain: {kind: b}\n", "train:\n  steps: 4\n  steps: 5\n"]
+)
+def test_a_key_that_is_there_twice_is_refused_and_located(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"the key '(train|steps)' a second time .*line 3"):
+        load("--config", write(tmp_path / "twice.yaml", text), "--source", "a", "--output", "o")
+
+
+def test_keys_that_a_merge_brings_may_be_given_anew(tmp_path):
+    text = "source: [a]\noutput: o\ntrain: {<<: {steps: 4, kind: b}, steps: 5}\n"
+    assert load("--config", write(tmp_path / "merge.yaml", text)).config.train == Train(steps=5, kind="b")
+
+
 def test_dry_run_is_a_flag_and_no_part_of_the_configuration():
     loaded = load("--source", "a", "--output", "o", "--dry-run")
     assert loaded.dry_run
