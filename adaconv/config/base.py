@@ -27,3 +27,17 @@ def refuse_password(uri: str | None) -> str | None:
 
 
 TrackingUri = Annotated[str | None, AfterValidator(refuse_password)]
+
+
+def _refuse_empty(path: str) -> str:
+    """The path as it is, unless a variable of the shell that is not set has left nothing of it.
+
+    Raises:
+        ValueError: it is empty, which would be read as the current folder.
+    """
+    if not path:
+        raise ValueError("expected a path, found an empty one; for the current folder give .")
+    return path
+
+
+Location = Annotated[str, AfterValidator(_refuse_empty)]

@@ -4,23 +4,23 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, Location
 from adaconv.config.shard import BudgetConfig, ShardScalingConfig
 
 _Name = Annotated[str, Field(min_length=1)]  # an empty one would name all images that have none
 
 
 class AppendConfig(Config):
-    dataset: str
+    dataset: Location
     """Dataset to add to: ROOT or ROOT@VERSION, a folder or s3://. Its recipe is used; its shards stay as they are."""
-    source: tuple[str, ...] = Field(min_length=1)
+    source: tuple[Location, ...] = Field(min_length=1)
     """Folders or zip archives of images; what the dataset has found before is not found again."""
     budget: BudgetConfig = BudgetConfig()
     scaling: ShardScalingConfig = ShardScalingConfig()
 
 
 class RemoveConfig(Config):
-    dataset: str
+    dataset: Location
     """Dataset to remove from: ROOT or ROOT@VERSION, a folder or s3://."""
     key: tuple[_Name, ...] = ()
     """Samples by key, or by the sha256 of their source."""
@@ -42,48 +42,48 @@ class RemoveConfig(Config):
 
 
 class DiffConfig(Config):
-    dataset: str
+    dataset: Location
     """Dataset version: ROOT or ROOT@VERSION, a folder or s3://."""
-    against: str
+    against: Location
     """The version it is compared with: ROOT or ROOT@VERSION."""
-    output: str | None = None
+    output: Location | None = None
     """Folder for result.json; None writes none."""
 
 
 class VerifyConfig(Config):
-    dataset: str
+    dataset: Location
     """Dataset version: ROOT or ROOT@VERSION, a folder or s3://."""
-    output: str | None = None
+    output: Location | None = None
     """Folder for result.json; None writes none."""
     scaling: ShardScalingConfig = ShardScalingConfig()
 
 
 class GcConfig(Config):
-    dataset: str
+    dataset: Location
     """Root of a dataset, a folder or s3://."""
     keep_last: int | None = Field(default=None, ge=1)
     """Versions to keep: LATEST's and so many less one of its ancestors; all others go. None keeps every version."""
     older_than_hours: float = Field(default=24.0, ge=0)
     """Files that belong to no version go only if they are older: younger ones may belong to a running job."""
-    output: str | None = None
+    output: Location | None = None
     """Folder for result.json; None writes none."""
 
 
 class SimilarConfig(Config):
-    dataset: str
+    dataset: Location
     """Dataset version: ROOT or ROOT@VERSION, a folder or s3://."""
-    against: str | None = None
+    against: Location | None = None
     """Another one, such as that of evaluation: only images that both hold are reported, and they end the job with 1."""
     distance: int = Field(default=4, ge=0, le=7)
     """Bits of the 64 of two perceptual hashes that may differ: 0 finds copies, 4 those scaled or encoded anew."""
-    output: str | None = None
+    output: Location | None = None
     """Folder for result.json; None writes none."""
 
 
 class ReportConfig(Config):
-    dataset: str
+    dataset: Location
     """Dataset version: ROOT or ROOT@VERSION, a folder or s3://."""
-    output: str
+    output: Location
     """Folder for report.html, which needs no other file."""
     distance: int = Field(default=4, ge=0, le=7)
     """Bits in which the perceptual hashes of near-duplicates may differ."""

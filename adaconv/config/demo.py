@@ -2,15 +2,15 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, Location
 
 
 class DemoConfig(Config):
-    content: str | None = None
+    content: Location | None = None
     """Folder of photographs; None draws some."""
-    style: str | None = None
+    style: Location | None = None
     """Folder of paintings; None draws some."""
-    output: str = "demo-output"
+    output: Location = "demo-output"
     """Folder for everything that the demo makes; run again, it takes up what is there."""
     images: int = Field(default=240, ge=8)
     """Photographs and paintings to draw where no folder is given."""

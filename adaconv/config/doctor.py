@@ -1,16 +1,16 @@
 """Configuration of pipelines/doctor.py: what to look at."""
 
-from adaconv.config.base import Config, TrackingUri
+from adaconv.config.base import Config, Location, TrackingUri
 
 
 class DoctorConfig(Config):
-    output: str = "."
+    output: Location = "."
     """Folder (local or s3://) that jobs are to write to."""
     tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: MLFLOW_TRACKING_URI, else a SQLite file in the output folder."""
     encoder_weights: str = "imagenet"
     """VGG-19 weights that a training is to use; see `encoder.weights` of pipelines/train.py."""
-    working_dir: str = "."
+    working_dir: Location = "."
     """Folder that `ray job submit --working-dir` is to send."""
     cluster: bool = False
     """Ask every node of the cluster too: software, disk, GPUs, clock, and whether it reaches output and tracking."""

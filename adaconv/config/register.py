@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, TrackingUri
+from adaconv.config.base import Config, Location, TrackingUri
 
 
 class RegisterTrackingConfig(Config):
@@ -11,7 +11,7 @@ class RegisterTrackingConfig(Config):
 
 
 class RegisterConfig(Config):
-    model: str | None = None
+    model: Location | None = None
     """Checkpoint folder (local or s3://); a folder of runs or of one run, whose newest checkpoint is taken; or a
     version that is there, models:/NAME@ALIAS or models:/NAME/VERSION, that an alias is moved to."""
     name: str = "adaconv"
@@ -22,7 +22,7 @@ class RegisterConfig(Config):
     """Instead of --model: an alias that is moved back to the version that it named before."""
     reason: str = Field(default="", max_length=1000)
     """Why the alias moves; kept with the version and in the alias's history."""
-    output: str | None = None
+    output: Location | None = None
     """Folder for result.json; None writes none."""
     tracking: RegisterTrackingConfig = RegisterTrackingConfig()
 

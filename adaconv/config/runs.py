@@ -2,17 +2,17 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config, TrackingUri
+from adaconv.config.base import Config, Location, TrackingUri
 
 
 class SyncConfig(Config):
-    runs: str
+    runs: Location
     """Folder of runs, or of one, on this machine: every spool below it is handed over."""
     tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: the one that each run was started with."""
     timeout_seconds: float = Field(default=300, gt=0)
     """Longest time for one run, in seconds."""
-    output: str | None = None
+    output: Location | None = None
     """Folder for result.json; None writes none."""
 
 
@@ -21,7 +21,7 @@ class PageConfig(Config):
     """Name or id of a run."""
     against: str | None = None
     """Name or id of a run to show beside it."""
-    output: str
+    output: Location
     """Folder for time-machine.html, which needs no other file."""
     max_mb: float = Field(default=18, gt=0)
     """Bytes of the pictures of each run, in units of 1e6."""
@@ -32,5 +32,5 @@ class PageConfig(Config):
 class ReapConfig(Config):
     tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
-    output: str | None = None
+    output: Location | None = None
     """Folder for result.json; None writes none."""

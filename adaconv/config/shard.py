@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, Location
 
 
 class RecipeConfig(Config):
@@ -45,10 +45,10 @@ class ShardScalingConfig(Config):
 
 
 class ShardConfig(Config):
-    source: tuple[str, ...] = Field(min_length=1)
+    source: tuple[Location, ...] = Field(min_length=1)
     """Folders or zip archives of images, here or on s3://, with any folders below them; the folder an image lies in is
     its label."""
-    output: str
+    output: Location
     """Root of the dataset: a folder or s3://bucket/prefix."""
     shard: RecipeConfig = RecipeConfig()
     budget: BudgetConfig = BudgetConfig()

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, TrackingUri
+from adaconv.config.base import Config, Location, TrackingUri
 
 
 class OptionsConfig(Config):
@@ -39,7 +39,7 @@ class TileConfig(Config):
     """Make every picture in tiles of this side, in pixels; None tiles only where memory asks for it."""
     max_megapixels: float = Field(default=80.0, gt=0)
     """Larger contents are refused by their header."""
-    scratch: str | None = None
+    scratch: Location | None = None
     """Local folder for the maps of tiled pictures, 102 bytes a pixel; None is the system's for temporary files."""
 
 
@@ -80,11 +80,11 @@ class StylizeTrackingConfig(Config):
 class StylizeConfig(Config):
     model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://)."""
-    content: tuple[str, ...] = ()
+    content: tuple[Location, ...] = ()
     """Contents: folders, zips, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
-    style: tuple[str, ...] = ()
+    style: tuple[Location, ...] = ()
     """Styles: the same, or style packs (FILE.safetensors, or folders of them)."""
-    output: str | None = None
+    output: Location | None = None
     """Folder or s3://bucket/prefix for images, style packs, index and gallery, in no folder of contents or styles; run
     again, it makes what is missing."""
     pairs: str = "grid"
@@ -92,7 +92,7 @@ class StylizeConfig(Config):
     .parquet file with columns `content`, `style` and any of the options."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of `random:K`."""
-    replay: str | None = None
+    replay: Location | None = None
     """An output: make it again from its recipe and compare the bytes. Needs --content, and --style unless the pack is
     where the job left it; --model where the recipe's name of it cannot be resolved."""
     limit_contents: int | None = Field(default=None, ge=1)

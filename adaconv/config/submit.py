@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, Location
 
 
 class SubmitConfig(Config):
     address: str | None = None
     """The cluster's dashboard, http://host:8265; None: the variable RAY_API_SERVER_ADDRESS or RAY_ADDRESS."""
-    working_dir: str = "."
+    working_dir: Location = "."
     """Folder that is sent; files that git ignores stay here."""
     stop_wait_seconds: int = Field(default=120, ge=0)
     """Time that a stopped job gets for its last checkpoint before it is killed."""

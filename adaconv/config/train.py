@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, TrackingUri
+from adaconv.config.base import Config, Location, TrackingUri
 from adaconv.config.model import EncoderConfig, LossConfig, ModelConfig
 
 
@@ -33,7 +33,7 @@ class DataConfig(Config):
     prefetch_shards: int = Field(default=32, ge=0)
     """Shards of s3:// that each rank fetches before they are read: the blocks that both streams are at, and the next
     ones."""
-    cache_dir: str | None = None
+    cache_dir: Location | None = None
     """Folder for shards fetched from s3://, shared by the ranks of a node; default: `adaconv-shards` in the system's
     temporary folder."""
     cache_gb: float = Field(default=100, gt=0)
@@ -109,7 +109,7 @@ class OptimConfig(Config):
     """Of the weights, the sample order and the crops."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between two points of the metrics."""
-    ledger: str | None = None
+    ledger: Location | None = None
     """Folder on a disk where each rank notes the keys of every step, to prove the order; None: no notes."""
 
 
@@ -199,11 +199,11 @@ class TrackingConfig(Config):
 
 
 class TrainConfig(Config):
-    content: str
+    content: Location
     """Dataset version of contents: ROOT or ROOT@VERSION, a folder or s3://."""
-    style: str
+    style: Location
     """Dataset version of styles: ROOT or ROOT@VERSION, a folder or s3://."""
-    output: str
+    output: Location
     """Folder of runs; a run's checkpoints lie in OUTPUT/NAME/checkpoints/step-XXXXXXXX/."""
     name: str | None = None
     """Name of the run; None derives it from what determines its result, so that the same command finds it again."""

@@ -50,6 +50,9 @@ def folders(tmp_path):
         (("shard", "--source", "{}/images", "--output", "{}/out", "--shard.target-mb", "-1"), "shard.target_mb"),
         (("shard", "--source", "{}/images", "--output", "{}/out", "--config", "{}/no.yaml"), "{}/no.yaml"),
         (("shard", "--output", "{}/out"), "source"),
+        (("shard", "--source", "{}/images", "--output", ""), "output: expected a path, found an empty one"),
+        (("shard", "--source", "{}/images", "", "--output", "{}/out"), "source.1: expected a path, found an empty one"),
+        (("register", "--model", ""), "model: expected a path, found an empty one"),
         (("shard", "--source", "{}/images", "--output", "{}/out@cafe"), "would be read as a version"),
         (
             ("train", "--content", "{}/empty", "--style", "{}/empty", "--output", "{}/out"),
