@@ -4,6 +4,7 @@ exit code 0  done
           1  failed: the message says what was expected, what was found and what to do
           2  usage or configuration
         130  interrupted
+        143  asked to stop, and stopped where it can go on
 """
 
 import json
@@ -27,6 +28,7 @@ C = TypeVar("C", bound=Config)
 _PATHS = ("source", "content", "style", "dataset", "against", "output", "model", "data.cache_dir", "train.ledger")
 _TRACKING = ("tracking.uri", "tracking_uri")
 _PATHS_OR_WORDS = ("resume", "encoder.weights", *_TRACKING)  # such as `auto`, `imagenet`, a server's address
+_SECONDS = ("ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE")
 
 
 def run(
@@ -53,6 +55,7 @@ def run(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
+        _refuse_what_is_no_number()
         loaded = load_config(model, sys.argv[1:] if argv is None else argv, prog=prog, description=doc or "")
         config = loaded.config
         print(f"# {prog}: resolved configuration\n{to_yaml(config)}", flush=True)
@@ -70,6 +73,22 @@ def run(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command takes up where it stopped", file=sys.stderr)
         return 130
+
+
+def _refuse_what_is_no_number() -> None:
+    """Settings of the environment are read when a store or a node is waited for, which may be hours from now.
+
+    Raises:
+        UsageError: names the first that is wrong.
+    """
+    for name in _SECONDS:
+        given = os.environ.get(name, "0")
+        try:
+            is_right = float(given) >= 0
+        except ValueError:
+            is_right = False
+        if not is_right:
+            raise UsageError(f"{name}: expected a number of seconds, found {given!r}")
 
 
 def _refuse_relative_paths_in_a_job(config: Config) -> None:

@@ -11,7 +11,6 @@ import yaml
 
 from tests.helpers import save_checkpoint
 
-
 def answer(capsys, name, *argv) -> tuple[int, str]:
     """Run a pipeline's main and return its exit code and what it wrote to stderr."""
     module = importlib.import_module(f"pipelines.{name}")
@@ -193,6 +192,15 @@ def test_what_lies_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatc
     assert f"{flag} {given}: a Ray job runs in a copy of the working directory" in err
     code, err = answer(capsys, "train", *argv, "--resume", "none", "--encoder.weights", "imagenet")
     assert "expected a dataset version" in err
+
+
+@pytest.mark.parametrize("name", ["ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE"])
+@pytest.mark.parametrize("given", ["a minute", "", "-1", "nan"])
+def test_a_setting_of_the_environment_that_is_no_number_is_answered_at_once(capsys, monkeypatch, name, given):
+    monkeypatch.setenv(name, given)
+    code, err = answer(capsys, "doctor", "--dry-run")
+    assert code == 2
+    assert f"{name}: expected a number of seconds, found {given!r}" in err
 
 
 @pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])
