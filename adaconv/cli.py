@@ -7,6 +7,7 @@ exit code 0  done
         143  asked to stop, and stopped where it can go on
 """
 
+import io
 import json
 import logging
 import os
@@ -53,6 +54,7 @@ def run(
             `failed` (some parts were not made, the others stand) has an `error` and ends with exit code 1.
         output: where `result.json` goes; None for a pipeline that writes none.
     """
+    _print_whatever_paths_hold()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
         _refuse_what_is_no_number()
@@ -73,6 +75,13 @@ def run(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command takes up where it stopped", file=sys.stderr)
         return 130
+
+
+def _print_whatever_paths_hold() -> None:
+    """Names of files may hold what the terminal's encoding has not, and bytes that are no text: as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse_what_is_no_number() -> None:

@@ -4,12 +4,18 @@ import http.server
 import importlib
 import os
 import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.helpers import save_checkpoint
+
+REPO = Path(__file__).parents[2]
+
 
 def answer(capsys, name, *argv) -> tuple[int, str]:
     """Run a pipeline's main and return its exit code and what it wrote to stderr."""
@@ -201,6 +207,23 @@ def test_a_setting_of_the_environment_that_is_no_number_is_answered_at_once(caps
     code, err = answer(capsys, "doctor", "--dry-run")
     assert code == 2
     assert f"{name}: expected a number of seconds, found {given!r}" in err
+
+
+def started(*argv, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *argv]
+    return subprocess.run(command, cwd=REPO, stderr=subprocess.PIPE, text=True, timeout=100, check=False, **options)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_paths_are_printed_where_the_terminal_has_not_their_letters(folders, encoding):
+    folder = folders / os.fsdecode("Gemälde".encode() + b"\xff")
+    (folders / "images").rename(folder)
+    done = started(
+        *("pipelines/shard.py", "--source", folder, "--output", folders / "out", "--dry-run"),
+        stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("Gem\\xe4lde\\udcff" if encoding == "ascii" else "Gemälde\\udcff") in done.stdout
 
 
 @pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])
