@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from adaconv.config.base import Config
 from adaconv.config.load import load_config, to_yaml
@@ -55,7 +55,8 @@ def run(
         output: where `result.json` goes; None for a pipeline that writes none.
     """
     _print_whatever_paths_hold()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    lines = _Lines(sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[lines])
     try:
         _refuse_what_is_no_number()
         loaded = load_config(model, sys.argv[1:] if argv is None else argv, prog=prog, description=doc or "")
@@ -75,6 +76,14 @@ def run(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command takes up where it stopped", file=sys.stderr)
         return 130
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """The work goes on where nobody reads its lines any more (`| head`), or the disk of its log is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def _print_whatever_paths_hold() -> None:
@@ -137,13 +146,14 @@ def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], outpu
     result = execute(config)
     result = {"pipeline": Path(prog).stem, "status": "done", **result, "seconds": round(time.monotonic() - started, 2)}
     text = json.dumps(result, indent=2, ensure_ascii=False)
-    print(f"\n# {prog}: {result['status']} after {result['seconds']:.0f} s\n{text}", flush=True)
+    told = f"\n# {prog}: {result['status']} after {result['seconds']:.0f} s\n{text}"
     if output is not None:
         from adaconv import storage
 
         where = storage.join(output, "result.json")
         storage.publish_bytes(where, text.encode() + b"\n")
-        print(f"result: {where}", flush=True)
+        told += f"\nresult: {where}"
+    print(told, flush=True)
     if result["status"] == "failed":
         print(f"{prog}: error: {result['error']}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 import http.server
 import importlib
+import json
 import os
 import stat
 import subprocess
@@ -224,6 +225,26 @@ def test_paths_are_printed_where_the_terminal_has_not_their_letters(folders, enc
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ("Gem\\xe4lde\\udcff" if encoding == "ascii" else "Gemälde\\udcff") in done.stdout
+
+
+def test_work_goes_on_where_its_lines_cannot_be_written(folders):
+    """Behind `| head`, and on a full disk: no line becomes a traceback, and what was done is in result.json."""
+    code = (
+        "import logging, os, sys\n"
+        "from adaconv import cli\n"
+        "from adaconv.config.shard import ShardConfig\n"
+        "def execute(config):\n"
+        "    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        "    logging.info('a line')\n"
+        "    return {'made': 3}\n"
+        "sys.exit(cli.run(ShardConfig, None, prog='x.py', doc='', plan=str, execute=execute))\n"
+    )
+    (folders / "out").mkdir()
+    done = started("-c", code, "--source", "a", "--output", folders / "out", stdout=subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert json.loads((folders / "out" / "result.json").read_text())["made"] == 3
+    assert done.stderr.startswith("x.py: error: No space left on device")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])
