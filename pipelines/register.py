@@ -1,8 +1,10 @@
 """Give a checkpoint a name: a version of a registered model, with an alias that jobs can rely on.
 
-python pipelines/register.py --model runs/ --name adaconv --alias candidate
-python pipelines/register.py --model models:/adaconv@candidate --alias champion --reason "sharper"
-python pipelines/register.py --rollback champion --reason "halos around faces"
+    python pipelines/register.py --model runs/ --name adaconv --alias candidate
+    python pipelines/register.py --model models:/adaconv@candidate --alias champion --reason "sharper"
+    python pipelines/register.py --rollback champion --reason "halos around faces"
+
+Every move of an alias is kept, with who, when and why.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Contents x styles through a registered model: images, style packs, an index and a gallery.
+r"""Contents x styles through a registered model: images, style packs, an index and a gallery.
 
     python pipelines/stylize.py --config conf/stylize/base.yaml --model models:/adaconv@champion \
         --tracking.uri sqlite:///mlflow.db --content photos/ --style paintings/ --output stylized/

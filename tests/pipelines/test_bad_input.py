@@ -255,4 +255,6 @@ def test_help_explains_itself(capsys, name):
     text = capsys.readouterr().out
     assert not exit_.value.code
     assert f"pipelines/{name}.py" in text
+    examples = [line for line in module.__doc__.splitlines() if "pipelines/" in line or line.startswith("        ")]
+    assert set(examples) <= {line.rstrip() for line in text.splitlines()}  # as they are, to be copied
     assert "--config" in text
