@@ -91,13 +91,14 @@ def execute(config: DemoConfig) -> dict[str, Any]:
 
             raise JobError(f"the stage '{name}' ended with exit code {done.returncode}; its message is above")
         seconds[name] = round(time.monotonic() - began, 1)
+    database = f"sqlite:///{root / 'mlflow.db'}"
     return {
         "seconds_of": seconds,
         "run_id": _result(root / "runs")["run_id"],
         "model": _result(root / "model")["model"],
         "gallery": _result(root / "stylized")["gallery"],
         "samples_over_time": str(Path(_result(root / "runs")["run"]) / "time-machine.html"),
-        "mlflow_ui": f"mlflow ui --backend-store-uri sqlite:///{root / 'mlflow.db'} --port 5000",
+        "mlflow_ui": shlex.join(["mlflow", "ui", "--backend-store-uri", database, "--port", "5000"]),
     }
 
 

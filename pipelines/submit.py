@@ -8,6 +8,7 @@ Relative paths mean nothing on the cluster: give absolute ones or s3://.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     entrypoint = given[cut + 1 :]
 
     def plan(config: SubmitConfig) -> str:
-        return " ".join(command(config, entrypoint))
+        return shlex.join(command(config, entrypoint))
 
     def execute(config: SubmitConfig) -> dict[str, Any]:
         from adaconv.orchestration.submission import refuse_too_large

@@ -4,6 +4,7 @@ import http.server
 import importlib
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -258,3 +259,11 @@ def test_help_explains_itself(capsys, name):
     examples = [line for line in module.__doc__.splitlines() if "pipelines/" in line or line.startswith("        ")]
     assert set(examples) <= {line.rstrip() for line in text.splitlines()}  # as they are, to be copied
     assert "--config" in text
+
+
+def test_a_dry_run_of_submit_prints_a_line_for_the_shell(capsys):
+    job = ["python", "pipelines/shard.py", "--source", "my photos"]
+    assert importlib.import_module("pipelines.submit").main(["--dry-run", "--", *job]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[-len(job) :] == job
+    assert json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]

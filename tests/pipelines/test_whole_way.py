@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def pipeline(name, *arguments, cwd=REPO, check=True):
 
 @pytest.fixture(scope="module")
 def demo(photos, paintings, tmp_path_factory):
-    root = tmp_path_factory.mktemp("demo")
+    root = tmp_path_factory.mktemp("the demo")
     flags = ("--steps", 20, "--grid-contents", 3, "--grid-styles", 2, "--content", photos, "--style", paintings)
     done = pipeline("demo", "--output", root, *flags)
     return root, done, flags
@@ -50,7 +51,8 @@ def test_the_demo_ends_with_its_results(demo):
     assert result["status"] == "done"
     assert result["model"] == "models:/adaconv@champion"
     assert list(result["seconds_of"]) == ["shard photographs", "shard paintings", "train", "register", "stylize"]
-    assert "mlflow ui --backend-store-uri" in done.stdout
+    assert shlex.split(result["mlflow_ui"])[:2] == ["mlflow", "ui"]
+    assert f"sqlite:///{root}/mlflow.db" in shlex.split(result["mlflow_ui"])
     assert Path(result["gallery"]).exists()
     assert Path(result["samples_over_time"]).exists()
     assert "Traceback" not in done.stdout + done.stderr
