@@ -46,28 +46,27 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
 
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Sockets live below this folder and their paths may have 107 characters: keep it short.
-    files = ExitStack()
-    temp_dir = None if address else str(files.enter_context(scratch_folder("ray", "/tmp")))
     started = time.monotonic()
-    try:
-        if address:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-                object_store_memory=object_store_mb * 2**20,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=temp_dir,
-            )
-    except Exception as error:  # Ray raises Exception itself where a node does not come up in time
-        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
-        files.close()
-        raise ClusterError(f"cannot connect to {where}: {error}; pipelines/doctor.py checks the cluster") from error
-    try:
+    with ExitStack() as ending:
+        # Sockets live below this folder and their paths may have 107 characters: keep it short.
+        temp_dir = None if address else str(ending.enter_context(scratch_folder("ray", "/tmp")))
+        ending.callback(ray.shutdown)  # before its folder goes, and also where Ctrl-C came while it started
+        try:
+            if address:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+                    object_store_memory=object_store_mb * 2**20,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=temp_dir,
+                )
+        except Exception as error:  # Ray raises Exception itself where a node does not come up in time
+            where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
+            raise ClusterError(f"cannot connect to {where}: {error}; pipelines/doctor.py checks the cluster") from error
         resources = ray.cluster_resources()
         log.info(
             "ray %s | %s | %.0f CPUs, %.0f GPUs, %d nodes | up in %.1f s",
@@ -79,9 +78,6 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
             time.monotonic() - started,
         )
         yield
-    finally:
-        ray.shutdown()
-        files.close()
 
 
 def set_up_ray_data() -> None:
