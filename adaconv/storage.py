@@ -174,7 +174,7 @@ def publish_bytes(uri: str, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        with aside.open("wb") as file:
+        with _full_disk_named(uri), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -192,9 +192,10 @@ def publish_file(path: Path, uri: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        shutil.copyfile(path, aside)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
+        with _full_disk_named(uri):
+            shutil.copyfile(path, aside)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
@@ -211,9 +212,21 @@ def file_for(folder: str) -> Iterator[Path]:
     beside.mkdir(parents=True, exist_ok=True)
     path = beside / f".written.tmp-{uuid.uuid4().hex}"
     try:
-        yield path
+        with _full_disk_named(folder):
+            yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_disk_named(where: str) -> Iterator[None]:
+    """A write that finds no room knows no path, and there may be several disks to make room on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.filename = where
+        raise
 
 
 def publish_written(path: Path, uri: str) -> None:

@@ -1,13 +1,14 @@
 """The same promises on a local disk and on an S3 server on loopback."""
 
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from adaconv import storage
-from adaconv.errors import UsageError
+from adaconv.errors import UsageError, of_storage
 from tests.servers import S3Server
 
 
@@ -155,6 +156,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         storage.publish_bytes(str(target), b"new")
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    target, source = str(tmp_path / "file"), tmp_path / "source"
+    source.write_bytes(b"new")
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    def written():
+        with storage.file_for(str(tmp_path)):
+            no_space()
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    for write, where in (
+        (lambda: storage.publish_bytes(target, b"new"), target),
+        (lambda: storage.publish_file(source, target), target),
+        (written, str(tmp_path)),
+    ):
+        with pytest.raises(OSError, match="No space") as caught:
+            write()
+        assert of_storage(pickle.loads(pickle.dumps(caught.value))) == f"No space left on device: {where}"
 
 
 def test_paths_become_absolute_and_uris_stay(monkeypatch, tmp_path):
