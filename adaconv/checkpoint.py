@@ -119,14 +119,8 @@ def keep(folder: str, *, last: int, best: int, metric: str) -> None:
     """Remove all checkpoints but the newest `last` and the `best` with the lowest metric, of equals the older."""
     steps = steps_in(folder)
     newest_steps = list(steps)[-last:]
-    scores = {}
-    if best and len(steps) > last:
-        for step, uri in steps.items():
-            score = meta_of(uri).get("metrics", {}).get(metric, math.inf)
-            scores[step] = score if math.isfinite(score) else math.inf
-    best_steps = sorted((step for step, score in scores.items() if score < math.inf), key=lambda s: (scores[s], s))[
-        :best
-    ]
+    scores = _scores_of(steps, metric) if best and len(steps) > last else {}
+    best_steps = sorted(scores, key=lambda s: (scores[s], s))[:best]
     for step, uri in steps.items():
         if step not in newest_steps and step not in best_steps:
             storage.remove_directory(uri, first="meta.json")
@@ -134,8 +128,22 @@ def keep(folder: str, *, last: int, best: int, metric: str) -> None:
 
 def best_step(folder: str, *, metric: str) -> int | None:
     """The step of the checkpoint with the lowest metric; None where no checkpoint has it."""
-    scores = {step: meta_of(uri).get("metrics", {}).get(metric, math.inf) for step, uri in steps_in(folder).items()}
-    return min((s for s in scores if math.isfinite(scores[s])), key=lambda s: (scores[s], s), default=None)
+    scores = _scores_of(steps_in(folder), metric)
+    return min(scores, key=lambda s: (scores[s], s), default=None)
+
+
+def _scores_of(steps: Mapping[int, str], metric: str) -> dict[int, float]:
+    """The metric of each checkpoint that has it; one whose `meta.json` is damaged has none and holds nobody up."""
+    scores = {}
+    for step, uri in steps.items():
+        try:
+            score = meta_of(uri).get("metrics", {}).get(metric, math.inf)
+        except CheckpointError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+            continue
+        if math.isfinite(score):
+            scores[step] = score
+    return scores
 
 
 def meta_of(uri: str) -> dict[str, Any]:
