@@ -73,7 +73,7 @@ class Spool:
         self._file = self._records.open("ab", buffering=0)
         self._size = self._file.tell()
         self._pending: list[bytes] = []
-        self._offset = int(self._drained.read_text()) if self._drained.exists() else 0
+        self._offset = self._noted_offset()
         self._lock, self._wake, self._stop = threading.Lock(), threading.Event(), threading.Event()
         self.problem: Exception | None = None
         self._failures = 0
@@ -138,6 +138,16 @@ class Spool:
             whole = data.rfind(b"\n") + 1  # looks at the end alone, however long the run was
         if whole < size:
             os.truncate(self._records, whole)
+
+    def _noted_offset(self) -> int:
+        """What `drained` says, if it fits the records: a loss of power may take the end of these, which are not synced,
+        and leave a note that counts it.
+        """
+        try:
+            offset = int(self._drained.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return 0  # what was handed over is recognised by whoever takes it
+        return offset if offset <= self._size else 0
 
     def _run(self) -> None:
         wait = self._interval_seconds

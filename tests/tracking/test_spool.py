@@ -160,6 +160,19 @@ def test_a_damaged_line_is_passed_over(tmp_path):
     assert server.steps == [1]
 
 
+@pytest.mark.parametrize("noted", [b"100", b"", b"\0\0\0"])
+def test_a_note_of_more_than_there_is_hides_no_record(tmp_path, noted):
+    """A loss of power may take the end of the records, which are not synced, or the note's own bytes."""
+    server = Server()
+    (tmp_path / "drained").write_bytes(noted)
+    spool = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    for step in range(3):
+        spool.append("metrics", step, {"loss": 0.5})
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert server.steps == [0, 1, 2]
+
+
 def test_a_folder_has_one_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(spool_module, "_OWNER_GOES_SECONDS", 0.2)
     first = Spool(tmp_path, lambda records: None)
