@@ -30,6 +30,7 @@ def test_random_pairs_follow_from_the_seed_and_stay_when_contents_are_added():
     assert all(300 < count < 500 for count in counts)
     # Frozen: a release that draws others would make other outputs of the same command.
     assert [pair.style for pair in pairs] == FROZEN
+    assert pair_up("random:5", CONTENTS, STYLES) == pair_up("grid", CONTENTS, STYLES)  # all there are, in their order
     with pytest.raises(UsageError, match="at least 6 styles, found 5"):
         pair_up("random:6", CONTENTS, STYLES)
 
