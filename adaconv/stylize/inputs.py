@@ -233,7 +233,8 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
                 paths = table.read_row_group(group, [f"{column}.path"]).column(0).to_pylist()
                 names = [cell and cell["path"] for cell in paths]
             for row, name in enumerate(names):
-                yield Item("cell", str(name or f"row-{number:08d}"), uri, (group, row), column)
+                called = f"row-{number:08d}" if name in (None, "") else str(name)  # 0 is a name
+                yield Item("cell", called, uri, (group, row), column)
                 number += 1
 
 

@@ -90,7 +90,8 @@ def _pairs_of_file(
             raise UsageError(f"{where}: expected {expected} fields, as the first line has, found {found_fields}")
         found: dict[str, int] = {}
         for name, place in places.items():
-            value = str(row.pop(name, None) or "")
+            cell = row.pop(name, None)
+            value = "" if cell is None else str(cell)
             if value not in place:
                 raise UsageError(f"{where}: expected the name of a {name} that --{name} holds, found {value!r}")
             if place[value] is None:

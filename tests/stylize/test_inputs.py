@@ -90,6 +90,9 @@ def test_a_names_column(tmp_path):
     pq.write_table(pa.table({"name": ["z", "y"], "image": [png(0), png(1)]}), tmp_path / "t.parquet")
     items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
     assert [(item.source, read_item(item)) for item in items] == [("y", png(1)), ("z", png(0))]
+    pq.write_table(pa.table({"id": [0, None, 7], "image": [png(0)] * 3}), tmp_path / "t.parquet")
+    items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
+    assert [item.source for item in items] == ["0", "7", "row-00000001"]
 
 
 def test_style_packs(tmp_path):

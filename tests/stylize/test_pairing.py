@@ -58,6 +58,11 @@ def test_a_file_of_pairs(tmp_path):
         assert pairs == [Pair(0, 0), Pair(2, 1, {"alpha": 0.5})]
 
 
+def test_a_file_of_pairs_whose_names_are_numbers(tmp_path):
+    pq.write_table(pa.table({"content": [1, 0], "style": [0, 1]}), tmp_path / "p.parquet")
+    assert pair_up(str(tmp_path / "p.parquet"), ["0", "1"], ["0", "1"]) == [Pair(0, 1), Pair(1, 0)]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
