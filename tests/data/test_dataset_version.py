@@ -16,9 +16,9 @@ from PIL import Image
 
 from adaconv import storage
 from adaconv.config.shard import RecipeConfig
-from adaconv.data.manifest import Books, Shard, open_version
-from adaconv.data.plan import Candidate, Catalog, expected_bytes, plan_shards, row_of
-from adaconv.data.sources import Found, fingerprint, list_images
+from adaconv.data.manifest import Books, Shard, manifest_uri, open_version
+from adaconv.data.plan import Candidate, Catalog, expected_bytes, plan_from, plan_shards, row_of
+from adaconv.data.sources import Found, Member, fingerprint, list_images
 from adaconv.errors import DatasetError, UsageError
 from tests.helpers import RECIPE, build_version
 
@@ -157,6 +157,61 @@ def test_books_that_do_not_balance_are_refused():
         close_books([*good[:2], kept(2, "c.tar", 512)], shards)
     with pytest.raises(DatasetError, match="do not balance"):
         close_books([row_of(candidate(0), "forgotten")], [])
+
+
+def test_a_catalog_takes_over_what_the_parent_found(tmp_path):
+    """The same file is not found again, its bytes elsewhere are a duplicate, and what was removed stays removed."""
+    kept, removed, refused, new = (candidate(number) for number in range(4))
+    catalog = Catalog(tmp_path / "catalog.sqlite")
+    there = [row_of(kept, "kept"), row_of(removed, "excluded", "removed_by_key"), row_of(refused, "quarantined", "cut")]
+    catalog.add_parent(there)
+    for one in (kept, removed):
+        catalog.add(one)
+    assert not catalog.set_outside(row_of(refused, "quarantined", "cut"))
+    assert (catalog.has_news, catalog.known) == (False, 3)
+    for number, one in enumerate((kept, removed), 4):
+        catalog.add(replace(one, found=candidate(number).found))
+    catalog.add(new)
+    assert catalog.set_outside(row_of(candidate(6), "quarantined", "empty"))
+    assert (catalog.has_news, catalog.known) == (True, 3)
+    assert list(catalog.candidates()) == [new]
+    outside = [(row["source"], row["state"], row["reason"]) for row in catalog.outside()]
+    assert outside == [
+        ("1.jpg", "excluded", "removed_by_key"),
+        ("2.jpg", "quarantined", "cut"),
+        ("4.jpg", "duplicate", "same_bytes"),
+        ("5.jpg", "excluded", "removed_before"),
+        ("6.jpg", "quarantined", "empty"),
+    ]
+    assert [row["source"] for row in catalog.outside_examples(1)] == ["6.jpg"]
+    catalog.close()
+
+
+def test_a_plan_travels():
+    """As the driver writes it and the task that writes its shard reads it."""
+    member = replace(candidate(1), found=replace(candidate(1).found, member=Member(1, 2, 8, 0, 3)))
+    (plan,), _ = planned([candidate(0), member])
+    assert plan_from(plan.to_json()) == plan
+
+
+def test_a_damaged_manifest_is_refused(photos, tmp_path):
+    """A changed byte where all is read at once; what is no Parquet where rows are streamed."""
+    version = build_version(photos, str(tmp_path))
+    path = Path(manifest_uri(version.root, version.version))
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 3] ^= 1
+    path.write_bytes(changed)
+    for read in (version.samples, version.manifest):
+        with pytest.raises(DatasetError, match="is not the manifest that was written"):
+            read()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match="expected a Parquet file, found damage"):
+        list(version.rows())
+    path.unlink()
+    for read in (version.samples, version.manifest, lambda: list(version.rows())):
+        with pytest.raises(DatasetError, match="found none there"):
+            read()
 
 
 def test_a_disk_that_is_full_is_told_with_its_path(tmp_path):
