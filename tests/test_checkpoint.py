@@ -57,6 +57,13 @@ def test_a_changed_byte_is_found(tmp_path, name):
     assert checkpoint.newest(str(tmp_path)) is None
 
 
+def test_the_newest_whole_one_is_found(tmp_path):
+    uris = [save_checkpoint(tmp_path, step)[1] for step in (9, 10)]
+    assert checkpoint.newest(str(tmp_path)) == uris[1]
+    (tmp_path / "step-00000010" / "meta.json").write_text("[]")
+    assert checkpoint.newest(str(tmp_path)) == uris[0]
+
+
 def test_other_formats_and_networks_are_refused(tmp_path):
     _, uri = save_checkpoint(tmp_path)
     path = tmp_path / "step-00000007" / "model.json"
@@ -73,6 +80,9 @@ def test_other_formats_and_networks_are_refused(tmp_path):
         checkpoint.load_network(uri)
     path.write_text(json.dumps({**described, "weights_sha256": hashlib.sha256(b"nonsense").hexdigest()}))
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        checkpoint.load_network(uri)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"found no model\.safetensors"):
         checkpoint.load_network(uri)
 
 
