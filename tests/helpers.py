@@ -1,5 +1,6 @@
 """What several tests make."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from functools import partial
@@ -88,3 +89,12 @@ def swapped_profile() -> bytes:
     red, blue = at[b"rXYZ"], at[b"bXYZ"]
     data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
     return bytes(data).replace("sRGB".encode("utf-16-be"), "xxxx".encode("utf-16-be")).replace(b"sRGB", b"xxxx")
+
+
+def held_open(folder: Path) -> list[str]:
+    """Files below a folder that this process has open, those that were removed included: they take room."""
+    names = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            names.append(str(link.readlink()))
+    return sorted(name for name in names if name.startswith(f"{folder}/"))

@@ -200,10 +200,11 @@ class Production:
             picture = shrink(decode_picture(path, max_pixels=pixels_limit, keep_colours=metadata is not None), side)
             yield from self._make_whole(pixels_of(picture), metadata, wanted, batch)
             return
-        with scratch_folder("large", self._limits.scratch) as folder:
+        with scratch_folder("large", self._limits.scratch) as folder, contextlib.ExitStack() as stack:
             content: Raster
             if side is None and large.reads(path):
                 content = large.unpack(path, folder / "content", keep_colours=metadata is not None)
+                stack.callback(content.close)
             else:
                 picture = decode_picture(path, max_pixels=pixels_limit, keep_colours=metadata is not None)
                 content = MemoryRaster(pixels_of(shrink(picture, side)))

@@ -80,7 +80,11 @@ class FileRaster:
         self._file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if fresh else 0), 0o600)
         if fresh and hasattr(os, "posix_fallocate"):
             # Room is taken now: a full disk says so here rather than in the middle.
-            os.posix_fallocate(self._file, 0, max(1, height * width * self._pixel_bytes))
+            try:
+                os.posix_fallocate(self._file, 0, max(1, height * width * self._pixel_bytes))
+            except OSError:
+                self.close()
+                raise
 
     def read(self, window: Window) -> Tensor:
         rows = torch.empty(window.height, window.width * self._pixel_bytes, dtype=torch.uint8)
@@ -100,8 +104,11 @@ class FileRaster:
         return os.pread(self._file, size, offset)
 
     def close(self) -> None:
-        os.close(self._file)
-        self.path.unlink(missing_ok=True)
+        """May be called again. Until it is called the disk's room is taken, though the folder be removed."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self.path.unlink(missing_ok=True)
 
     def _offsets(self, window: Window) -> list[int]:
         return [(row * self.width + window.left) * self._pixel_bytes for row in range(window.top, window.bottom)]

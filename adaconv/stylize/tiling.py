@@ -126,15 +126,14 @@ class Tiler:
         frame = PaddedFrame(picture, smallest_map=self._network.transfer.smallest_map, device=self._device)
         with ExitStack() as stack:
             folder = stack.enter_context(scratch_folder("tiles", self._scratch))
-            features, moments = self._keep(self._encoder, frame, folder / "features", frame)
-            stack.callback(_close, features)
+            features, moments = self._keep(self._encoder, frame, folder / "features", frame, stack)
             applied = regions(moments)
             if len(applied) == 1:
-                self._walk(features, moments, applied[0], frame, folder, self._sink(picture, write))
+                self._walk(features, moments, applied[0], frame, folder, self._sink(picture, write), stack)
                 return
             # Each region meets the statistics that its style alone would have: away from the borders between regions
             # the result is that of each style alone.
-            known = [self._walk(features, moments, Region(r.code), frame, folder, None) for r in applied]
+            known = [self._walk(features, moments, Region(r.code), frame, folder, None, stack) for r in applied]
             layers: list[Layer] = []
             for scale, (lead, follow) in enumerate(self._blocks):
                 of_scale = [moments_of[scale] for moments_of in known]
@@ -149,6 +148,7 @@ class Tiler:
         frame: Raster,
         folder: Path,
         sink: Callable[[Window, Tensor], None] | None,
+        stack: ExitStack,
     ) -> list[Moments]:
         """From relu4_1 to the image, or, without a sink, to the last block's statistics."""
         known, source = [moments], features
@@ -158,7 +158,7 @@ class Tiler:
                 if sink is not None:
                     self._fill(layers, source, frame, sink)
             else:
-                kept, of_kept = self._keep(layers, source, folder / f"map-{scale}", frame)
+                kept, of_kept = self._keep(layers, source, folder / f"map-{scale}", frame, stack)
                 known.append(of_kept)
                 if source is not features:
                     _close(source)
@@ -167,8 +167,12 @@ class Tiler:
             _close(source)
         return known
 
-    def _keep(self, layers: Sequence[Layer], source: Raster, path: Path, frame: Raster) -> tuple[Raster, Moments]:
-        """The chain's last map, and its statistics."""
+    def _keep(
+        self, layers: Sequence[Layer], source: Raster, path: Path, frame: Raster, stack: ExitStack
+    ) -> tuple[Raster, Moments]:
+        """The chain's last map, and its statistics. The stack closes the map if nobody does before, for memory may run
+        out at any tile.
+        """
         moments = Moments()
         height, width = sizes_along(layers, source.height, source.width)[-1]
         kept: list[Raster] = []
@@ -180,6 +184,7 @@ class Tiler:
                 return
             if not kept:
                 kept.append(FileRaster(path, values.shape[1], height, width, values.dtype, device=self._device))
+                stack.callback(_close, kept[0])
             kept[0].write(window, values)
 
         self._fill(layers, source, frame, keep)

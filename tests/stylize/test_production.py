@@ -22,7 +22,7 @@ from adaconv.stylize.outputs import Recipe, read_recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted, file_thumbnail
 from adaconv.stylize.raster import Window
 from adaconv.stylize.stylizer import Stylizer
-from tests.helpers import save_checkpoint, swapped_profile
+from tests.helpers import held_open, save_checkpoint, swapped_profile
 from tests.servers import REPO
 
 
@@ -79,6 +79,7 @@ def test_tiles_from_disk_to_disk_make_the_same_picture(stylizer, tmp_path, kind,
         with Image.open(io.BytesIO(one.thumbnail)) as image:
             assert max(image.size) == 170
     assert {path.name for path in tmp_path.iterdir()} == {"c.png", "whole", "tiled"}
+    assert held_open(tmp_path) == []  # nor does a removed file take room: a worker makes thousands of pictures
     again = make(stylizer, tmp_path / "tiled", tmp_path / "c.png", outputs)
     assert [(one.state, one.width, one.height) for one in again] == [("skipped", 170, 130)] * 2
     assert again[0].thumbnail

@@ -1,6 +1,7 @@
 """Tiles equal the whole frame: any size of picture and tile, both architectures, masks and colours too."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from adaconv.stylize.pictures import reduced
 from adaconv.stylize.raster import FileRaster, MemoryRaster, Window, tiles
 from adaconv.stylize.stylizer import Stylizer
 from adaconv.stylize.tiling import Tiler, plan_tile
-from tests.helpers import TINY_MODEL, TINY_WIDTHS, save_checkpoint
+from tests.helpers import TINY_MODEL, TINY_WIDTHS, held_open, save_checkpoint
 from tests.servers import REPO
 
 
@@ -56,6 +57,28 @@ def test_tiles_equal_the_whole_frame(settings, height, width, tmp_path):
         assert (in_tiles(network, picture, code, side, tmp_path) - whole).abs().max() < 1e-4
     assert whole.std() > 0.01
     assert not list(tmp_path.iterdir())
+
+
+def test_a_walk_that_ends_early_gives_back_the_disk(tmp_path):
+    """Memory may run out at any tile, and the next attempt needs the room: an open file takes it, though removed."""
+    network, picture = tiny(), smooth(200, 136)
+
+    def write(window, values):
+        assert len(held_open(tmp_path)) >= 2
+        raise MemoryError
+
+    with torch.inference_mode():
+        code = network.encode_style(smooth(64, 64, seed=1))
+        with pytest.raises(MemoryError):
+            Tiler(network, side=64, scratch=tmp_path).stylize(MemoryRaster(picture), lambda m: [Region(code)], write)
+    assert held_open(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is not taken beforehand")
+def test_a_raster_that_finds_no_room_leaves_no_file(tmp_path):
+    with pytest.raises(OSError, match=r"too large|No space"):
+        FileRaster(tmp_path / "raster", 3, 2**31, 2**29, torch.uint8)
+    assert (held_open(tmp_path), list(tmp_path.iterdir())) == ([], [])
 
 
 def test_adain_in_tiles_equals_the_whole_frame():
