@@ -1,5 +1,6 @@
 """An output made again from the recipe that it carries, and compared byte for byte."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ import torch
 
 from adaconv import storage
 from adaconv.errors import UsageError
+from adaconv.images import ImageError
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, sha256_of
 from adaconv.stylize.outputs import Recipe, pack_name, read_recipe
@@ -114,7 +116,8 @@ def _find(sources: Sequence[str], name: str, sha256: str, scratch: Path, flag: s
     scratch.mkdir()
     items: list[Item] = [item for item in list_items(sources, flag=flag, packs=True) if item.kind != "pack"]
     for item in sorted(items, key=lambda item: (item.source != name, not item.source.endswith(Path(name).name))):
-        path = local_file(item, scratch)
-        if sha256_of(path) == sha256:
-            return path
+        with contextlib.suppress(ImageError):  # what cannot be had is not it
+            path = local_file(item, scratch)
+            if sha256_of(path) == sha256:
+                return path
     raise UsageError(f"{flag} {', '.join(sources)}: expected {name} with sha256 {sha256[:16]}…, found no such bytes")

@@ -49,6 +49,8 @@ def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
     def resolved(name):
         yield name, folder
 
+    content.rename(content.with_name("moved.png"))
+    content.symlink_to("nowhere")  # what has its name cannot be had
     for one in outputs:
         uri = str(tmp_path / "out" / one.recipe.name)
         assert replay(uri, resolved=resolved, content=[str(content.parent)], scratch=str(tmp_path))["same_bytes"], uri
