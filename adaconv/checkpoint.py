@@ -115,14 +115,18 @@ def newest(folder: str) -> str | None:
     return None
 
 
-def keep(folder: str, *, last: int, best: int, metric: str) -> None:
-    """Remove all checkpoints but the newest `last` and the `best` with the lowest metric, of equals the older."""
-    steps = steps_in(folder)
+def keep(folder: str, *, last: int, best: int, metric: str, step: int | None = None) -> None:
+    """Remove all checkpoints but the newest `last` and the `best` with the lowest metric, of equals the older.
+
+    `step`: of the one just published. Later ones were passed over when the run was resumed, so they take no place;
+    they stay until their steps are done anew.
+    """
+    steps = {s: uri for s, uri in steps_in(folder).items() if step is None or s <= step}
     newest_steps = list(steps)[-last:]
     scores = _scores_of(steps, metric) if best and len(steps) > last else {}
     best_steps = sorted(scores, key=lambda s: (scores[s], s))[:best]
-    for step, uri in steps.items():
-        if step not in newest_steps and step not in best_steps:
+    for one, uri in steps.items():
+        if one not in newest_steps and one not in best_steps:
             storage.remove_directory(uri, first="meta.json")
 
 

@@ -125,3 +125,16 @@ def test_a_damaged_one_holds_up_neither_keeping_nor_choosing(tmp_path):
     assert checkpoint.best_step(str(tmp_path), metric="probe/loss") == 2
     checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss")
     assert list(checkpoint.steps_in(str(tmp_path))) == [2, 4]
+
+
+def test_a_damaged_one_that_is_newer_takes_no_place(tmp_path):
+    """A run that was resumed before it keeps what it writes, and loses nothing when it is killed again."""
+    for step in (1, 4):
+        save_checkpoint(tmp_path, step, metrics={"probe/loss": 0.5 / step})
+    (tmp_path / "step-00000004" / "model.safetensors").write_bytes(b"cut")
+    _, uri = save_checkpoint(tmp_path, 2, metrics={"probe/loss": 0.4})
+    checkpoint.keep(str(tmp_path), last=1, best=0, metric="probe/loss", step=2)
+    assert checkpoint.newest(str(tmp_path)) == uri
+    _, uri = save_checkpoint(tmp_path, 3, metrics={"probe/loss": 0.6})
+    checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss", step=3)
+    assert list(checkpoint.steps_in(str(tmp_path))) == [2, 3, 4]

@@ -68,6 +68,7 @@ class CheckpointWriter:
         try:
             uri = checkpoint.save(self._folder, settings=self._settings, encoder_fingerprint=self._fingerprint, **copy)
             self._published.append((copy["step"], uri))
-            checkpoint.keep(self._folder, last=self._keep_last, best=self._keep_best, metric=checkpoint.BEST_BY)
+            kept = {"last": self._keep_last, "best": self._keep_best}
+            checkpoint.keep(self._folder, metric=checkpoint.BEST_BY, step=copy["step"], **kept)
         except BaseException as error:  # for whoever waits
             self._error = error
