@@ -1,6 +1,7 @@
 """What every configuration model shares."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -29,15 +30,21 @@ def refuse_password(uri: str | None) -> str | None:
 TrackingUri = Annotated[str | None, AfterValidator(refuse_password)]
 
 
-def _refuse_empty(path: str) -> str:
-    """The path as it is, unless a variable of the shell that is not set has left nothing of it.
+def _refuse_no_path(path: str) -> str:
+    """The path as it is, unless it is what a shell leaves of a variable that is not set, or of an unknown user's ~.
 
     Raises:
-        ValueError: it is empty, which would be read as the current folder.
+        ValueError: it is empty, which would be read as the current folder, or begins with a home that is not there.
     """
     if not path:
         raise ValueError("expected a path, found an empty one; for the current folder give .")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"expected a path, found {path}, and no home folder for its ~; give the folder's own"
+        ) from None
     return path
 
 
-Location = Annotated[str, AfterValidator(_refuse_empty)]
+Location = Annotated[str, AfterValidator(_refuse_no_path)]

@@ -59,6 +59,10 @@ def folders(tmp_path):
         (("shard", "--output", "{}/out"), "source"),
         (("shard", "--source", "{}/images", "--output", ""), "output: expected a path, found an empty one"),
         (("shard", "--source", "{}/images", "", "--output", "{}/out"), "source.1: expected a path, found an empty one"),
+        (
+            ("shard", "--source", "~nobody-here/x", "--output", "{}/out"),
+            "source.0: expected a path, found ~nobody-here/x",
+        ),
         (("register", "--model", ""), "model: expected a path, found an empty one"),
         (("shard", "--source", "{}/images", "--output", "{}/out@cafe"), "would be read as a version"),
         (
