@@ -9,7 +9,6 @@ Nobody waits for the server. Where it is down when a run is opened, whoever firs
 down when a run ends, the status waits in the spool behind the metrics.
 """
 
-import getpass
 import json
 import logging
 import math
@@ -102,7 +101,7 @@ def open_run(
             **tags,
             **provenance.git_tags(code),
             "mlflow.source.name": "pipelines/train.py",
-            "mlflow.user": getpass.getuser(),
+            "mlflow.user": provenance.user(),
         },
         datasets=datasets,
         files={"config.yaml": config_yaml, **provenance.files(code)},

@@ -1,6 +1,8 @@
-"""Which code made a run: commit, what differs from it, and the packages around it."""
+"""Which code made a run: commit, what differs from it, and the packages around it; and who started it."""
 
+import getpass
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 
@@ -24,6 +26,14 @@ def files(folder: Path) -> dict[str, str]:
     if diff := _git(folder, "diff", "HEAD"):
         found["git.diff"] = diff[:_LONGEST_DIFF] + "\n"
     return found
+
+
+def user() -> str:
+    """Who runs this process; its number where the system knows no name for it, as in a container under any uid."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

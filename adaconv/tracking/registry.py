@@ -1,7 +1,6 @@
 """Checkpoints to named model versions, aliases with their history, and any name of a model back to a local folder."""
 
 import contextlib
-import getpass
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from adaconv import checkpoint, storage
 from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.scratch import scratch_folder
+from adaconv.tracking import provenance
 from adaconv.tracking.logged_model import card_of, log_model
 from adaconv.tracking.runs import find_run, iso, reader_of
 
@@ -114,7 +114,7 @@ def move_alias(
     move = Move(
         version=str(version.version),
         before=None if before is None else str(before),
-        by=os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser(),
+        by=os.environ.get("MLFLOW_TRACKING_USERNAME") or provenance.user(),
         why=why,
         at=iso(int(time.time() * 1000)),
         metrics={key: float(value) for key, value in json.loads(version.tags.get("metrics", "{}")).items()},
