@@ -10,6 +10,7 @@ The network is tiny and its encoder seeded: this shows the system at work, not w
 import json
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -85,11 +86,11 @@ def execute(config: DemoConfig) -> dict[str, Any]:
     for name, arguments in stages(config, root):
         began = time.monotonic()
         print(f"\n=== {name}: {_shown(arguments)}", flush=True)
-        done = subprocess.run([sys.executable, *arguments], cwd=_REPO, check=False)
-        if done.returncode:
+        code = _run([sys.executable, *arguments])
+        if code:
             from adaconv.errors import JobError
 
-            raise JobError(f"the stage '{name}' ended with exit code {done.returncode}; its message is above")
+            raise JobError(f"the stage '{name}' ended with exit code {code}; its message is above")
         seconds[name] = round(time.monotonic() - began, 1)
     database = f"sqlite:///{root / 'mlflow.db'}"
     return {
@@ -100,6 +101,16 @@ def execute(config: DemoConfig) -> dict[str, Any]:
         "samples_over_time": str(Path(_result(root / "runs")["run"]) / "time-machine.html"),
         "mlflow_ui": shlex.join(["mlflow", "ui", "--backend-store-uri", database, "--port", "5000"]),
     }
+
+
+def _run(command: list[str]) -> int:
+    """Exit code of a stage. It is asked to stop when the demo is: a terminal's Ctrl-C reaches it, a signal does not."""
+    with subprocess.Popen(command, cwd=_REPO) as stage:
+        before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+        try:
+            return stage.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _draw_missing(config: DemoConfig, root: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import mlflow
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -128,6 +129,21 @@ def test_outputs_are_in_the_index_and_the_gallery(demo):
     links = re.findall(r'"link":"(images/[^"]+)"', page)
     assert len(links) == 6
     assert all((folder / link).exists() for link in links)
+
+
+def test_a_demo_that_is_asked_to_stop_leaves_no_stage_at_work(tmp_path):
+    root = tmp_path / "demo"
+    script = str(REPO / "pipelines" / "demo.py")
+    command = [sys.executable, script, "--output", str(root), "--images", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        next(line for line in process.stdout if "pipelines/shard.py: resolved configuration" in line)
+        process.terminate()
+        rest = process.stdout.read()  # until the stage has ended as well, which has the same pipe
+    assert process.returncode == 1
+    assert "the stage" not in rest
+    told = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+    assert not [line for line in told if str(root) in line]
 
 
 @pytest.mark.slow
