@@ -162,6 +162,8 @@ def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str,
         with checkpoint.fetched(uri) as folder:
             yield uri, folder
         return
+    if re.fullmatch("models:/[^/@]+", uri):  # to MLflow a model that has no name, by its id
+        raise UsageError(f"expected {uri}@ALIAS or {uri}/VERSION, found {uri}")
     if tracking_uri is None:
         raise UsageError(f"{uri} is looked up in MLflow: give --tracking.uri or set MLFLOW_TRACKING_URI")
     try:

@@ -216,6 +216,11 @@ def test_what_cannot_be_registered_is_said(trained, tmp_path):
         register(unknown, name="adaconv", alias=None, reason="", tracking_uri=uri)
     with pytest.raises(TrackingError, match="alias nosuch not found"):
         register("models:/adaconv@nosuch", name="adaconv", alias="champion", reason="", tracking_uri=uri)
+    with (
+        pytest.raises(UsageError, match="expected models:/adaconv@ALIAS or"),
+        resolved_model("models:/adaconv", tracking_uri=uri),
+    ):
+        pass
     with pytest.raises(UsageError, match="expected models:/other@ALIAS"):
         register("models:/adaconv/1", name="other", alias="champion", reason="", tracking_uri=uri)
 
