@@ -407,8 +407,10 @@ def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, 
             while process.poll() is None and len(written(output)) < wanted:
                 time.sleep(0.02)
             time.sleep(draw.uniform(0, 0.05))
-            at_work = cluster.workers("ContentStylizer")
-            if victim == "worker" and at_work:
+            at_work = []
+            while victim == "worker" and process.poll() is None and not (at_work := cluster.workers("ContentStylizer")):
+                time.sleep(0.02)  # those killed before are still being started anew
+            if at_work:
                 os.kill(draw.choice(at_work).pid, signal.SIGKILL)
                 killed += 1
             elif victim == "driver" and process.poll() is None:
