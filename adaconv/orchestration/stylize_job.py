@@ -252,6 +252,10 @@ class _Beginnings:
         self._of[job] = self._of.get(job, 0) + 1
         return self._of[job]
 
+    def end(self, jobs: Sequence[str]) -> None:
+        for job in jobs:
+            self._of.pop(job, None)
+
 
 class _ModelActor:
     """Holds the model, which is loaded when it is first needed: a rerun that finds everything made never does."""
@@ -268,7 +272,7 @@ class _ModelActor:
     ) -> None:
         self.config, self.model = StylizeConfig.model_validate_json(config), model
         self._files, self._threads, self._on_gpu = files, threads, on_gpu
-        self._beginnings = beginnings
+        self._beginnings, self._begun = beginnings, list[str]()
         assert self.config.output is not None
         self.output = self.config.output
         self.scratch = Path(self.config.tile.scratch) if self.config.tile.scratch else None
@@ -282,7 +286,13 @@ class _ModelActor:
         deaths: int = ray.get(self._beginnings.begin.remote(what)) - 1
         if deaths >= _DEATHS_ADMITTED:
             raise ImageError("worker_died", f"{deaths} workers died at it; its decoder, or memory that ran out")
+        self._begun.append(what)
         return deaths
+
+    def end(self) -> None:
+        """What was begun has its answer: who dies later dies of another job, though Ray begins all of a block anew."""
+        self._beginnings.end.remote(self._begun)
+        self._begun = []
 
     @cached_property
     def stylizer(self) -> Stylizer:
@@ -317,6 +327,8 @@ class _PackMaker(_ModelActor):
             return [row | {"reason": f"style {error}"}]
         except AdaConvError as error:
             return [row | {"error": str(error), "usage": isinstance(error, UsageError)}]
+        finally:
+            self.end()
         row |= {
             "source": pack.source or item.source,
             "sha256": pack.source_sha256,
@@ -378,6 +390,8 @@ class _ContentStylizer(_ModelActor):
             reason = f"content {error}"
         except AdaConvError as error:
             return [{"error": str(error), "usage": isinstance(error, UsageError)}]
+        finally:
+            self.end()
         rows: list[Row] = []
         for number, style, options in pairs:
             one = made.get(number)

@@ -43,6 +43,15 @@ def command(model, contents, styles, output, *flags):
     return [sys.executable, str(REPO / "pipelines" / "stylize.py"), *map(str, (*told, *small, *flags))]
 
 
+IN_BLOCKS = (
+    "import sys\n"
+    "from adaconv.orchestration import stylize_job\n"
+    "from pipelines.stylize import main\n"
+    "stylize_job._BLOCKS_AT_MOST = int(sys.argv[1])\n"
+    "sys.exit(main(sys.argv[2:]))\n"
+)
+
+
 def stylize(cluster, *arguments, code=0):
     done = subprocess.run(
         command(*arguments), env=cluster.environment, capture_output=True, text=True, check=False, cwd=REPO
@@ -338,18 +347,26 @@ def test_a_replay_gives_the_same_bytes(given, flags, cluster, model, contents, s
 
 
 @pytest.mark.slow
-def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, contents, styles, tmp_path):
-    """A style is named a failure; a content of full size is made in tiles, which have another decoder."""
+@pytest.mark.parametrize("together", [1, 1000])
+def test_pictures_that_kill_their_decoder_do_not_hold_up_a_job(cluster, model, contents, styles, tmp_path, together):
+    """A style is named a failure; a content of full size is made in tiles, which have another decoder.
+
+    No other picture is charged with their deaths, also where an actor is handed several and begins all of them anew.
+    """
     poison = PngImagePlugin.PngInfo()
     poison.add_text("poison", "pixels")  # see conftest.py
     folders = {"content": few(contents, 2, tmp_path / "c"), "style": few(styles, 1, tmp_path / "s")}
     for name, folder in folders.items():
-        Image.new("RGB", (80, 80), "red").save(folder / f"deadly {name}.png", pnginfo=poison)
-    done = stylize(cluster, model, *folders.values(), tmp_path / "out", "--options.content-side", None, code=1)
-    assert books_of(tmp_path / "out") == {"pairs": 6, "done": 3, "skipped": 0, "failed": 3}
+        Image.new("RGB", (80, 80), "red").save(folder / f"the deadly {name}.png", pnginfo=poison)
+    told = command(model, *folders.values(), tmp_path / "out", "--options.content-side", None)
+    told[1:2] = ["-c", IN_BLOCKS, str(1000 // together)]
+    done = subprocess.run(told, env=cluster.environment, capture_output=True, text=True, check=False, cwd=REPO)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    books = books_of(tmp_path / "out")
+    assert (books["done"] + books["skipped"], books["failed"]) == (3, 3)  # skipped: made by one that died later
     assert "style worker_died: 5 workers died at it" in done.stderr
     assert "deadly style.png" in done.stderr
-    assert {row["tile"] for row in index_of(tmp_path / "out") if row["content"] == "deadly content.png"} == {0, 256}
+    assert {row["tile"] for row in index_of(tmp_path / "out") if row["content"] == "the deadly content.png"} == {0, 256}
 
 
 @pytest.mark.slow
