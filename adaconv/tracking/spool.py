@@ -143,11 +143,11 @@ class Spool:
         """What `drained` says, if it fits the records: a loss of power may take the end of these, which are not synced,
         and leave a note that counts it.
         """
-        try:
-            offset = int(self._drained.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return 0  # what was handed over is recognised by whoever takes it
-        return offset if offset <= self._size else 0
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if (offset := int(self._drained.read_bytes())) <= self._size:
+                return offset
+        self._drained.unlink(missing_ok=True)  # else it would fit again once the records have grown
+        return 0  # what was handed over is recognised by whoever takes it
 
     def _run(self) -> None:
         wait = self._interval_seconds

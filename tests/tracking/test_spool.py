@@ -173,6 +173,21 @@ def test_a_note_of_more_than_there_is_hides_no_record(tmp_path, noted):
     assert server.steps == [0, 1, 2]
 
 
+def test_a_note_of_more_than_there_is_does_not_fit_again_once_records_have_grown(tmp_path):
+    server = Server()
+    (tmp_path / "drained").write_bytes(b"100")
+    server.down = True
+    spool = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    for step in range(9):
+        spool.append("metrics", step, {"loss": 0.5})
+    spool.close()
+    server.down = False
+    spool = Spool(tmp_path, server.deliver, interval_seconds=0.01)
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert server.steps == list(range(9))
+
+
 def test_a_folder_has_one_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(spool_module, "_OWNER_GOES_SECONDS", 0.2)
     first = Spool(tmp_path, lambda records: None)
