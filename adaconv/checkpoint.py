@@ -18,7 +18,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,12 @@ def newest(folder: str) -> str | None:
     return None
 
 
-def keep(folder: str, *, last: int, best: int, metric: str, step: int | None = None) -> None:
+def keep(folder: str, *, last: int, best: int, metric: str, passed_over: Collection[int] = ()) -> None:
     """Remove all checkpoints but the newest `last` and the `best` with the lowest metric, of equals the older.
 
-    `step`: of the one just published. Later ones were passed over when the run was resumed, so they take no place;
-    they stay until their steps are done anew.
+    Those `passed_over` when the run was resumed are damaged: they take no place, and stay for who may mend them.
     """
-    steps = {s: uri for s, uri in steps_in(folder).items() if step is None or s <= step}
+    steps = {step: uri for step, uri in steps_in(folder).items() if step not in passed_over}
     newest_steps = list(steps)[-last:]
     scores = _scores_of(steps, metric) if best and len(steps) > last else {}
     best_steps = sorted(scores, key=lambda s: (scores[s], s))[:best]

@@ -133,8 +133,8 @@ def test_a_damaged_one_that_is_newer_takes_no_place(tmp_path):
         save_checkpoint(tmp_path, step, metrics={"probe/loss": 0.5 / step})
     (tmp_path / "step-00000004" / "model.safetensors").write_bytes(b"cut")
     _, uri = save_checkpoint(tmp_path, 2, metrics={"probe/loss": 0.4})
-    checkpoint.keep(str(tmp_path), last=1, best=0, metric="probe/loss", step=2)
+    checkpoint.keep(str(tmp_path), last=1, best=0, metric="probe/loss", passed_over={4})
     assert checkpoint.newest(str(tmp_path)) == uri
     _, uri = save_checkpoint(tmp_path, 3, metrics={"probe/loss": 0.6})
-    checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss", step=3)
+    checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss", passed_over={4})
     assert list(checkpoint.steps_in(str(tmp_path))) == [2, 3, 4]

@@ -130,6 +130,7 @@ def train(
         encoder_fingerprint=encoder_fingerprint,
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
+        first_step=first_step,
     )
     dataset = _dataset(config, content, style)
     batches = make_loader(

@@ -17,13 +17,22 @@ class CheckpointWriter:
         folder: (local or s3://) that checkpoints go to.
         settings, encoder_fingerprint: as `checkpoint.save` takes them.
         keep_last, keep_best: checkpoints that stay; see `checkpoint.keep`.
+        first_step: that the training begins at. Later checkpoints that are there already were passed over, as damaged.
     """
 
     def __init__(
-        self, folder: str, *, settings: Mapping[str, Any], encoder_fingerprint: str, keep_last: int, keep_best: int
+        self,
+        folder: str,
+        *,
+        settings: Mapping[str, Any],
+        encoder_fingerprint: str,
+        keep_last: int,
+        keep_best: int,
+        first_step: int,
     ) -> None:
         self._folder, self._settings, self._fingerprint = folder, settings, encoder_fingerprint
         self._keep_last, self._keep_best = keep_last, keep_best
+        self._passed_over = {step for step in checkpoint.steps_in(folder) if step > first_step}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._published: list[tuple[int, str]] = []
@@ -68,7 +77,13 @@ class CheckpointWriter:
         try:
             uri = checkpoint.save(self._folder, settings=self._settings, encoder_fingerprint=self._fingerprint, **copy)
             self._published.append((copy["step"], uri))
-            kept = {"last": self._keep_last, "best": self._keep_best}
-            checkpoint.keep(self._folder, metric=checkpoint.BEST_BY, step=copy["step"], **kept)
+            self._passed_over.discard(copy["step"])
+            checkpoint.keep(
+                self._folder,
+                last=self._keep_last,
+                best=self._keep_best,
+                metric=checkpoint.BEST_BY,
+                passed_over=self._passed_over,
+            )
         except BaseException as error:  # for whoever waits
             self._error = error

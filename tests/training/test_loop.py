@@ -247,6 +247,17 @@ def test_the_best_checkpoint_stays(content_version, style_version, tmp_path):
     assert min(losses, key=losses.get) == checkpoint.best_step(str(tmp_path), metric="probe/loss") != 4
 
 
+def test_a_damaged_checkpoint_takes_the_place_of_none_that_follows(content_version, style_version, tmp_path):
+    """Not even where its step is not written again, as after a notice between two of them."""
+    cadence = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 4, "checkpoint__keep_best": 0}
+    run(content_version, style_version, tmp_path, **cadence)
+    (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"cut")
+    shutil.rmtree(tmp_path / "step-00000004")
+    cadence |= {"checkpoint__every_steps": 2, "checkpoint__keep_last": 2}
+    run(content_version, style_version, tmp_path, **cadence)
+    assert list(checkpoint.steps_in(str(tmp_path))) == [2, 3, 4]
+
+
 def test_a_notice_leads_to_a_checkpoint_and_the_run_goes_on(content_version, style_version, unbroken, tmp_path):
     class OnceAfterFirst(NoControl):
         said = False
