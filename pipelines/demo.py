@@ -7,12 +7,14 @@ Each stage is the command line that is printed; any of them can be run again by 
 The network is tiny and its encoder seeded: this shows the system at work, not what a trained model can do.
 """
 
+import contextlib
 import json
 import logging
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,13 +106,26 @@ def execute(config: DemoConfig) -> dict[str, Any]:
 
 
 def _run(command: list[str]) -> int:
-    """Exit code of a stage. It is asked to stop when the demo is: a terminal's Ctrl-C reaches it, a signal does not."""
+    """Exit code of a stage, which is asked to stop when the demo is, and is waited for."""
+    asked = threading.Event()
+
+    def stop(*_: object) -> None:
+        asked.set()
+        stage.terminate()
+
     with subprocess.Popen(command, cwd=_REPO) as stage:
-        before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+        before = signal.signal(signal.SIGTERM, stop)
         try:
-            return stage.wait()
+            code = stage.wait()
+        except KeyboardInterrupt:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stage.wait(timeout=10)  # a terminal's Ctrl-C reaches the stage as well, a signal to the demo does not
+            stage.terminate()
+            stage.wait()
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)
+    return 128 + signal.SIGTERM if asked.is_set() else code
 
 
 def _draw_missing(config: DemoConfig, root: Path) -> None:
