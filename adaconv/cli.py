@@ -151,7 +151,8 @@ def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], outpu
         from adaconv import storage
 
         where = storage.join(output, "result.json")
-        storage.publish_bytes(where, text.encode() + b"\n")
+        # Paths may hold bytes that are no text: their escapes are those of JSON too.
+        storage.publish_bytes(where, text.encode(errors="backslashreplace") + b"\n")
         told += f"\nresult: {where}"
     print(told, flush=True)
     if result["status"] == "failed":

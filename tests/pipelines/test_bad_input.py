@@ -232,6 +232,21 @@ def test_paths_are_printed_where_the_terminal_has_not_their_letters(folders, enc
     assert ("Gem\\xe4lde\\udcff" if encoding == "ascii" else "Gemälde\\udcff") in done.stdout
 
 
+def test_a_result_holds_paths_that_are_no_text(folders):
+    out = folders / os.fsdecode(b"out-\xff")
+    code = (
+        "import sys\n"
+        "from adaconv import cli\n"
+        "from adaconv.config.shard import ShardConfig\n"
+        "def execute(config):\n"
+        "    return {'root': config.output}\n"
+        "sys.exit(cli.run(ShardConfig, None, prog='x.py', doc='', plan=str, execute=execute))\n"
+    )
+    done = started("-c", code, "--source", "a", "--output", out, stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "result.json").read_text())["root"] == str(out)
+
+
 def test_work_goes_on_where_its_lines_cannot_be_written(folders):
     """Behind `| head`, and on a full disk: no line becomes a traceback, and what was done is in result.json."""
     code = (
