@@ -116,7 +116,10 @@ def finished_version(root: str, build: str) -> DatasetVersion | None:
 def whole_version(
     root: str, listing: Listing, recipe: Mapping[str, Any], parent: str | None = None
 ) -> DatasetVersion | None:
-    """The version that these images gave, unless one that could not be read then can be read now."""
+    """The version that these images gave, unless one that could not be read then can be read now.
+
+    It is made again only while it is LATEST: what was made of it since would be left behind.
+    """
     version = finished_version(root, listing.build(recipe, parent))
     if version is None or not MENDABLE & version.books["reasons"].keys():
         return version
@@ -132,7 +135,10 @@ def whole_version(
         except ImageError:
             continue
         log.info("%s could not be read for version %s, and can be read now", found.source, version.version)
-        return None
+        if latest_version(root) == version.version:
+            return None
+        log.info("LATEST is another version: pipelines/dataset.py append adds what can be read now")
+        return version
     return version
 
 

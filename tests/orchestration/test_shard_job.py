@@ -115,6 +115,11 @@ def test_a_finished_build_is_made_again_once_what_it_could_not_read_can_be_read(
     assert (before.books["kept"], before.books["quarantined"]) == (3, 1)
     assert "nothing to do" in sharded(damaged, "root")[0]
     shutil.copytree(tmp_path / "root", tmp_path / "grows")
+    shutil.copytree(tmp_path / "root", tmp_path / "shrinks")
+    dataset(cluster, "remove", "--dataset", tmp_path / "shrinks", "--key", next(before.rows())["key"])
+    told, latest = sharded(whole, "shrinks")
+    assert "append adds what can be read now" in told
+    assert latest.parent == before.version
     told, after = sharded(whole, "root")
     assert "can be read now" in told
     assert after == dataclasses.replace(sharded(whole, "other")[1], root=after.root)
