@@ -24,7 +24,7 @@ def scratch_folder(what: str, parent: str | Path | None = None) -> Iterator[Path
         what: it is for; part of its name.
         parent: None: the system's temporary folder.
     """
-    within = Path(parent or tempfile.gettempdir())
+    within = Path(parent or tempfile.gettempdir()).expanduser()
     _sweep(within)
     folder = Path(tempfile.mkdtemp(prefix=f"adaconv-{what}-", dir=within))
     lock = _lock_of(folder)

@@ -224,8 +224,8 @@ def _full_disk_named(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error.filename = where
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and (error.filename is None or error.filename2 is not None):
+            error.filename, error.filename2 = where, None  # a copy names first what it was made of
         raise
 
 

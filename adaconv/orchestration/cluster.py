@@ -50,7 +50,9 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
     with ExitStack() as ending:
         # Sockets live below this folder and their paths may have 107 characters: keep it short.
         temp_dir = None if address else str(ending.enter_context(scratch_folder("ray", "/tmp")))
-        ending.callback(ray.shutdown)  # before its folder goes, and also where Ctrl-C came while it started
+        # Before its folder goes, and also where Ctrl-C came while it started; what has not told Ray of itself by then
+        # ends with this process.
+        ending.callback(ray.shutdown)
         try:
             if address:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)

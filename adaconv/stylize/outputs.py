@@ -238,7 +238,7 @@ def is_whole(uri: str) -> bool:
     """An output is there to its last byte; an object of a store is there altogether or not at all."""
     try:
         size, extension = storage.size_of(uri), uri.rpartition(".")[2]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     if not storage.is_local(uri):
         return size > 0

@@ -82,8 +82,9 @@ class FileRaster:
             # Room is taken now: a full disk says so here rather than in the middle.
             try:
                 os.posix_fallocate(self._file, 0, max(1, height * width * self._pixel_bytes))
-            except OSError:
+            except OSError as error:
                 self.close()
+                error.filename = str(path)
                 raise
 
     def read(self, window: Window) -> Tensor:

@@ -37,7 +37,7 @@ def replay(
         model: instead of the one that the recipe names.
         content: sources, one of which holds the content's bytes.
         style: sources, one of which holds the style's bytes; not needed where the job's packs lie beside the output.
-        scratch: folder for all that is put aside meanwhile; None is the system's for temporary files.
+        scratch: folder for the picture and its maps; None is the system's for temporary files.
 
     Returns:
         the output, its recipe and whether the bytes are the same; `status` is `failed` where they are not.
