@@ -18,7 +18,7 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -314,9 +314,19 @@ def remove_directory(uri: str, *, first: str | None = None) -> None:
         return
     # Not s3fs's own removal: it takes a [, * or ? of the path for a pattern, and deletes what matches.
     bucket, _ = _bucket_and_prefix(uri)
-    keys = (item["Key"] for item in _objects(uri))
-    while some := [{"Key": key} for key in islice(keys, _DELETED_AT_ONCE)]:
-        _patiently(uri, partial(_delete, bucket, some))
+    remove_files(f"s3://{bucket}/{item['Key']}" for item in _objects(uri))
+
+
+def remove_files(uris: Iterable[str]) -> None:
+    """Of one folder or bucket; some may be gone already."""
+    files = iter(uris)
+    while some := list(islice(files, _DELETED_AT_ONCE)):
+        if is_local(some[0]):
+            for uri in some:
+                Path(uri).unlink(missing_ok=True)
+            continue
+        keys = [{"Key": uri.partition("://")[2].partition("/")[2]} for uri in some]
+        _patiently(some[0], partial(_delete, _bucket_and_prefix(some[0])[0], keys))
 
 
 def _delete(bucket: str, keys: list[dict[str, str]]) -> None:

@@ -122,6 +122,18 @@ def test_more_files_than_a_page_are_walked_and_removed(bucket):
     assert storage.exists(f"{bucket}-beside/x")
 
 
+def test_files_are_removed_a_thousand_a_request(root, monkeypatch):
+    wanted = [storage.join(root, f"a [{number}]?") for number in range(4)]
+    for uri in wanted:
+        storage.publish_bytes(uri, b"x")
+    monkeypatch.setattr(storage, "_DELETED_AT_ONCE", 2)
+    delete, sizes = storage._delete, []
+    monkeypatch.setattr(storage, "_delete", lambda bucket, keys: sizes.append(len(keys)) or delete(bucket, keys))
+    storage.remove_files([*wanted[:3], storage.join(root, "gone already")])
+    assert storage.list_files(root) == [wanted[3]]
+    assert sizes in ([], [2, 2])  # on a disk one by one
+
+
 def test_a_file_is_read_at_any_place(root):
     uri, data = storage.join(root, "file"), bytes(range(256)) * 9000
     storage.publish_bytes(uri, data)

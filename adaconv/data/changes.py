@@ -5,8 +5,9 @@ import fnmatch
 import heapq
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -209,9 +210,8 @@ def _builds_a_kept_one(entry: storage.Entry, kept: Sequence[str]) -> bool:
     )
 
 
-def collect(garbage: Garbage, told: Callable[[storage.Entry], None] = lambda entry: None) -> None:
-    for entry in garbage.files:
-        storage.remove(entry.uri)
-        told(entry)
+def collect(garbage: Garbage) -> None:
+    for _, files in groupby(garbage.files, key=lambda entry: entry.path.partition("/")[0]):
+        storage.remove_files(entry.uri for entry in files)
     for upload in garbage.uploads:
         storage.abort_upload(upload)
