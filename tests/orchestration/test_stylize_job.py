@@ -296,7 +296,7 @@ def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(
         config = StylizeConfig(model="m", content=("c",), style=("s",), output=str(tmp_path), tile=TileConfig(**tile))
         begin = SimpleNamespace(remote=lambda what: 1 + deaths * what.startswith("content"))
         shared = {"files": files, "config": config.model_dump_json(), "model": "m", "threads": None, "on_gpu": False}
-        shared["beginnings"] = SimpleNamespace(begin=begin)
+        shared["beginnings"] = SimpleNamespace(begin=begin, end=SimpleNamespace(remote=lambda begun: None))
         maker = stylize_job._PackMaker(**shared)
         packs = [maker({"style": n, "side": 256, **way.to_row()})[0] for n, way in enumerate(ways)]
         actor = stylize_job._ContentStylizer(packs=packs, shown={0, 1, 2}, **shared)
