@@ -199,7 +199,7 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
         ),
     )
-    with _sigterm_requests_stop(desk), _lines_of(desk):
+    with _sigterm_requests_stop(desk), _lines_of(desk), _ctrl_c_interrupts():
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -309,6 +309,18 @@ def _sigterm_requests_stop(desk: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Ray takes Ctrl-C for itself: it aborts the ranks and ends the driver as if something had asked for its exit."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

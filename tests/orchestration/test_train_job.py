@@ -201,6 +201,17 @@ def test_a_lost_driver_and_another_number_of_ranks_change_no_batch(training, unb
 
 
 @pytest.mark.slow
+def test_ctrl_c_interrupts_and_the_same_command_goes_on(training, unbroken):
+    """Ray's own answer to it is an exit with 1, of which the driver could not say what it was."""
+    training.start(workers=2).wait_for_step(9)
+    training.process.send_signal(signal.SIGINT)
+    assert training.process.wait(60) == 130
+    assert "interrupted; the same command takes up where it stopped" in training.text()
+    assert training.start(workers=2).finish() == 0, training.text()[-3000:]
+    compare(training, unbroken, same_ranks=True)
+
+
+@pytest.mark.slow
 def test_an_error_in_the_data_ends_the_run_at_once_with_its_cause(training, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(training.content.root, damaged)
