@@ -123,9 +123,9 @@ def keep(folder: str, *, last: int, best: int, metric: str, passed_over: Collect
     steps = {step: uri for step, uri in steps_in(folder).items() if step not in passed_over}
     newest_steps = list(steps)[-last:]
     scores = _scores_of(steps, metric) if best and len(steps) > last else {}
-    best_steps = sorted(scores, key=lambda s: (scores[s], s))[:best]
-    for one, uri in steps.items():
-        if one not in newest_steps and one not in best_steps:
+    best_steps = sorted(scores, key=lambda step: (scores[step], step))[:best]
+    for step, uri in steps.items():
+        if step not in newest_steps and step not in best_steps:
             storage.remove_directory(uri, first="meta.json")
 
 
