@@ -33,6 +33,7 @@ from bench.measure import Row, Seconds, alternate
 _CORES = os.cpu_count() or 1
 _SIZES = ((1280, 960), (960, 720), (640, 480))  # two of three are scaled down, one keeps its bytes
 _RECIPE = RecipeConfig(target_mb=16)
+_PART = 24  # files
 _IMG2DATASET = """
 import sys, time
 from img2dataset import download
@@ -77,7 +78,8 @@ def _row(folder: Path, count: int, processes: ProcessPoolExecutor, rounds: int) 
         shutil.rmtree(root)
 
     def in_processes(work: Callable[[Sequence[Path]], None]) -> None:
-        list(processes.map(work, [files[first::_CORES] for first in range(_CORES)]))
+        # In small parts that are handed out as cores are free: halves that take unequal time would raise the floor.
+        list(processes.map(work, [files[first : first + _PART] for first in range(0, len(files), _PART)]))
 
     python = os.environ.get("ADACONV_IMG2DATASET")
     if python:
