@@ -23,6 +23,10 @@ FORBIDDEN = {
     "training": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "checkpoint": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "stylize": {"ray", "mlflow", "webdataset", "pydantic"},
+    "evaluation": {
+        *("ray", "mlflow", "webdataset", "pydantic"),
+        "adaconv.!evaluation,errors,images,model,progress,storage,stylize,training",
+    },
     "tracking": {"ray", "webdataset", "adaconv.!tracking,config,checkpoint,storage,errors,images,stylize,scratch"},
     "orchestration": {"mlflow"},
 }

@@ -33,7 +33,7 @@ from adaconv.orchestration.tasks import plain_errors, raise_cause
 from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.gallery import Failure, Picture, render
-from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, read_item, sha256_of
+from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, read_item, sha256_of, spread
 from adaconv.stylize.outputs import Recipe, pack_name, publish_index, slug
 from adaconv.stylize.pairing import Pair, pair_up
 from adaconv.stylize.pictures import thumbnail
@@ -113,13 +113,6 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
     rows = _make_outputs(plan, packs, config, num_actors, shared)
     assert len(rows) == len(plan.pairs), "every pair ends in the books"
     return _close_books(config, model, rows, packs)
-
-
-def spread(found: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` of them, evenly over the sorted list: folders of styles are all touched before one is emptied."""
-    if limit is None or limit >= len(found):
-        return found
-    return [found[position * len(found) // limit] for position in range(limit)]
 
 
 def _checked(base: OptionsConfig) -> Any:

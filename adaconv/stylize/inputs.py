@@ -68,6 +68,13 @@ def list_items(sources: Iterable[str], *, flag: str, packs: bool = False) -> lis
     return items
 
 
+def spread(found: list[Item], limit: int | None) -> list[Item]:
+    """At most `limit` of them, evenly over the sorted list: folders of styles are all touched before one is emptied."""
+    if limit is None or limit >= len(found):
+        return found
+    return [found[position * len(found) // limit] for position in range(limit)]
+
+
 def check_sources(sources: Iterable[str], *, flag: str, packs: bool = False) -> None:
     """Answer a typo before anything is started: raises what list_items would before a source's first item."""
     for source in sources:

@@ -48,7 +48,7 @@ def style_transfer_losses(
         )
         style_loss = output.new_zeros((), dtype=torch.float32)
         for of_output, of_style in zip(output_features, style_features, strict=True):
-            for a, b in zip(_statistics(of_output), _statistics(of_style), strict=True):
+            for a, b in zip(channel_statistics(of_output), channel_statistics(of_style), strict=True):
                 style_loss = style_loss + F.mse_loss(a, b)
         losses = {"content_loss": content_loss, "style_loss": style_loss}
         loss = content_weight * content_loss + style_weight * style_loss
@@ -75,7 +75,7 @@ def _total_variation(image: Tensor) -> Tensor:
     return across.abs().mean() + down.abs().mean()
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+def channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel: (B, C) each, float32."""
     if torch.compiler.is_compiling():  # a compiler joins the passes by itself
         variance, mean = torch.var_mean(features.float(), dim=(2, 3), correction=0)

@@ -37,7 +37,7 @@ def test_losses_are_what_the_formulas_say():
 
 
 def test_statistics_are_torchs_and_so_are_their_gradients():
-    from adaconv.training.losses import _ChannelStatistics, _statistics
+    from adaconv.training.losses import _ChannelStatistics, channel_statistics
 
     x = features(3)[0].requires_grad_()
     assert torch.autograd.gradcheck(_ChannelStatistics.apply, (x,))
@@ -45,7 +45,7 @@ def test_statistics_are_torchs_and_so_are_their_gradients():
         # A mean far from zero, where E[x²] - E[x]² would keep three digits of the deviation.
         wide = (torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0)) + 100).to(memory_format=layout)
         std, mean = torch.std_mean(wide.double(), dim=(2, 3), correction=0)
-        for found, wanted in zip(_statistics(wide), (mean, std), strict=True):
+        for found, wanted in zip(channel_statistics(wide), (mean, std), strict=True):
             torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=0)
 
 
@@ -60,12 +60,12 @@ def test_a_normalised_content_target_does_not_see_means_and_deviations():
 
 def test_the_gradient_of_bfloat16_statistics_keeps_its_balance():
     """A deviation does not change when all pixels move together, so its gradient sums to nothing over the map."""
-    from adaconv.training.losses import _statistics
+    from adaconv.training.losses import channel_statistics
 
     generator = torch.Generator().manual_seed(0)
     coarse = (torch.randn(1, 4, 64, 64, generator=generator) + 10).bfloat16().requires_grad_()
     exact = coarse.detach().double().requires_grad_()
-    _statistics(coarse)[1].sum().backward()
+    channel_statistics(coarse)[1].sum().backward()
     (exact.var(dim=(2, 3), correction=0) + EPS).sqrt().sum().backward()
     difference = coarse.grad.double() - exact.grad
     assert difference.norm() / exact.grad.norm() < 4e-3

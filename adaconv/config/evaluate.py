@@ -1,0 +1,86 @@
+"""Configuration of pipelines/evaluate.py: models, the pictures they are judged on, and who may become the champion."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from adaconv.config.base import Config, Location, TrackingUri
+from adaconv.config.model import Count
+
+Margin = Field(default=0.05, ge=0)
+
+
+class ProtocolConfig(Config):
+    """The pictures. Scores can be compared where the protocol's id is the same."""
+
+    contents: int = Field(default=20, ge=2)
+    """Take this many contents, evenly spread over the sorted list."""
+    styles: int = Field(default=40, ge=2)
+    """Take this many styles, evenly spread over the sorted list."""
+    side: int = Field(default=512, ge=64, multiple_of=8)
+    """Pictures are squares of this side, in pixels: the middle of each, scaled."""
+    style_side: int = Field(default=256, ge=16)
+    """Models read styles at this side, in pixels."""
+
+
+class JudgeConfig(Config):
+    weights: str = "imagenet"
+    """Of the VGG-19 that compares, the same for all models: `imagenet`, a file or URL, or `seeded:<n>` (not for
+    quality)."""
+    widths: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)
+    """Its channels at relu1_1, relu2_1, relu3_1 and relu4_1; only seeded ones may have others."""
+
+
+class GateConfig(Config):
+    """When --model takes the place. Changes are of a metric's mean, as a share of what it is now."""
+
+    require: Literal["better", "not_worse"] = "better"
+    """`better`: no metric may be worse, and one must be better, surely; `not_worse`: no metric may be worse."""
+    content: float = Margin
+    """Share by which `content` may surely not be worse. A large number, such as 1000, leaves a metric out."""
+    structure: float = Margin
+    """The same of `structure`."""
+    style: float = Margin
+    """The same of `style`."""
+    gram: float = Margin
+    """The same of `gram`."""
+    colour: float = Margin
+    """The same of `colour`."""
+    identity: float = Margin
+    """The same of `identity`."""
+
+
+class EvaluateTrackingConfig(Config):
+    uri: TrackingUri = None
+    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: MLFLOW_TRACKING_URI."""
+
+
+class EvaluateConfig(Config):
+    model: str = ""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://)."""
+    against: tuple[str, ...] = ()
+    """Other models, named likewise, to show beside it; whoever has the alias of --promote is always there."""
+    content: tuple[Location, ...] = ()
+    """Contents, not those of training: folders, zips, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
+    style: tuple[Location, ...] = ()
+    """Styles: the same."""
+    output: Location | None = None
+    """Folder or s3://bucket/prefix for report.html and scores.parquet; run again, it measures what is missing."""
+    promote: str | None = None
+    """Alias that --model gets, if it may: no defects, and compared with whoever has it as --gate.* says. Ends with 1
+    if it may not."""
+    name: str = "adaconv"
+    """Registered model that the alias belongs to; a --model models:/… says so itself."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+    protocol: ProtocolConfig = ProtocolConfig()
+    judge: JudgeConfig = JudgeConfig()
+    gate: GateConfig = GateConfig()
+    tracking: EvaluateTrackingConfig = EvaluateTrackingConfig()
+
+    @model_validator(mode="after")
+    def _complete(self) -> "EvaluateConfig":
+        missing = [f"--{name}" for name in ("model", "content", "style", "output") if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"required: {', '.join(missing)}; give them as flags or in a --config file")
+        return self

@@ -1,0 +1,110 @@
+"""An evaluation on one HTML page that needs no other file: the verdict, the scores, the first outputs."""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaconv.evaluation import metrics
+from adaconv.evaluation.gate import Verdict, interval
+from adaconv.evaluation.metrics import METRICS, OF_PAIRS
+from adaconv.evaluation.protocol import Protocol
+from adaconv.evaluation.scores import SHOWN, Scores, thumbnail
+
+_PAGE = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+
+
+def render(scores: Sequence[Scores], protocol: Protocol, verdict: Verdict | None, *, judge: str, alias: str) -> str:
+    """The page.
+
+    Args:
+        scores: of each model, the one that is judged first, the unchanged contents last.
+        protocol: what they were measured on.
+        verdict: on the first; None if nobody asked.
+        judge: the weights of the encoder that compared.
+        alias: what it was about.
+    """
+    facts = {
+        "model": scores[0].model,
+        "protocol": f"{protocol.id}: {len(protocol.contents)} contents × {len(protocol.styles)} styles at "
+        f"{protocol.side} pixels, styles read at {protocol.style_side}",
+        "judge": f"{judge}, {protocol.judge[:12]}",
+    }
+    parts = {
+        "title": f"Evaluation of {scores[0].model}",
+        "facts": _list(facts),
+        "verdict": _verdict(scores[0].model, verdict, alias) if verdict else "",
+        "scores": _table(scores),
+        "metrics": _list(_definitions()),
+        "outputs": _outputs(scores, protocol),
+    }
+    page = _PAGE
+    for name, text in parts.items():
+        page = page.replace(f"{{{{{name}}}}}", html.escape(text) if name == "title" else text)
+    return page
+
+
+def _verdict(model: str, verdict: Verdict, alias: str) -> str:
+    kind, said = ("good", "may become") if verdict.promoted else ("bad", "may not become")
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
+    head = f'<h2>Gate</h2><p class="verdict {kind}">{html.escape(model)} {said} {html.escape(alias)}</p>'
+    rows = "".join(
+        f"<tr><td>{one.metric}</td><td class='n'>{100 * one.change:+.1f} %</td>"
+        f"<td class='n'>{100 * one.at_most:+.1f} %</td><td class='n'>{100 * one.worse_allowed:+.1f} %</td>"
+        f"<td>{'better' if one.better else 'not worse' if one.not_worse else 'may be worse'}</td></tr>"
+        for one in verdict.comparisons
+    )
+    table = "<table><tr><th>metric</th><th>change</th><th>surely at most</th><th>allowed</th><th></th></tr>"
+    return head + f"<ul>{reasons}</ul>" + (f"{table}{rows}</table>" if rows else "")
+
+
+def _table(scores: Sequence[Scores]) -> str:
+    lines = ["<table><tr><th></th>" + "".join(f"<th>{name}</th>" for name in METRICS) + "</tr>"]
+    for one in scores:
+        cells = []
+        for name in METRICS:
+            told = interval(one.of[name])
+            cells.append(f'<td class="n">{told.mean:.4g}<br><small>{told.low:.4g} … {told.high:.4g}</small></td>')
+        defects = "".join(f'<br><small class="bad">{html.escape(defect)}</small>' for defect in one.defects)
+        lines.append(f'<tr class="line"><td>{html.escape(one.model)}{defects}</td>{"".join(cells)}</tr>')
+    return "".join(lines) + "</table>"
+
+
+def _definitions() -> dict[str, str]:
+    """Of each metric, out of the module's own text."""
+    told: dict[str, str] = {}
+    for line in (metrics.__doc__ or "").splitlines():
+        name = line.partition(" ")[0]
+        if name in METRICS:
+            told[name] = line.removeprefix(name).strip()
+        elif line.startswith("   ") and told:
+            told[list(told)[-1]] += " " + line.strip()
+    return told
+
+
+def _outputs(scores: Sequence[Scores], protocol: Protocol) -> str:
+    contents, styles = protocol.contents[:SHOWN], protocol.styles[:SHOWN]
+    top = "<span></span>" + "".join(_img(thumbnail(one.pixels / 255), one.source) for one in styles)
+    parts = []
+    for one in scores[:-1]:  # the contents themselves are the first column
+        cells = [top]
+        for c, content in enumerate(contents):
+            cells.append(_img(thumbnail(content.pixels / 255), content.source))
+            for s in range(len(styles)):
+                told = ", ".join(f"{name} {one.of[name][c, s]:.4g}" for name in OF_PAIRS)
+                cells.append(_img(one.shown[c, s], told))
+        columns = f"grid-template-columns: repeat({len(styles) + 1}, 112px)"
+        parts.append(
+            f'<h3>{html.escape(one.model)}</h3><div class="wide"><div class="grid" style="{columns}">'
+            f"{''.join(cells)}</div></div>"
+        )
+    return "".join(parts)
+
+
+def _list(facts: dict[str, str]) -> str:
+    return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items())
+
+
+def _img(jpeg: bytes, told: str) -> str:
+    title = html.escape(told, quote=True)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" alt="{title}" title="{title}">'
