@@ -19,12 +19,13 @@ from adaconv.config.register import RegisterConfig
 def plan(config: RegisterConfig) -> str:
     if config.model is None:
         return f"models:/{config.name}@{config.rollback} -> the version that it was before"
-    return f"{_source(config.model)} -> models:/{config.name}, alias {config.alias}"
+    from adaconv.tracking.registry import source_of
+
+    return f"{source_of(config.model)[0]} -> models:/{config.name}, alias {config.alias}"
 
 
 def execute(config: RegisterConfig) -> dict[str, Any]:
-    from adaconv import checkpoint
-    from adaconv.tracking.registry import register, rollback
+    from adaconv.tracking.registry import register, rollback, source_of
     from adaconv.tracking.runs import default_uri
 
     if config.model is None:
@@ -38,10 +39,7 @@ def execute(config: RegisterConfig) -> dict[str, Any]:
             "run_id": version.run_id,
             "tracking_uri": tracking_uri,
         }
-    uri = _source(config.model)
-    tracked_at = None
-    if not uri.startswith("models:/"):
-        tracked_at = checkpoint.meta_of(uri).get("tracking_uri")
+    uri, tracked_at = source_of(config.model)
     tracking_uri = default_uri(config.tracking.uri or tracked_at, Path.cwd())
     version = register(uri, name=config.name, alias=config.alias, reason=config.reason, tracking_uri=tracking_uri)
     return {
@@ -51,12 +49,6 @@ def execute(config: RegisterConfig) -> dict[str, Any]:
         "checkpoint": uri,
         "tracking_uri": tracking_uri,
     }
-
-
-def _source(model: str) -> str:
-    from adaconv.tracking.registry import find_checkpoint
-
-    return model if model.startswith("models:/") else find_checkpoint(model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

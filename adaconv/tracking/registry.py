@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -76,6 +77,70 @@ def register(model: str, *, name: str, alias: str | None, reason: str, tracking_
         raise TrackingError(f"cannot register {name} at {tracking_uri}: {error}") from error
     uri = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version.version}"
     return RegisteredVersion(name, str(version.version), alias, uri, version.run_id)
+
+
+def named_by(name: str, alias: str, *, tracking_uri: str) -> str | None:
+    """Whom an alias names: models:/NAME/VERSION; None where there is no such model or alias yet.
+
+    Raises:
+        TrackingError: the registry cannot be reached.
+    """
+    try:
+        aliases = reader_of(tracking_uri).get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise TrackingError(f"cannot read {name} at {tracking_uri}: {error}") from error
+    return f"models:/{name}/{aliases[alias]}" if alias in aliases else None
+
+
+def promote(
+    model: str, *, name: str, alias: str, held_by: str | None, reason: str, tracking_uri: str
+) -> RegisteredVersion:
+    """Give a model an alias, unless somebody else got it since it was compared with who held it.
+
+    Args:
+        model: as in `register`.
+        name: of the registered model.
+        alias: that it gets.
+        held_by: whom the alias named then; None for nobody.
+        reason: see `register`.
+        tracking_uri: see `register`.
+
+    Raises:
+        TrackingError: the alias moved meanwhile, or the registry cannot be reached.
+    """
+    holder = named_by(name, alias, tracking_uri=tracking_uri)
+    if holder != held_by:
+        raise TrackingError(
+            f"models:/{name}@{alias} is {holder or 'nobody'} now, and was {held_by or 'nobody'} when {model} was "
+            "compared with it; run the same command again"
+        )
+    return register(model, name=name, alias=alias, reason=reason, tracking_uri=tracking_uri)
+
+
+def note_evaluation(model: str, evaluation: dict[str, Any], page: Path, *, tracking_uri: str) -> None:
+    """Keep with a registered version what it got on a protocol, and with its run the page.
+
+    Args:
+        model: models:/NAME/VERSION; any other name is noted nowhere.
+        evaluation: small; `protocol` names it: the same protocol again takes the place of its earlier one.
+        page: report.html.
+        tracking_uri: of the registry.
+
+    Raises:
+        TrackingError: the registry cannot be reached.
+    """
+    found = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
+    if found is None:
+        return
+    try:
+        client = reader_of(tracking_uri)
+        version = client.get_model_version(*found.groups())
+        client.set_model_version_tag(*found.groups(), f"evaluation.{evaluation['protocol']}", json.dumps(evaluation))
+        client.log_artifact(version.run_id, str(page), f"evaluation/{evaluation['protocol']}")
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"cannot note the evaluation of {model} at {tracking_uri}: {error}") from error
 
 
 def rollback(*, name: str, alias: str, reason: str, tracking_uri: str) -> RegisteredVersion:
@@ -187,6 +252,18 @@ def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str,
 
 def _unresolved(uri: str, tracking_uri: str, error: Exception) -> TrackingError:
     return TrackingError(f"{uri} at {tracking_uri}: {error}; pipelines/register.py makes model versions")
+
+
+def source_of(model: str) -> tuple[str, str | None]:
+    """A model's name as it is, of a folder its newest checkpoint; and where that one's run is tracked, if it says so.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if model.startswith(("models:/", "runs:/")):
+        return model, None
+    uri = find_checkpoint(model)
+    return uri, checkpoint.meta_of(uri).get("tracking_uri")
 
 
 def find_checkpoint(path: str) -> str:

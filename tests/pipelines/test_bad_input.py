@@ -267,7 +267,7 @@ def test_work_goes_on_where_its_lines_cannot_be_written(folders):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["shard", "train", "register", "stylize", "demo", "doctor", "submit"])
+@pytest.mark.parametrize("name", ["shard", "train", "register", "evaluate", "stylize", "demo", "doctor", "submit"])
 def test_help_explains_itself(capsys, name):
     module = importlib.import_module(f"pipelines.{name}")
     with pytest.raises(SystemExit) as exit_:

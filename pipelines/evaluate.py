@@ -1,0 +1,77 @@
+r"""A model on pictures that are fixed once: scores with intervals, a page, and an alias if it earns it.
+
+    python pipelines/evaluate.py --config conf/evaluate/base.yaml --model models:/adaconv@candidate \
+        --tracking.uri sqlite:///mlflow.db --content held-out/photos --style held-out/paintings \
+        --output evaluated --promote champion
+
+The same command again measures only what is missing. With --promote it ends with 1 where the model may not have the
+alias; report.html says why.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from adaconv import cli
+from adaconv.config.evaluate import EvaluateConfig
+
+
+def plan(config: EvaluateConfig) -> str:
+    from adaconv.stylize.inputs import list_items, spread
+
+    contents = len(spread(list_items(config.content, flag="--content"), config.protocol.contents))
+    styles = len(spread(list_items(config.style, flag="--style"), config.protocol.styles))
+    gate = f", then the gate of {config.promote}" if config.promote else ""
+    return f"{contents} contents x {styles} styles: {contents * styles} pairs by each model{gate}"
+
+
+def execute(config: EvaluateConfig) -> dict[str, Any]:
+    from adaconv import storage
+    from adaconv.errors import UsageError
+    from adaconv.scratch import scratch_folder
+    from adaconv.stylize.inputs import check_sources
+    from adaconv.tracking.registry import named_by, note_evaluation, promote, resolved_model, source_of
+    from adaconv.tracking.runs import default_uri
+
+    check_sources(config.content, flag="--content")
+    check_sources(config.style, flag="--style")
+    assert config.output is not None
+    if storage.is_local(config.output):
+        cli.require_writable(config.output, "--output")
+    model, tracked_at = source_of(config.model)
+    others = [source_of(name)[0] for name in config.against]
+    tracking_uri = default_uri(config.tracking.uri or tracked_at, Path.cwd())
+    if config.promote and model.startswith("runs:/"):
+        raise UsageError(f"--promote: expected a registered version or a checkpoint, found --model {model}")
+    registered = re.fullmatch(r"models:/([^/@]+)[/@].+", model)
+    name = registered[1] if registered else config.name
+    holder = named_by(name, config.promote, tracking_uri=tracking_uri) if config.promote else None
+    with ExitStack() as held:
+        uris = [model, *([holder] if holder else []), *others]
+        models = dict(held.enter_context(resolved_model(uri, tracking_uri=tracking_uri)) for uri in uris)
+        model = next(iter(models))
+        from adaconv.evaluation.job import run_evaluation
+
+        scratch = held.enter_context(scratch_folder("evaluation"))
+        result = run_evaluation(config, models, output=storage.absolute(config.output), scratch=scratch, holder=holder)
+        if config.promote and holder != model and result["status"] == "done":
+            reason = f"gate, protocol {result['protocol']}: {'; '.join(result['gate']) or 'the first'}"
+            version = promote(
+                model, name=name, alias=config.promote, held_by=holder, reason=reason, tracking_uri=tracking_uri
+            )
+            model = f"models:/{version.name}/{version.version}"
+            result |= {"promoted": version.uri, "version": version.version}
+        noted: dict[str, Any] = {key: result[key] for key in ("protocol", "scores", "gate", "error") if key in result}
+        note_evaluation(model, noted, scratch / "report.html", tracking_uri=tracking_uri)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(EvaluateConfig, argv, prog="pipelines/evaluate.py", doc=__doc__, plan=plan, execute=execute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""pipelines/evaluate.py against a real registry: scores, a page, and an alias that is earned."""
+
+import json
+import re
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from adaconv.errors import TrackingError
+from adaconv.tracking.mlflow_tracker import close_run, open_run
+from adaconv.tracking.registry import history_of, named_by, promote, rollback
+from pipelines import evaluate
+from tests.helpers import save_checkpoint
+
+SMALL = {"protocol.contents": 3, "protocol.styles": 4, "protocol.side": 64, "protocol.style-side": 64}
+SMALL |= {"judge.weights": "seeded:0", "judge.widths": "8 16 16 32"}
+ANYTHING = {f"gate.{name}": 1000 for name in ("content", "structure", "style", "gram", "colour", "identity")}
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    """A run with two checkpoints: uri, their folders."""
+    root = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    tracker = open_run(
+        uri=uri,
+        experiment="test",
+        identity="run-1",
+        name="run-1",
+        params={},
+        tags={},
+        datasets={},
+        config_yaml="",
+        spool_directory=root / "spool",
+    )
+    saved = []
+    for step in (1, 3):
+        tracker.metrics({"train/loss": 1.0}, step=step)
+        saved.append(save_checkpoint(root / "run-1" / "checkpoints", step, **tracker.reference())[1])
+        tracker.checkpoint(saved[-1], step=step)
+    assert close_run(tracker, "FINISHED")
+    return uri, saved
+
+
+@pytest.fixture
+def run(capsys, photos, paintings, tmp_path):
+    """A function: flags -> exit code, result.json, what was said."""
+
+    def call(*argv, **flags):
+        told = [str(word) for name, value in (SMALL | flags).items() for word in (f"--{name}", *str(value).split())]
+        pictures = ["--content", str(photos), "--style", str(paintings), "--output", str(tmp_path / "out")]
+        try:
+            code = evaluate.main([*pictures, *told, *map(str, argv)])
+        except SystemExit as exit_:
+            code = exit_.code
+        written = capsys.readouterr()
+        assert "Traceback" not in written.out + written.err
+        result = tmp_path / "out" / "result.json"
+        return code, json.loads(result.read_text()) if result.exists() else None, written.out + written.err
+
+    return call
+
+
+def test_the_first_gets_the_alias_and_what_is_worse_does_not(registry, run, tmp_path):
+    uri, (first, second) = registry
+    client = MlflowClient(uri)
+    tracking = ("--tracking.uri", uri, "--promote", "champion")
+    code, result, said = run("--model", first, *tracking)
+    assert (code, result["promoted"]) == (0, "models:/adaconv@champion"), said
+    assert named_by("adaconv", "champion", tracking_uri=uri) == "models:/adaconv/1"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "may become" in page
+    assert not re.search(r"https?://|\{\{", page)
+    assert page.count("<img") == 7 * 4 - 3 * 4 + 3  # a row of styles, then each content with its outputs
+    assert pq.read_table(tmp_path / "out" / "scores.parquet").num_rows == 2 * 12
+    # What it got stays with the version, and the page with its run.
+    version = client.get_model_version("adaconv", "1")
+    noted = json.loads(version.tags[f"evaluation.{result['protocol']}"])
+    assert noted["scores"] == result["scores"]
+    files = [file.path for file in client.list_artifacts(version.run_id, f"evaluation/{result['protocol']}")]
+    assert files == [f"evaluation/{result['protocol']}/report.html"]
+    assert result["protocol"] in history_of(client, "adaconv", "champion")[0].why
+
+    # Again, by its name: it has the alias, and nothing is moved.
+    code, again, said = run("--model", "models:/adaconv@champion", *tracking)
+    assert code == 0, said
+    assert "gate" not in again
+    assert again["scores"]["models:/adaconv/1"] == result["scores"][result["model"]]
+    assert len(history_of(client, "adaconv", "champion")) == 1
+
+    # Another random network is worse in something.
+    code, refused, said = run("--model", second, *tracking)
+    assert (code, refused["status"]) == (1, "failed")
+    assert f"{second} may not become champion: " in refused["error"]
+    assert "may be worse" in refused["error"]
+    assert "pipelines/evaluate.py: error: " in said
+    assert "may not become" in (tmp_path / "out" / "report.html").read_text()
+    assert named_by("adaconv", "champion", tracking_uri=uri) == "models:/adaconv/1"
+
+    # Where all of that is allowed it gets the alias, and can lose it again.
+    code, allowed, said = run("--model", second, *tracking, "--gate.require", "not_worse", **ANYTHING)
+    assert code == 0, said
+    assert set(allowed["scores"]) == {second, "models:/adaconv/1", "the contents, unchanged"}
+    assert named_by("adaconv", "champion", tracking_uri=uri) == "models:/adaconv/2"
+    rollback(name="adaconv", alias="champion", reason="", tracking_uri=uri)
+    assert named_by("adaconv", "champion", tracking_uri=uri) == "models:/adaconv/1"
+
+
+def test_an_alias_that_moved_meanwhile_is_not_moved(registry):
+    uri, (first, _) = registry
+    assert named_by("other", "champion", tracking_uri=uri) is None
+    told = {"name": "other", "alias": "champion", "reason": "", "tracking_uri": uri}
+    promote(first, held_by=None, **told)
+    with pytest.raises(TrackingError, match=r"is models:/other/1 now, and was nobody when .* was compared"):
+        promote(first, held_by=None, **told)
+
+
+def test_without_an_alias_it_says_what_each_got(registry, run, tmp_path):
+    _, (first, second) = registry
+    copy = shutil.copytree(first, tmp_path / "copy")  # a checkpoint of no registry
+    code, result, said = run("--model", copy, "--against", second)
+    assert code == 0, said
+    assert list(result["scores"]) == [str(copy), second, "the contents, unchanged"]
+    assert "gate" not in result
+    unchanged = result["scores"]["the contents, unchanged"]
+    assert unchanged["content"] == unchanged["identity"] == [0, 0, 0]
+    mean, low, high = result["scores"][second]["style"]
+    assert low < mean < high
+
+
+def test_mistakes_are_told_in_one_line(registry, run, monkeypatch, tmp_path):
+    uri, (first, _) = registry
+    for argv, code, words in (
+        (("--model", first, "--dry-run"), 0, "3 contents x 4 styles: 12 pairs by each model"),
+        ((), 2, "required: --model"),
+        (("--model", first, "--protocol.contents", "1"), 2, "protocol.contents"),
+        (("--model", first, "--device", "cuda"), 2, "--device cuda: expected a GPU"),
+        (("--model", tmp_path / "nothing"), 1, "found no whole checkpoint"),
+        (("--model", first, "--judge.weights", tmp_path / "no.pth"), 1, "found no such file"),
+        (
+            ("--model", f"runs:/{'0' * 32}/model", "--tracking.uri", uri, "--promote", "champion"),
+            2,
+            "--promote: expected",
+        ),
+        (("--model", first, "--style", tmp_path / "none"), 2, "--style"),
+    ):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        found, _, said = run(*argv)
+        assert found == code, said
+        assert words in said, said
