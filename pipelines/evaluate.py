@@ -64,8 +64,9 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
             )
             model = f"models:/{version.name}/{version.version}"
             result |= {"promoted": version.uri, "version": version.version}
-        noted: dict[str, Any] = {key: result[key] for key in ("protocol", "scores", "gate", "error") if key in result}
-        note_evaluation(model, noted, scratch / "report.html", tracking_uri=tracking_uri)
+        noted = ("protocol", "pairs", "scores", "gate", "error")
+        evaluation: dict[str, Any] = {key: result[key] for key in noted if key in result}
+        note_evaluation(model, evaluation, scratch / "report.html", tracking_uri=tracking_uri)
     return result
 
 

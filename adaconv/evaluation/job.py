@@ -82,6 +82,7 @@ def run_evaluation(
         "status": "done",
         "model": scores[0].model,
         "protocol": protocol.id,
+        "pairs": pairs,
         "scores": {one.model: _told(one) for one in scores},
         "defects": {one.model: list(one.defects) for one in scores if one.defects},
         "report": storage.join(output, page.name),
