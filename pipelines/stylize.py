@@ -24,7 +24,7 @@ from adaconv.config.stylize import StylizeConfig
 def plan(config: StylizeConfig) -> str:
     if config.replay:
         return f"make {config.replay} again from its recipe and compare the bytes"
-    from adaconv.orchestration.stylize_job import plan_job
+    from adaconv.orchestration.stylize_plan import plan_job
 
     _check_apart(config)
     return f"{plan_job(config)} of {config.model} in {config.output}"
@@ -33,7 +33,7 @@ def plan(config: StylizeConfig) -> str:
 def execute(config: StylizeConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.orchestration.cluster import connect
-    from adaconv.stylize.inputs import check_sources
+    from adaconv.orchestration.stylize_plan import plan_job
     from adaconv.tracking.registry import resolved_model
     from adaconv.tracking.runs import default_uri
 
@@ -45,8 +45,7 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
         given = config.model_dump(include={"model", "content", "style"})
         return replay(config.replay, resolved=resolved, scratch=config.tile.scratch, **given)
     _check_apart(config)
-    check_sources(config.content, flag="--content")  # a typo is answered before a cluster is started
-    check_sources(config.style, flag="--style", packs=True)
+    job = plan_job(config)  # a mistake is answered before a cluster is started
     assert config.output is not None
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
@@ -54,7 +53,7 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     with resolved(config.model) as (model, folder), connect():
         from adaconv.orchestration.stylize_job import run_stylize_job
 
-        return run_stylize_job(config, model=model, folder=folder)
+        return run_stylize_job(config, job, model=model, folder=folder)
 
 
 def _check_apart(config: StylizeConfig) -> None:

@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -19,23 +18,22 @@ from typing import Any
 
 import ray
 from PIL import Image
-from pydantic import ValidationError
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adaconv import storage
-from adaconv.config.stylize import OptionsConfig, StylizeConfig
+from adaconv.config.stylize import StylizeConfig
 from adaconv.errors import AdaConvError, JobError, UsageError
 from adaconv.images import ImageError
 from adaconv.orchestration.cluster import require_resources, set_up_ray_data
 from adaconv.orchestration.metrics import output_counter
+from adaconv.orchestration.stylize_plan import Plan
 from adaconv.orchestration.tasks import plain_errors, raise_cause
 from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.gallery import Failure, Picture, render
-from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, read_item, sha256_of, spread
+from adaconv.stylize.inputs import Item, decode_picture, local_file, read_item, sha256_of
 from adaconv.stylize.outputs import Recipe, pack_name, publish_index, slug
-from adaconv.stylize.pairing import Pair, pair_up
 from adaconv.stylize.pictures import thumbnail
 from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail
 from adaconv.stylize.style_pack import StylePack
@@ -50,41 +48,16 @@ _LEFT_BEHIND_SECONDS = 3600
 _PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
 _BLOCKS_AT_MOST = 4096  # of jobs that actors are handed: Ray takes 12 ms for one, whatever it holds
 _SHOWN = 100  # kinds of failure that result.json lists
-_COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a job makes. `styles` are by index; a pack is made for each style and side at which it is read."""
-
-    contents: list[Item]
-    styles: list[Item]
-    pairs: list[Pair]
-
-    def __str__(self) -> str:
-        contents, styles = ({getattr(pair, name) for pair in self.pairs} for name in ("content", "style"))
-        return f"{len(contents)} contents, {len(styles)} styles, {len(self.pairs)} outputs"
-
-
-def plan_job(config: StylizeConfig) -> Plan:
-    """List contents and styles and pair them up.
-
-    Raises:
-        UsageError: a source is not there or holds nothing; pairs that do not fit.
-    """
-    contents = spread(list_items(config.content, flag="--content"), config.limit_contents)
-    styles = spread(list_items(config.style, flag="--style", packs=True), config.limit_styles)
-    names = [[item.source for item in items] for items in (contents, styles)]
-    return Plan(contents, styles, pair_up(config.pairs, *names, seed=config.seed, check=_checked(config.options)))
-
-
-def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[str, Any]:
+def run_stylize_job(config: StylizeConfig, plan: Plan, *, model: str, folder: Path) -> dict[str, Any]:
     """Make every output that is missing below `config.output`, then its index and gallery.
 
     Args:
         config: of the job.
+        plan: of the same configuration.
         model: the exact version, for recipes.
         folder: local, of the model's files.
 
@@ -92,10 +65,9 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
         books and paths; `status` is `failed` where more pairs could not be made than the budget allows.
 
     Raises:
-        UsageError: no contents or no styles, or a style pack of another model.
+        UsageError: a style pack of another model.
         ClusterError: the cluster has not what the actors need.
     """
-    plan = plan_job(config)
     log.info("%s", plan)
     num_actors = _num_actors(config)
     scaling = config.scaling
@@ -113,23 +85,6 @@ def run_stylize_job(config: StylizeConfig, *, model: str, folder: Path) -> dict[
     rows = _make_outputs(plan, packs, config, num_actors, shared)
     assert len(rows) == len(plan.pairs), "every pair ends in the books"
     return _close_books(config, model, rows, packs)
-
-
-def _checked(base: OptionsConfig) -> Any:
-    """A check of one pair's options: values as they would be on the command line."""
-
-    def check(options: Mapping[str, Any]) -> Mapping[str, Any]:
-        unknown = sorted(set(options) - set(_COLUMNS))
-        if unknown:
-            raise UsageError(f"unknown columns {', '.join(unknown)}; expected content, style, {', '.join(_COLUMNS)}")
-        try:
-            merged = OptionsConfig.model_validate({**base.model_dump(mode="json"), **options})
-        except ValidationError as error:
-            told = "; ".join(f"{e['loc'][0]}: {e['msg']}, found {e['input']!r}" for e in error.errors())
-            raise UsageError(told) from None
-        return {name: getattr(merged, name) for name in options}
-
-    return check
 
 
 def _num_actors(config: StylizeConfig) -> int:

@@ -64,7 +64,10 @@ def list_items(sources: Iterable[str], *, flag: str, packs: bool = False) -> lis
     """
     items: list[Item] = []
     for source in sources:
-        items += sorted(_items_of(source, flag, packs), key=lambda item: item.source)
+        found = sorted(_items_of(source, flag, packs), key=lambda item: item.source)
+        if not found:
+            raise UsageError(f"{flag} {source}: expected images, found none")
+        items += found
     return items
 
 
@@ -73,13 +76,6 @@ def spread(found: list[Item], limit: int | None) -> list[Item]:
     if limit is None or limit >= len(found):
         return found
     return [found[position * len(found) // limit] for position in range(limit)]
-
-
-def check_sources(sources: Iterable[str], *, flag: str, packs: bool = False) -> None:
-    """Answer a typo before anything is started: raises what list_items would before a source's first item."""
-    for source in sources:
-        if next(_items_of(source, flag, packs), None) is None:
-            raise UsageError(f"{flag} {source}: expected images, found none")
 
 
 def check_apart(sources: Iterable[str], output: str, *, flag: str) -> None:

@@ -147,6 +147,27 @@ def test_a_damaged_checkpoint_is_named(capsys, folders):
     assert "model.safetensors is not the file that was saved" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("style\npaint.jpg\n", "row 1: expected the name of a content that --content holds, found ''"),
+        ("content,style\na.jpg,other.jpg\n", "row 1: expected the name of a style that --style holds"),
+        ("content,style,alpha\na.jpg,a.jpg,2\n", "row 1: alpha: Input should be less than or equal to 1, found '2'"),
+        ("content,style,depth\na.jpg,a.jpg,2\n", "row 1: unknown columns depth"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True], ids=["", "dry-run"])
+def test_wrong_pairs_are_told_before_a_cluster_is_started(capsys, folders, monkeypatch, text, words, dry_run):
+    monkeypatch.setattr("adaconv.orchestration.cluster.connect", lambda: pytest.fail("a cluster was started"))
+    _, model = save_checkpoint(folders / "run")
+    (folders / "pairs.csv").write_text(text)
+    argv = ("--model", model, "--content", folders / "images", "--style", folders / "images")
+    argv += ("--output", folders / "out", "--pairs", folders / "pairs.csv", *["--dry-run"][: int(dry_run)])
+    code, err = answer(capsys, "stylize", *argv)
+    assert code == 2
+    assert f"--pairs {folders / 'pairs.csv'}, {words}" in err
+
+
 def test_a_tracking_server_that_is_none_is_said_soon(capsys, content_version, style_version, tmp_path):
     """Some other server listens there: it answers, so this is no outage that a training could outlast."""
     other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)

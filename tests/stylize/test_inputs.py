@@ -19,7 +19,6 @@ from adaconv.stylize import inputs, large
 from adaconv.stylize.inputs import (
     Item,
     check_apart,
-    check_sources,
     decode_picture,
     list_items,
     local_file,
@@ -66,7 +65,7 @@ def test_a_dataset_version(photos, tmp_path):
         assert Image.open(io.BytesIO(jpeg)).format == "JPEG"
     assert open_version(str(tmp_path / "data")).version == version.version
     with pytest.raises(UsageError, match="has no version"):
-        check_sources((str(tmp_path / "data@0123456789abcdef"),), flag="--content")
+        list_items((str(tmp_path / "data@0123456789abcdef"),), flag="--content")
 
 
 @pytest.mark.parametrize("shape", ["binary", "struct"])
@@ -83,7 +82,7 @@ def test_a_parquet_column(tmp_path, shape):
         read_item(items[1])
     assert read_item(list_items((f"{tmp_path / 't.parquet'}#other",), flag="--content")[0]) == b"x"
     with pytest.raises(UsageError, match=r"expected a column of images .* found number: int64, image"):
-        check_sources((f"{tmp_path / 't.parquet'}#number",), flag="--content")
+        list_items((f"{tmp_path / 't.parquet'}#number",), flag="--content")
 
 
 def test_a_names_column(tmp_path):
@@ -105,11 +104,12 @@ def test_style_packs(tmp_path):
         list_items((str(tmp_path / "styles"),), flag="--content")
 
 
-@pytest.mark.parametrize("name", ["none", "none.parquet", "none.safetensors", "bad.parquet"])
+@pytest.mark.parametrize("name", ["none", "none.parquet", "none.safetensors", "bad.parquet", "empty.parquet"])
 def test_what_is_not_there_is_said(tmp_path, name):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1nothing")
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "empty.parquet")
     with pytest.raises(UsageError, match=f"--style .*{name}: expected .*found"):
-        check_sources((str(tmp_path / name),), flag="--style", packs=True)
+        list_items((str(tmp_path / name),), flag="--style", packs=True)
 
 
 @pytest.mark.parametrize(

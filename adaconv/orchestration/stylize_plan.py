@@ -1,0 +1,63 @@
+"""What a stylization job will make. It needs no cluster: mistakes are told before one is started."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from adaconv.config.stylize import OptionsConfig, StylizeConfig
+from adaconv.errors import UsageError
+from adaconv.stylize.inputs import Item, list_items
+from adaconv.stylize.pairing import Pair, pair_up
+
+_COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job makes. `styles` are by index; a pack is made for each style and side at which it is read."""
+
+    contents: list[Item]
+    styles: list[Item]
+    pairs: list[Pair]
+
+    def __str__(self) -> str:
+        contents, styles = ({getattr(pair, name) for pair in self.pairs} for name in ("content", "style"))
+        return f"{len(contents)} contents, {len(styles)} styles, {len(self.pairs)} outputs"
+
+
+def plan_job(config: StylizeConfig) -> Plan:
+    """List contents and styles and pair them up.
+
+    Raises:
+        UsageError: a source is not there or holds nothing; pairs that do not fit.
+    """
+    contents = _spread(list_items(config.content, flag="--content"), config.limit_contents)
+    styles = _spread(list_items(config.style, flag="--style", packs=True), config.limit_styles)
+    names = [[item.source for item in items] for items in (contents, styles)]
+    return Plan(contents, styles, pair_up(config.pairs, *names, seed=config.seed, check=_checked(config.options)))
+
+
+def _spread(found: list[Item], limit: int | None) -> list[Item]:
+    """At most `limit` of them, evenly over the sorted list: folders of styles are all touched before one is emptied."""
+    if limit is None or limit >= len(found):
+        return found
+    return [found[position * len(found) // limit] for position in range(limit)]
+
+
+def _checked(base: OptionsConfig) -> Any:
+    """A check of one pair's options: values as they would be on the command line."""
+
+    def check(options: Mapping[str, Any]) -> Mapping[str, Any]:
+        unknown = sorted(set(options) - set(_COLUMNS))
+        if unknown:
+            raise UsageError(f"unknown columns {', '.join(unknown)}; expected content, style, {', '.join(_COLUMNS)}")
+        try:
+            merged = OptionsConfig.model_validate({**base.model_dump(mode="json"), **options})
+        except ValidationError as error:
+            told = "; ".join(f"{e['loc'][0]}: {e['msg']}, found {e['input']!r}" for e in error.errors())
+            raise UsageError(told) from None
+        return {name: getattr(merged, name) for name in options}
+
+    return check
