@@ -33,7 +33,7 @@ from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.inputs import Item, decode_picture, local_file, read_item, sha256_of
-from adaconv.stylize.outputs import Recipe, pack_name, publish_index, slug
+from adaconv.stylize.outputs import Published, Recipe, pack_name, publish_index, slug
 from adaconv.stylize.pictures import thumbnail
 from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail
 from adaconv.stylize.style_pack import StylePack
@@ -126,7 +126,9 @@ def _make_outputs(plan: Plan, packs: list[Row], config: StylizeConfig, num_actor
             pairs = json.dumps(numbered[start : start + _PAIRS_AT_ONCE])
             first = not start and content < config.gallery.max_contents
             jobs.append({"content": content, "pairs": pairs, "first": first, **plan.contents[content].to_row()})
-    handed = {**shared, "packs": ray.put(packs), "shown": ray.put(shown)}
+    assert config.output is not None
+    there = Published.of(config.output)
+    handed = {**shared, "packs": ray.put(packs), "shown": ray.put(shown), "there": ray.put(there)}
     progress = Progress("stylize", total=len(plan.pairs))
     states = {"skipped": 0, "failed": 0}
     counter = output_counter()
@@ -309,10 +311,11 @@ class _PackMaker(_ModelActor):
 class _ContentStylizer(_ModelActor):
     """A content to its outputs."""
 
-    def __init__(self, *, packs: ray.ObjectRef, shown: ray.ObjectRef, **shared: Any) -> None:
+    def __init__(self, *, packs: ray.ObjectRef, shown: ray.ObjectRef, there: ray.ObjectRef, **shared: Any) -> None:
         super().__init__(**shared)
         self.styles: dict[tuple[int, int], Row] = {(row["style"], row["side"]): row for row in ray.get(packs)}
         self.shown: set[int] = ray.get(shown)
+        self.there: Published = ray.get(there)
         self._read_pack = lru_cache(_PACKS_AT_HAND)(self._read_pack_anew)
 
     @plain_errors()
@@ -385,7 +388,8 @@ class _ContentStylizer(_ModelActor):
             for number, style, options in pairs
             if number in recipes
         ]
-        yield from Production(lambda: self.stylizer, self.output, limits).make(path, wanted, begin=begin)
+        production = Production(lambda: self.stylizer, self.output, limits, self.there)
+        yield from production.make(path, wanted, begin=begin)
 
     def _style(self, style: int, options: Mapping[str, Any]) -> Row:
         return self.styles[style, int(options.get("style_side", self.config.options.style_side))]

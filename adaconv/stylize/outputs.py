@@ -21,8 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from adaconv import storage
@@ -247,6 +249,32 @@ def is_whole(uri: str) -> bool:
         return head[:4] == b"RIFF" and size == int.from_bytes(head[4:], "little") + 8
     end = _ENDS.get(extension, b"")  # a TIFF has no end of its own: that it was published must do
     return size > len(end) and (not end or storage.read_range(uri, size - len(end), len(end)) == end)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Names of the outputs that one listing found. An object of a store that is listed is whole, see is_whole.
+
+    `hashes`: (n,) uint64 of the names, sorted: 8 MB for a million, which the actors of a node share, where a set would
+    take 150 MB of each. Names have no more bits of their own.
+    """
+
+    hashes: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, root: str) -> "Published":
+        """List a job's output folder; none on a disk, where an output's end must be looked at."""
+        found = () if storage.is_local(root) else storage.walk(storage.join(root, "images"))
+        return cls(np.sort(np.fromiter((_hash(f"images/{one.path}") for one in found if one.bytes), np.uint64)))
+
+    def __contains__(self, name: object) -> bool:
+        wanted = np.uint64(_hash(str(name)))
+        place = np.searchsorted(self.hashes, wanted)
+        return bool(place < len(self.hashes) and self.hashes[place] == wanted)
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
 def publish_index(root: str, rows: Sequence[Mapping[str, Any]]) -> str:

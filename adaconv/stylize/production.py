@@ -7,7 +7,7 @@ fit even so is named, never skipped.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,10 +89,19 @@ class Made:
 
 
 class Production:
-    """Outputs below one root, by one model, which is asked for when there is something to make."""
+    """Outputs below one root, by one model, which is asked for when there is something to make.
 
-    def __init__(self, stylizer: Callable[[], Stylizer], root: str, limits: Limits) -> None:
-        self._ask, self._root, self._limits = stylizer, root, limits
+    Args:
+        stylizer: holds the model.
+        root: of the job.
+        limits: what a picture may take.
+        there: names of outputs that are known to be whole; any other is looked for.
+    """
+
+    def __init__(
+        self, stylizer: Callable[[], Stylizer], root: str, limits: Limits, there: Container[str] = frozenset()
+    ) -> None:
+        self._ask, self._root, self._limits, self._there = stylizer, root, limits, there
 
     @property
     def _stylizer(self) -> Stylizer:
@@ -114,11 +123,14 @@ class Production:
             OSError: storage fails.
         """
         todo: dict[tuple[int | None, bool], list[Wanted]] = {}
+        sizes: dict[int | None, tuple[int, int]] = {}  # of what is there, one for each side of the content
         for one in wanted:
             uri = storage.join(self._root, one.recipe.name)
             options = Options(**one.recipe.options)
-            if is_whole(uri):
-                yield self._seen(one, uri)
+            if one.recipe.name in self._there or is_whole(uri):
+                made = self._seen(one, uri, sizes.get(options.content_side))
+                sizes[options.content_side] = made.width, made.height
+                yield made
             else:
                 todo.setdefault((options.content_side, options.keep_metadata), []).append(one)
         if not todo:
@@ -271,8 +283,10 @@ class Production:
             made["threads"] = torch.get_num_threads()  # sums are split among them
         return replace(one.recipe, made=made)
 
-    def _seen(self, one: Wanted, uri: str) -> Made:
+    def _seen(self, one: Wanted, uri: str, size: tuple[int, int] | None) -> Made:
         """An output that is there already. On an object store no more of it is read than must be."""
+        if size and not one.shown:
+            return Made(one.key, "skipped", "", *size)
         if not one.shown and not storage.is_local(uri):
             head = storage.read_range(uri, 0, _HEADER_BYTES)
             # Of a TIFF, a WebP, or a JPEG with much metadata, what tells the size ends later.

@@ -15,7 +15,17 @@ from adaconv import storage
 from adaconv.errors import UsageError
 from adaconv.stylize import large, outputs
 from adaconv.stylize.gallery import Failure, Picture, render
-from adaconv.stylize.outputs import INDEX, Metadata, Recipe, encode, is_whole, publish_index, read_recipe, slug
+from adaconv.stylize.outputs import (
+    INDEX,
+    Metadata,
+    Published,
+    Recipe,
+    encode,
+    is_whole,
+    publish_index,
+    read_recipe,
+    slug,
+)
 from adaconv.stylize.pictures import thumbnail
 from adaconv.stylize.raster import FileRaster
 
@@ -149,6 +159,23 @@ def test_an_object_of_a_store_is_asked_for_once(monkeypatch):
     uris = ["s3://b/there.png", "s3://b/empty.png", "s3://b/absent.png"]
     assert [is_whole(uri) for uri in uris] == [True, False, False]
     assert asked == uris
+
+
+def test_one_listing_of_a_store_tells_which_outputs_are_there(tmp_path, monkeypatch):
+    names = [replace(RECIPE, content_sha256=f"{number:064x}").name for number in range(2000)]
+    sizes = {name: 0 if number == 7 else 9 for number, name in enumerate(names[:1000])}
+    listed = []
+
+    def walk(uri):
+        listed.append(uri)
+        return (SimpleNamespace(path=name.removeprefix("images/"), bytes=size) for name, size in sizes.items())
+
+    monkeypatch.setattr(storage, "walk", walk)
+    there = Published.of("s3://b/out")
+    assert [name for name in names if name in there] == [name for name, size in sizes.items() if size]
+    assert listed == ["s3://b/out/images"]
+    assert names[0] not in Published.of(str(tmp_path))  # whose end must be looked at
+    assert listed == ["s3://b/out/images"]
 
 
 def test_a_long_index_is_written_a_few_thousand_rows_at_a_time(tmp_path, monkeypatch):

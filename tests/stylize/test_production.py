@@ -100,6 +100,25 @@ def test_an_output_on_an_object_store_is_not_read_whole_to_be_skipped(stylizer, 
     assert len(whole) == (kind in ("webp", "tiff"))  # whose headers a part does not tell
 
 
+def test_outputs_that_a_listing_found_cost_a_request_for_each_size(stylizer, tmp_path, monkeypatch):
+    smooth(170, 130).save(tmp_path / "c.png")
+    outputs = [replace(one, shown=False) for side in (None, 64) for one in wanted(stylizer, 3, content_side=side)]
+    outputs = [replace(one, key=number) for number, one in enumerate(outputs)]
+    made = make(stylizer, tmp_path, tmp_path / "c.png", outputs)
+    (tmp_path / outputs[5].recipe.name).unlink()  # and no listing has it
+    asked = []
+    for name in ("size_of", "read_range", "read_bytes"):
+        ask = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda uri, *a, ask=ask, name=name: asked.append(name) or ask(uri, *a))
+    monkeypatch.setattr(storage, "is_local", lambda uri: False)
+    monkeypatch.setattr(storage, "_filesystem", lambda uri: fsspec.filesystem("file"))
+    there = {one.recipe.name for one in outputs[:5]}
+    again = list(Production(lambda: stylizer, str(tmp_path), Limits(), there).make(tmp_path / "c.png", outputs))
+    assert [(one.key, one.state) for one in again] == [(n, "skipped") for n in range(5)] + [(5, "done")]
+    assert [(one.width, one.height) for one in again] == [(one.width, one.height) for one in made]
+    assert asked == ["read_range", "read_range", "size_of"]
+
+
 def test_batches_of_styles_are_halved_where_memory_runs_out_and_change_rounding_alone(stylizer, tmp_path, monkeypatch):
     smooth(96, 80).save(tmp_path / "c.png")
     outputs = wanted(stylizer, 5)
