@@ -106,8 +106,8 @@ def _similar(version: DatasetVersion, places: pa.Table, pairs: Sequence[Pair], d
     for pair in pairs[:_PAIRS]:
         both = [places.slice(row, 1).to_pylist()[0] for row in (pair.first, pair.second)]
         shown.append(f'<div class="pair">{"".join(_figure_of(version, row) for row in both)}</div>')
-    said = f"{len(pairs):,} pairs differ in {distance} or fewer of the 64 bits of their perceptual hashes"
-    return f'<p>{said}; the nearest:</p><div class="pictures">{"".join(shown)}</div>'
+    said = f"{len(pairs):,} links of {distance} or fewer of the 64 bits of perceptual hashes join all that look alike"
+    return f'<p>{said}; the shortest:</p><div class="pictures">{"".join(shown)}</div>'
 
 
 def _evenly(places: pa.Table, count: int) -> Iterable[Row]:

@@ -1,7 +1,9 @@
 """Images that look alike, by perceptual hash: within a version, or between training and evaluation.
 
 Hashes of 64 bits that differ in at most d bits agree in at least one of d + 1 bands, so only images that share a band
-are compared: no pair is missed, and 10^5 images need no 10^10 comparisons.
+are compared: no image is missed, and 10^5 images need no 10^10 comparisons.
+
+Of k images that all look alike k - 1 pairs are told, not k^2 / 2: ten thousand frames of one film are no 50 million.
 """
 
 from collections.abc import Iterator
@@ -13,6 +15,9 @@ from numpy.typing import NDArray
 
 _PAIRS_AT_ONCE = 2**22
 
+Hashes = NDArray[np.uint64]
+Rows = dict[int, list[int]]  # of each hash, in order
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -23,57 +28,69 @@ class Pair:
     distance: int
 
 
-def similar_pairs(hashes: NDArray[np.uint64], *, distance: int, others: NDArray[np.uint64] | None = None) -> list[Pair]:
+def similar_pairs(hashes: Hashes, *, distance: int, others: Hashes | None = None) -> list[Pair]:
     """Pairs of at most `distance` differing bits, the nearest first; every image that is near another is in one.
 
-    Images of one hash stand for one another, so that thousands of black ones are not millions of pairs: the first of
-    them is paired with each of the rest, and alone with images of near hashes. Between two sets each is paired with
-    the first of a near hash in the other.
+    Within a set they are the shortest links that join all that near pairs join (a minimum spanning forest), so there
+    are as many as images that another one of their cluster could stand for. Between two sets each image is paired with
+    the nearest of the other.
 
     Args:
         hashes: (n,) uint64.
         distance: in bits.
         others: (m,) uint64; pairs are then one of each, `second` among these. None looks within `hashes`.
     """
-    rows, second_rows = _rows_of(hashes), _rows_of(hashes if others is None else others)
-    values = np.fromiter(rows.keys() | second_rows.keys(), np.uint64)
-    pairs = []
-    for one, other, bits in [*_near(values, distance), *((int(value), int(value), 0) for value in values)]:
-        if others is None:
-            if one == other:
-                first, *rest = rows[one]
-                pairs += [Pair(first, row, 0) for row in rest]
-            else:
-                first, second = sorted((rows[one][0], rows[other][0]))
-                pairs.append(Pair(first, second, bits))
-        else:
-            for a, b in {(one, other), (other, one)}:
-                if a in rows and b in second_rows:
-                    pairs += [Pair(row, second_rows[b][0], bits) for row in rows[a]]
-                    pairs += [Pair(rows[a][0], row, bits) for row in second_rows[b][1:]]
+    if others is None:
+        pairs = _pairs_within(_rows_of(hashes), distance)
+    else:
+        pairs = _pairs_between(_rows_of(hashes), _rows_of(others), distance)
     return sorted(pairs, key=lambda pair: (pair.distance, pair.first, pair.second))
 
 
-def _rows_of(hashes: NDArray[np.uint64]) -> dict[int, list[int]]:
-    """Hash -> its rows, in order."""
-    rows: dict[int, list[int]] = {}
+def _rows_of(hashes: Hashes) -> Rows:
+    rows: Rows = {}
     for row, value in enumerate(hashes.tolist()):
         rows.setdefault(value, []).append(row)
     return rows
 
 
-def _near(values: NDArray[np.uint64], distance: int) -> Iterator[tuple[int, int, int]]:
-    """Pairs of different values, once each, and the bits between them."""
-    values = np.sort(values)
-    found: dict[tuple[int, int], int] = {}
+def _pairs_within(rows: Rows, distance: int) -> Iterator[Pair]:
+    for first, *rest in rows.values():
+        yield from (Pair(first, row, 0) for row in rest)
+    values = np.sort(np.fromiter(rows, np.uint64))
+    links: set[tuple[int, int, int]] = set()  # the forest's are among those of the groups' forests
+    for places in _groups(values, distance):
+        links.update(_forest(_near_any(values[places], distance), distance))
+    joined: dict[int, int] = {}
+    for bits, one, other in sorted(links):
+        a, b = _root(joined, one), _root(joined, other)
+        if a != b:
+            joined[a] = b
+            first, second = sorted((rows[one][0], rows[other][0]))
+            yield Pair(first, second, bits)
+
+
+def _pairs_between(rows: Rows, other_rows: Rows, distance: int) -> Iterator[Pair]:
+    values = np.sort(np.fromiter(rows.keys() | other_rows.keys(), np.uint64))
+    in_first, in_second = (np.isin(values, np.fromiter(some, np.uint64)) for some in (rows, other_rows))
+    nearest: tuple[dict[int, tuple[int, int]], ...] = ({}, {})  # of the first's values, and of the second's
+    for places in _groups(values, distance, least=1):
+        first, second = values[places[in_first[places]]], values[places[in_second[places]]]
+        for ones, theirs, known in ((first, second, nearest[0]), (second, first, nearest[1])):
+            for one, *found in _nearest(ones, theirs, distance):
+                known[one] = min(known.get(one, (65, 0)), (found[0], found[1]))
+    pairs = {Pair(row, other_rows[other][0], bits) for one, (bits, other) in nearest[0].items() for row in rows[one]}
+    pairs |= {Pair(rows[other][0], row, bits) for one, (bits, other) in nearest[1].items() for row in other_rows[one]}
+    yield from pairs
+
+
+def _groups(values: Hashes, distance: int, *, least: int = 2) -> Iterator[NDArray[np.intp]]:
+    """Places of values, in order, that share a band, at least so many."""
     for band in _bands(distance + 1):
         keys = values & np.uint64(band)
         order = np.argsort(keys, kind="stable")
         edges = np.flatnonzero(np.diff(keys[order])) + 1
-        for group in np.split(order, edges):
-            if len(group) > 1:
-                _compare(values[np.sort(group)], distance, found)
-    return ((one, other, bits) for (one, other), bits in found.items())
+        yield from (group for group in np.split(order, edges) if len(group) >= least)
 
 
 def _bands(count: int) -> list[int]:
@@ -82,12 +99,51 @@ def _bands(count: int) -> list[int]:
     return [((1 << (end - start)) - 1) << start for start, end in pairwise(edges)]
 
 
-def _compare(group: NDArray[np.uint64], distance: int, found: dict[tuple[int, int], int]) -> None:
-    """Enter the near pairs of values, in order, that share a band."""
-    step = max(1, _PAIRS_AT_ONCE // len(group))
-    for start in range(0, len(group), step):
-        some = group[start : start + step]
-        bits = np.bitwise_count(some[:, None] ^ group[None, :])  # (some, group)
-        for row, column in zip(*np.nonzero(bits <= distance), strict=True):
-            if start + row < column:
-                found[int(some[row]), int(group[column])] = int(bits[row, column])
+def _near_any(values: Hashes, distance: int) -> Hashes:
+    """Those that are near another: few of most groups, so that a forest is grown of few."""
+    counts = [np.count_nonzero(bits <= distance, axis=1) for _, bits in _bits_between(values, values)]
+    return values[np.concatenate(counts) > 1]  # each is near itself
+
+
+def _nearest(values: Hashes, others: Hashes, distance: int) -> Iterator[tuple[int, int, int]]:
+    """(value, bits, other) of each value that is near another."""
+    for some, bits in _bits_between(values, others) if len(others) else ():
+        places = bits.argmin(axis=1)
+        least = bits[np.arange(len(some)), places]
+        near = least <= distance
+        yield from zip(some[near].tolist(), least[near].tolist(), others[places[near]].tolist(), strict=True)
+
+
+def _bits_between(values: Hashes, others: Hashes) -> Iterator[tuple[Hashes, NDArray[np.uint8]]]:
+    """Some of the values at a time, and the bits (some, others) in which they differ."""
+    step = max(1, _PAIRS_AT_ONCE // max(1, len(others)))
+    for start in range(0, len(values), step):
+        some = values[start : start + step]
+        yield some, np.bitwise_count(some[:, None] ^ others[None, :])
+
+
+def _forest(values: Hashes, distance: int) -> Iterator[tuple[int, int, int]]:
+    """(bits, one, other) of the shortest links that join all that near pairs join, by Prim's rule."""
+    if not len(values):
+        return
+    here, left = values[0], values[1:].copy()
+    bits, link = np.full(len(left), 65, np.uint8), left.copy()  # to the nearest that was taken
+    while len(left):
+        to_here = np.bitwise_count(left ^ here)
+        closer = to_here < bits
+        bits[closer], link[closer] = to_here[closer], here
+        place = int(bits.argmin())
+        here = left[place]
+        if bits[place] <= distance:
+            one, other = sorted((int(link[place]), int(here)))
+            yield int(bits[place]), one, other
+        for some in (left, bits, link):
+            some[place] = some[-1]
+        left, bits, link = left[:-1], bits[:-1], link[:-1]
+
+
+def _root(joined: dict[int, int], value: int) -> int:
+    while value in joined:
+        joined[value] = joined.get(joined[value], joined[value])
+        value = joined[value]
+    return value

@@ -1,13 +1,15 @@
-"""Near-duplicates: every pair, none twice, against comparing all with all."""
+"""Near-duplicates: nobody is missed and nothing invented, against comparing all with all."""
 
 import base64
 import io
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from adaconv.data.manifest import open_version
 from adaconv.data.report import render
@@ -35,28 +37,57 @@ def draw_hashes(count, seed):
     return hashes
 
 
+def clusters(count, seed):
+    """Hashes of few kinds, a few bits beside one another, some of them twice."""
+    rng = np.random.default_rng(seed)
+    hashes = rng.choice(draw_hashes(6, 0), count)
+    for _ in range(4):
+        hashes ^= np.uint64(1) << rng.integers(0, 64, count).astype(np.uint64)
+    return np.concatenate([hashes, hashes[: count // 5]])
+
+
 @pytest.mark.parametrize("distance", [0, 1, 4, 7])
-def test_no_pair_is_missed_and_none_invented(distance):
+def test_two_of_a_kind_are_one_pair(distance):
     hashes, others = np.unique(draw_hashes(150, 0)), np.unique(draw_hashes(120, 1))
     others[:20] = hashes[:20] ^ np.uint64(5)
     assert similar_pairs(hashes, distance=distance) == brute(hashes, distance)
-    assert similar_pairs(hashes, distance=distance, others=others) == brute(hashes, distance, others)
+    ours, every = similar_pairs(hashes, distance=distance, others=others), brute(hashes, distance, others)
+    assert set(ours) <= set(every)
+    assert nearest_of(ours) == nearest_of(every)
 
 
-@pytest.mark.parametrize("distance", [0, 4])
-def test_images_of_one_hash_stand_for_one_another(distance):
-    """Each pair is one of all, and whoever is near anything is in one."""
-    rng = np.random.default_rng(0)
-    hashes, others = (rng.choice(draw_hashes(40, 0), count) for count in (120, 90))
-    for second in (None, others):
-        every, ours = brute(hashes, distance, second), similar_pairs(hashes, distance=distance, others=second)
-        assert set(ours) <= set(every)
-        assert len(ours) == len(set(ours)) < len(every)
-        if second is None:
-            assert parts_of(ours, len(hashes)) == parts_of(every, len(hashes))
-        else:
-            assert {pair.first for pair in ours} == {pair.first for pair in every}
-            assert {pair.second for pair in ours} == {pair.second for pair in every}
+@pytest.mark.parametrize("distance", [0, 2, 4, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_of_a_kind_are_joined_by_their_shortest_links(distance, seed):
+    hashes = clusters(150, seed)
+    ours, every = similar_pairs(hashes, distance=distance), brute(hashes, distance)
+    assert set(ours) <= set(every)
+    assert parts_of(ours, len(hashes)) == parts_of(every, len(hashes))
+    lengths = np.zeros((len(hashes), len(hashes)))
+    for pair in every:
+        lengths[pair.first, pair.second] = 1 + pair.distance  # 0 would be no link
+    forest = minimum_spanning_tree(lengths)
+    assert len(ours) == forest.nnz
+    assert sum(1 + pair.distance for pair in ours) == forest.sum()
+
+
+@pytest.mark.parametrize("distance", [0, 2, 4, 7])
+def test_between_two_sets_each_is_paired_with_the_nearest(distance):
+    hashes, others = clusters(150, 0), clusters(110, 1)
+    others[:30] = hashes[:30]
+    ours, every = similar_pairs(hashes, distance=distance, others=others), brute(hashes, distance, others)
+    assert set(ours) <= set(every)
+    assert nearest_of(ours) == nearest_of(every)
+    assert len(ours) == len(set(ours)) <= len(hashes) + len(others)
+
+
+def nearest_of(pairs):
+    """Bits to the nearest of the other set, of the rows of both."""
+    bits = {}
+    for pair in pairs:
+        for side, row in (("first", pair.first), ("second", pair.second)):
+            bits[side, row] = min(pair.distance, bits.get((side, row), 64))
+    return bits
 
 
 def parts_of(pairs, count):
@@ -72,6 +103,19 @@ def test_thousands_of_black_images_are_not_millions_of_pairs():
     hashes = np.full(20_000, 7, np.uint64)
     assert len(similar_pairs(hashes, distance=4)) == len(hashes) - 1
     assert len(similar_pairs(hashes, distance=4, others=hashes[:5000])) == len(hashes) + 4999
+
+
+def test_thousands_of_nearly_black_images_are_not_millions_of_pairs():
+    """All near one another, no two alike: 8 million pairs."""
+    bits = np.uint64(1) << np.arange(64, dtype=np.uint64)
+    hashes = np.unique([a | b | c for a in bits[:20] for b in bits[20:40] for c in bits[40:60]])[:4000]
+    tracemalloc.start()
+    pairs = similar_pairs(hashes, distance=6)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pairs) == len(hashes) - 1
+    assert {pair.distance for pair in pairs} == {2}
+    assert peak < 100e6
 
 
 def test_nothing_has_no_pairs():
