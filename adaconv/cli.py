@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from adaconv import ctrl_c  # first: what follows takes a second
 from adaconv.config.base import Config
 from adaconv.config.load import load_config, to_yaml
 from adaconv.errors import AdaConvError, UsageError, of_storage
@@ -74,8 +75,8 @@ def run(
         print(f"{prog}: error: {of_storage(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command takes up where it stopped", file=sys.stderr)
-        return 130
+        ctrl_c.tell(prog)
+        return ctrl_c.EXIT_CODE
 
 
 class _Lines(logging.StreamHandler[TextIO]):

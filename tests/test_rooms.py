@@ -11,8 +11,9 @@ REPO = Path(__file__).parents[1]
 FORBIDDEN = {
     "config": {"torch", "ray", "mlflow", "pyarrow", "fsspec", "numpy", "adaconv.!config,errors"},
     "errors": {"adaconv.!"},
+    "ctrl_c": {"pydantic", "torch", "ray", "mlflow", "adaconv.!"},
     "progress": {"torch", "ray", "mlflow", "adaconv.!"},
-    "cli": {"torch", "ray", "mlflow", "adaconv.!config,errors,storage"},
+    "cli": {"torch", "ray", "mlflow", "adaconv.!config,ctrl_c,errors,storage"},
     "download": {"torch", "ray", "mlflow", "adaconv.!progress"},
     "images": {"ray", "mlflow", "webdataset", "pydantic", "adaconv.!errors"},
     "storage": {"torch", "ray", "mlflow", "adaconv.!errors,scratch"},

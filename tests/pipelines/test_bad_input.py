@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -286,6 +287,21 @@ def test_work_goes_on_where_its_lines_cannot_be_written(folders):
     assert json.loads((folders / "out" / "result.json").read_text())["made"] == 3
     assert done.stderr.startswith("x.py: error: No space left on device")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPO / "pipelines").glob("*.py")))
+def test_ctrl_c_while_python_imports_is_told_in_a_line(tmp_path, name):
+    """Flags are read by tyro, which takes its time here."""
+    (tmp_path / "tyro.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, f"pipelines/{name}.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPO, env=environment, text=True, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert err == f"pipelines/{name}.py: interrupted; the same command takes up where it stopped\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("name", ["shard", "train", "register", "evaluate", "stylize", "demo", "doctor", "submit"])
