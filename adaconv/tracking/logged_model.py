@@ -29,6 +29,7 @@ from adaconv.checkpoint import ModelInfo, load_network
 from adaconv.images import encode_jpeg
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import model_card
+from adaconv.tracking.runs import every
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +82,7 @@ def log_model(client: MlflowClient, run: Run, folder: Path, *, checkpoint_uri: s
 
 def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
     """Whole models of a run; one whose upload broke off is none."""
-    found = client.search_logged_models(
-        [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'", max_results=100
-    )
+    found = every(client.search_logged_models, [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     return [model for model in found if str(model.status) == "READY"]
 
 
@@ -100,7 +99,8 @@ def give_roles(client: MlflowClient, run: Run, roles: dict[str, str]) -> list[st
     Returns:
         ids of deleted models.
     """
-    registered = {version.source for version in client.search_model_versions(f"run_id = '{run.info.run_id}'")}
+    versions = every(client.search_model_versions, f"run_id = '{run.info.run_id}'")
+    registered = {version.source for version in versions}
     deleted = []
     for model in logged_models(client, run):
         if model.model_id in roles:

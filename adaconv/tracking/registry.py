@@ -21,7 +21,7 @@ from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import provenance
 from adaconv.tracking.logged_model import card_of, log_model
-from adaconv.tracking.runs import find_run, iso, reader_of
+from adaconv.tracking.runs import every, find_run, iso, reader_of
 
 log = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str)
     run = client.get_run(run_id)
     with checkpoint.fetched(checkpoint_uri) as folder:
         logged = log_model(client, run, folder, checkpoint_uri=checkpoint_uri)
-    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+    for version in every(client.search_model_versions, f"name = '{name}' and run_id = '{run_id}'"):
         if version.source == logged.artifact_location:
             return version
     with contextlib.suppress(MlflowException):  # it is there already

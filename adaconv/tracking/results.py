@@ -14,7 +14,7 @@ from adaconv.scratch import scratch_folder
 from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
-from adaconv.tracking.runs import NAME_TAG, client_of, find_run
+from adaconv.tracking.runs import NAME_TAG, client_of, every, find_run
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +114,12 @@ def find(client: MlflowClient, run: str) -> Run:
     Raises:
         TrackingError: there is none, or more than one of this name.
     """
-    experiments = [found.experiment_id for found in client.search_experiments()]
+    experiments = [found.experiment_id for found in every(client.search_experiments)]
     try:
         return client.get_run(run)
     except MlflowException:
         quote = '"' if "'" in run else "'"
-        found = client.search_runs(experiments, f"tags.`{NAME_TAG}` = {quote}{run}{quote}")
+        found = every(client.search_runs, experiments, f"tags.`{NAME_TAG}` = {quote}{run}{quote}")
     if len(found) != 1:
         ids = ", ".join(one.info.run_id for one in found) or "none"
         raise TrackingError(f"expected one run with id or name {run}, found {ids}")

@@ -8,10 +8,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import psutil
@@ -217,11 +218,9 @@ def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
     A process of this machine is looked for; of another one, 15 minutes without a sign count as death.
     """
     now = now or time.time()
-    experiments = [found.experiment_id for found in client.search_experiments()]
+    experiments = [found.experiment_id for found in every(client.search_experiments)]
     reaped = []
-    for run in client.search_runs(
-        experiments, "attributes.status = 'RUNNING'", run_view_type=ViewType.ACTIVE_ONLY, max_results=1000
-    ):
+    for run in every(client.search_runs, experiments, "attributes.status = 'RUNNING'"):
         tags = run.data.tags
         if NAME_TAG not in tags or (why := _why_dead(run, now)) is None:
             continue
@@ -232,6 +231,19 @@ def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
     return reaped
 
 
+def every(search: Callable[..., Any], *what: Any, **how: Any) -> list[Any]:
+    """All that a search of MLflow's client finds, which answers a page at a time.
+
+    It ends before the caller changes anything: pages are counted, and what fits no longer would shift the next one.
+    """
+    page = search(*what, **how)
+    found = list(page)
+    while page.token:
+        page = search(*what, **how, page_token=page.token)
+        found += page
+    return found
+
+
 def ping(uri: str) -> int:
     """How many experiments a tracking backend has.
 
@@ -239,7 +251,7 @@ def ping(uri: str) -> int:
         TrackingError: it does not answer, or is a damaged database.
     """
     try:
-        return len(client_of(uri).search_experiments())
+        return len(every(client_of(uri).search_experiments))
     except Exception as error:  # whatever a server or a damaged database can answer
         told = str(error).partition("\n")[0]  # behind it comes the SQL
         raise TrackingError(f"tracking: {uri} does not answer: {told}") from error
@@ -268,9 +280,7 @@ def _runs_of(
     client: MlflowClient, experiment_id: str, identity: str, view: ViewType = ViewType.ACTIVE_ONLY
 ) -> list[Run]:
     """Oldest first."""
-    found = client.search_runs(
-        [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", run_view_type=view, max_results=100
-    )
+    found = every(client.search_runs, [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", run_view_type=view)
     return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
 
 

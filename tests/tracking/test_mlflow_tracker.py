@@ -17,7 +17,8 @@ from adaconv.errors import TrackingError
 from adaconv.tracking import mlflow_tracker
 from adaconv.tracking import spool as spool_module
 from adaconv.tracking.mlflow_tracker import close_run, logged_checkpoints, open_run, sync
-from adaconv.tracking.runs import client_of, default_uri, identity_of, make_or_find, reap
+from adaconv.tracking.results import find
+from adaconv.tracking.runs import client_of, default_uri, identity_of, make_or_find, ping, reap
 from tests.servers import MlflowServer
 
 SLOW = pytest.mark.slow
@@ -283,6 +284,22 @@ def test_a_run_of_another_machine_is_dead_after_fifteen_silent_minutes(tmp_path,
     assert reap(client, now=time.time() + 14 * 60) == []
     [dead] = reap(client, now=time.time() + 16 * 60)
     assert dead.why == "no sign of life for 16 minutes"
+
+
+def test_what_mlflow_tells_a_page_at_a_time_is_read_to_its_end(tmp_path, database, monkeypatch):
+    """Pages of one instead of a thousand: the newest experiment is alone on the first."""
+    for name in ("search_experiments", "search_runs"):
+        search = getattr(MlflowClient, name)
+        monkeypatch.setattr(MlflowClient, name, lambda *a, search=search, **how: search(*a, **how | {"max_results": 1}))
+    client = client_of(database)
+    for number in range(3):
+        tracker = start(database, tmp_path / str(number), name=f"run-{number}")
+        tracker.stop_heartbeat()
+        client.set_tag(tracker.run_id, "adaconv.process", "elsewhere/0/0 1 1.00")
+        client.create_experiment(f"newer {number}")
+    assert find(client, "run-0").info.run_name == "run-0"
+    assert ping(database) == 5  # and MLflow's own
+    assert {one.name for one in reap(client, now=time.time() + 16 * 60)} == {"run-0", "run-1", "run-2"}
 
 
 @pytest.mark.slow

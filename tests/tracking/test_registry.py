@@ -18,6 +18,7 @@ from PIL import Image
 from adaconv import checkpoint
 from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.stylize.stylizer import Stylizer
+from adaconv.tracking.logged_model import logged_models
 from adaconv.tracking.mlflow_tracker import close_run, open_run
 from adaconv.tracking.registry import history_of, register, resolved_model, rollback
 from adaconv.tracking.results import keep_models
@@ -225,8 +226,11 @@ def test_what_cannot_be_registered_is_said(trained, tmp_path):
         register("models:/adaconv/1", name="other", alias="champion", reason="", tracking_uri=uri)
 
 
-def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path):
-    """A run in three parts: models follow its checkpoints, and what is registered stays."""
+def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path, monkeypatch):
+    """A run in two parts: models follow its checkpoints, and what is registered stays; MLflow tells one at a time."""
+    for name in ("search_logged_models", "search_model_versions"):
+        search = getattr(MlflowClient, name)
+        monkeypatch.setattr(MlflowClient, name, lambda *a, search=search, **how: search(*a, **how | {"max_results": 1}))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     folder = tmp_path / "run" / "checkpoints"
 
@@ -241,7 +245,7 @@ def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path):
         client = MlflowClient(uri)
         run = client.get_run(tracker.run_id)
         kept = keep_models(client, run, str(folder))
-        models = client.search_logged_models([run.info.experiment_id])
+        models = logged_models(client, run)
         return client, run, kept, {model.tags["adaconv.step"]: model.tags["adaconv.roles"] for model in models}
 
     _client, _run, kept, roles = part((100, 2.0), (200, 1.0), (300, 1.5))
