@@ -7,6 +7,7 @@ the same shape, made here, so that every problem of files and flags is reported 
 import dataclasses
 import difflib
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,10 @@ def load_config(model: type[C], argv: Sequence[str], *, prog: str, description: 
 
     Raises:
         ConfigError: unknown flags or keys with the nearest known one, values that do not fit, missing fields:
-            all of them in one message, each with its path and the value that was found.
+            all of them in one message, each with its path and the value that was found. Or bytes that are no text.
         SystemExit: `--help` (0), or a flag whose value cannot be read at all (2), as argparse does.
     """
+    _refuse_what_is_no_text(argv)
     argv = _with_values(model, argv)
     if "-h" not in argv and "--help" not in argv:
         _refuse_unknown_flags(model, argv)
@@ -161,6 +163,20 @@ def _switches(model: type[Config], prefix: str = "") -> Iterator[str]:
             yield from _switches(sections[name], dashed + ".")
         elif info.annotation is bool:
             yield dashed
+
+
+def _refuse_what_is_no_text(argv: Sequence[str]) -> None:
+    """A path may be any bytes, but what it is written to, JSON and messages between processes, takes UTF-8."""
+    flag = ""
+    for argument in argv:
+        value = argument
+        if argument.startswith("--"):
+            flag, _, value = argument.partition("=")
+        if value != value.encode(errors="ignore").decode():
+            raise ConfigError(
+                f"{flag}: expected a name in UTF-8, found the bytes {os.fsencode(value)!r}; rename it, or give a link "
+                "to it that has such a name"
+            )
 
 
 def _refuse_unknown_flags(model: type[Config], argv: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import http.server
 import importlib
 import json
 import os
+import re
 import shlex
 import signal
 import stat
@@ -244,29 +245,50 @@ def started(*argv, **options) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_paths_are_printed_where_the_terminal_has_not_their_letters(folders, encoding):
-    folder = folders / os.fsdecode("Gemälde".encode() + b"\xff")
+    folder = folders / "Gemälde"
     (folders / "images").rename(folder)
     done = started(
         *("pipelines/shard.py", "--source", folder, "--output", folders / "out", "--dry-run"),
         stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": encoding},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert ("Gem\\xe4lde\\udcff" if encoding == "ascii" else "Gemälde\\udcff") in done.stdout
+    assert ("Gem\\xe4lde" if encoding == "ascii" else "Gemälde") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("shard", "--source"),
+        ("shard", "--output"),
+        ("stylize", "--content"),
+        ("train", "--data.cache-dir"),
+        ("dataset", "--dataset"),
+        ("register", "--model"),
+    ],
+)
+def test_a_path_that_is_no_text_is_refused(capsys, folders, name, flag):
+    path = folders / os.fsdecode(b"images-\xff")
+    (folders / "images").rename(path)
+    command = ("verify",) if name == "dataset" else ()
+    for given in ((flag, path), (f"{flag}={path}",)):
+        code, err = answer(capsys, name, *command, *given, "--dry-run")
+        assert code == 2
+        assert re.search(rf"{flag}: expected a name in UTF-8, found the bytes b'.*images-\\xff'; rename it", err)
 
 
 def test_a_result_holds_paths_that_are_no_text(folders):
-    out = folders / os.fsdecode(b"out-\xff")
+    here = folders / os.fsdecode(b"here-\xff")  # such as the current folder, which no flag names
     code = (
-        "import sys\n"
+        "import os, sys\n"
         "from adaconv import cli\n"
         "from adaconv.config.shard import ShardConfig\n"
         "def execute(config):\n"
-        "    return {'root': config.output}\n"
+        f"    return {{'root': os.fsdecode({os.fsencode(here)!r})}}\n"
         "sys.exit(cli.run(ShardConfig, None, prog='x.py', doc='', plan=str, execute=execute))\n"
     )
-    done = started("-c", code, "--source", "a", "--output", out, stdout=subprocess.PIPE)
+    done = started("-c", code, "--source", "a", "--output", folders / "out", stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "result.json").read_text())["root"] == str(out)
+    assert json.loads((folders / "out" / "result.json").read_text())["root"] == str(here)
 
 
 def test_work_goes_on_where_its_lines_cannot_be_written(folders):
