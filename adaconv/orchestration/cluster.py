@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from adaconv.errors import ClusterError
 from adaconv.scratch import scratch_folder
@@ -57,15 +58,16 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
             if address:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-                    object_store_memory=object_store_mb * 2**20,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=temp_dir,
-                )
+                with _groups_of_their_own():
+                    ray.init(
+                        address="local",
+                        num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+                        object_store_memory=object_store_mb * 2**20,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=temp_dir,
+                    )
         except Exception as error:  # Ray raises Exception itself where a node does not come up in time
             where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
             raise ClusterError(f"cannot connect to {where}: {error}; pipelines/doctor.py checks the cluster") from error
@@ -80,6 +82,22 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
             time.monotonic() - started,
         )
         yield
+
+
+@contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Ray's processes are started in other process groups than this one: `timeout` and shells send SIGTERM to a whole
+    group, and a training without its GCS could ask no rank for a checkpoint. They end with this process all the same,
+    for that the kernel sees to. There is no setting.
+    """
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def set_up_ray_data() -> None:

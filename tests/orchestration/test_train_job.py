@@ -56,7 +56,7 @@ class Training:
         self.output = str(folder / "runs")
         self.process: subprocess.Popen | None = None
 
-    def start(self, *flags, workers=2):
+    def start(self, *flags, workers=2, **how):
         told = {
             "config": "conf/train/smoke.yaml",
             "content": self.content.root,
@@ -76,7 +76,9 @@ class Training:
         command = [sys.executable, "-c", SCRIPT, str(REPO / "pipelines" / "train.py"), *words, *map(str, flags)]
         self.log = self.folder / "log"
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=self.cluster.environment, stdout=log, stderr=log, cwd=REPO)
+            self.process = subprocess.Popen(
+                command, env=self.cluster.environment, stdout=log, stderr=log, cwd=REPO, **how
+            )
         return self
 
     def finish(self, timeout=240):
@@ -209,6 +211,24 @@ def test_ctrl_c_interrupts_and_the_same_command_goes_on(training, unbroken):
     assert "interrupted; the same command takes up where it stopped" in training.text()
     assert training.start(workers=2).finish() == 0, training.text()[-3000:]
     compare(training, unbroken, same_ranks=True)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_of_a_local_cluster_leads_to_a_checkpoint(training):
+    """As `timeout` and shells send it. Without its GCS the driver could ask no rank for anything."""
+    alone = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 32}
+    alone.pop("RAY_ADDRESS", None)
+    training.cluster = SimpleNamespace(environment=alone)
+    training.start("--train.steps", 2000, "--checkpoint.every-steps", 2000, workers=2, process_group=0)
+    training.wait_for_step(5)
+    assert training.process.poll() is None, training.text()[-3000:]
+    os.killpg(training.process.pid, signal.SIGTERM)
+    assert training.process.wait(100) == 143, training.text()[-3000:]
+    assert "with a checkpoint; the same command goes on from there" in training.text()
+    assert max(checkpoint.steps_in(training.checkpoints)) >= 5
+    client = mlflow.MlflowClient(f"sqlite:///{training.output}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("adaconv").experiment_id])
+    assert run.info.status == "KILLED"
 
 
 @pytest.mark.slow
