@@ -8,6 +8,7 @@ The same command again measures only what is missing. With --promote it ends wit
 alias; report.html says why.
 """
 
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from typing import Any
 
 from adaconv import cli
 from adaconv.config.evaluate import EvaluateConfig
+
+log = logging.getLogger(__name__)
 
 
 def plan(config: EvaluateConfig) -> str:
@@ -32,12 +35,10 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.errors import UsageError
     from adaconv.scratch import scratch_folder
-    from adaconv.stylize.inputs import check_sources
     from adaconv.tracking.registry import named_by, note_evaluation, promote, resolved_model, source_of
     from adaconv.tracking.runs import default_uri
 
-    check_sources(config.content, flag="--content")
-    check_sources(config.style, flag="--style")
+    log.info("%s", plan(config))  # a mistake is answered before a model is fetched
     assert config.output is not None
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")

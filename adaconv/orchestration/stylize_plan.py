@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from adaconv.config.stylize import OptionsConfig, StylizeConfig
 from adaconv.errors import UsageError
-from adaconv.stylize.inputs import Item, list_items
+from adaconv.stylize.inputs import Item, list_items, spread
 from adaconv.stylize.pairing import Pair, pair_up
 
 _COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
@@ -33,17 +33,10 @@ def plan_job(config: StylizeConfig) -> Plan:
     Raises:
         UsageError: a source is not there or holds nothing; pairs that do not fit.
     """
-    contents = _spread(list_items(config.content, flag="--content"), config.limit_contents)
-    styles = _spread(list_items(config.style, flag="--style", packs=True), config.limit_styles)
+    contents = spread(list_items(config.content, flag="--content"), config.limit_contents)
+    styles = spread(list_items(config.style, flag="--style", packs=True), config.limit_styles)
     names = [[item.source for item in items] for items in (contents, styles)]
     return Plan(contents, styles, pair_up(config.pairs, *names, seed=config.seed, check=_checked(config.options)))
-
-
-def _spread(found: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` of them, evenly over the sorted list: folders of styles are all touched before one is emptied."""
-    if limit is None or limit >= len(found):
-        return found
-    return [found[position * len(found) // limit] for position in range(limit)]
 
 
 def _checked(base: OptionsConfig) -> Any:
