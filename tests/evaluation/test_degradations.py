@@ -209,8 +209,12 @@ def test_spoilt_models_stay_out(trained, judged):
     assert len(promoted) <= 1, promoted
 
 
-def test_the_trained_one_takes_the_place_of_the_hardly_trained(trained, judged):
+def test_more_style_for_less_content_is_another_model_and_no_better_one(trained, judged):
     hardly, good = trained
-    comparisons = compare(judged(good).of, judged(hardly).of, margins=MARGINS)
-    print("\n".join(str(one) for one in comparisons))
-    assert judge(comparisons, require="better").promoted
+    new, old = judged(good).of, judged(hardly).of
+    verdict = judge(compare(new, old, margins=MARGINS), require="better")
+    print("\n".join(str(one) for one in verdict.comparisons))
+    assert {reason.split()[0] for reason in verdict.reasons} == {"content", "structure"}
+    # Whoever wants that says so.
+    wanted = MARGINS | {"content": 1.0, "structure": 1.0}
+    assert judge(compare(new, old, margins=wanted), require="better").promoted
