@@ -71,5 +71,5 @@ def coral(window: Tensor, *, have: ColorStatistics, want: ColorStatistics) -> Te
 
 def _power(symmetric: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(symmetric)
-    result: Tensor = vectors @ torch.diag(values.clamp_min(_EPS).pow(exponent)) @ vectors.T
+    result: Tensor = vectors @ torch.diag(values.pow(exponent)) @ vectors.T
     return result

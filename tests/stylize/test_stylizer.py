@@ -17,7 +17,7 @@ from adaconv.model.adaptive_conv import adaptive_conv_reference
 from adaconv.model.encoder_weights import load_encoder
 from adaconv.model.kernels import AdaConvKernels
 from adaconv.model.network import build_network
-from adaconv.stylize.blend import kernels_of, mix
+from adaconv.stylize.blend import kernels_of, mix, sum_of
 from adaconv.stylize.inputs import decode_picture
 from adaconv.stylize.pictures import shrink
 from adaconv.stylize.style_pack import StylePack, mix_packs
@@ -267,10 +267,15 @@ def test_a_mixed_block_does_the_mean_of_what_blocks_do():
         for _ in range(2)
     ]
     codes = [{f"kernels.0.{name}": tensor for name, tensor in one._asdict().items()} for one in kernels]
+    before = [dict(code) for code in codes]
     (mixed,) = kernels_of(mix(codes, [1, 3]))
+    assert all(code[name] is tensor for code, was in zip(codes, before, strict=True) for name, tensor in was.items())
     outs = [adaptive_conv_reference(x, one, groups=groups) for one in kernels]
     found = adaptive_conv_reference(x, mixed, groups=groups)
     assert torch.allclose(found, 0.25 * outs[0] + 0.75 * outs[1], atol=1e-4)
+    assert mix(codes, [2, 0]) is codes[0]  # and nothing is composed for it
+    tensor = kernels[0].depthwise
+    assert torch.equal(sum_of([(tensor, share) for share in (0.1, 0.2, 0.7)]), tensor)
 
 
 def test_under_a_mask_each_style_is_as_if_alone(stylizer):
