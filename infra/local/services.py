@@ -207,18 +207,23 @@ def start_ray(place: "Place", *, num_cpus: int | None, num_gpus: int | None) -> 
     environment["RAY_metrics_report_interval_ms"] = "2000"  # jobs on one machine are short
     shutil.rmtree(place.ray_folder, ignore_errors=True)
     place.ray_folder.mkdir(mode=0o700)
-    port = place.port("dashboard")
+    port, agent, token = place.port("dashboard"), place.port("ray-agent"), place.secrets["ray_token"]
     return start(
         "ray",
         [
             *(Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats"),
             *("--node-ip-address", "127.0.0.1", "--port", place.port("ray"), "--num-cpus", cpus),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", port, "--temp-dir", place.ray_folder),
+            # Jobs start through it. Its default is one port for every Ray of a machine, also those of pipelines alone.
+            *("--dashboard-agent-listen-port", agent),
             *(("--num-gpus", num_gpus) if num_gpus is not None else ()),
         ],
         log=place.logs / "ray.log",
         environment=environment,
-        answers=lambda: http_status(f"http://127.0.0.1:{port}/api/jobs/", token=place.secrets["ray_token"]) == 200,
+        answers=lambda: (
+            http_status(f"http://127.0.0.1:{port}/api/jobs/", token=token) == 200
+            and http_status(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", token=token) == 200
+        ),
     )
 
 

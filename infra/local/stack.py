@@ -21,8 +21,8 @@ from infra.local.processes import Running, StackError, stop, write_private
 
 __all__ = ["Stack", "StackError"]
 
-# Offsets from the base port. Ceph's own daemons and Ray's agents follow behind.
-_PORTS = ("postgres", "s3", "mlflow", "ray", "dashboard", "prometheus")
+# Offsets from the base port. Ceph's own daemons follow behind.
+_PORTS = ("postgres", "s3", "mlflow", "ray", "dashboard", "prometheus", "ray-agent")
 
 
 @dataclass(frozen=True)

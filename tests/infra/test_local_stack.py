@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -133,9 +134,13 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site():
-    site = Site()
-    yield site
-    site.call("down", "--purge")
+    with socket.socket() as another:
+        with suppress(OSError):  # a Ray of this machine has it already: so much the better
+            another.bind(("127.0.0.1", 52365))
+            another.listen()
+        site = Site()
+        yield site
+        site.call("down", "--purge")
     assert not site.folder.exists()
     assert not family(site.stack)
 

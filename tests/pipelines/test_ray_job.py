@@ -43,6 +43,7 @@ class Cluster:
         }
         command = [RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
         command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "4"]
+        command += ["--dashboard-agent-listen-port", str(free_port())]  # else one for every Ray of this machine
         command += ["--object-store-memory", "200000000", "--disable-usage-stats", "--temp-dir", self.folder]
         self.log = Path(self.folder) / "head.log"
         with self.log.open("wb") as log:
