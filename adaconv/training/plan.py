@@ -135,9 +135,9 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     shards = (*content.shards, *style.shards)
     rows = sum(shard.rows for shard in shards)
     stored = sum(shard.bytes for shard in shards)
-    remote = not (storage.is_local(content.root) and storage.is_local(style.root))
+    remote = [version for version in (content, style) if not storage.is_local(version.root)]
     cores = hardware.cores_per_rank or config.data.loader_workers
-    _refuse(config, content, style, remote=remote)
+    _refuse(config, content, style)
 
     size = size_of(config)
     source = "given" if hardware.tflops else "an H200 at 40 %" if gpu else "measured here"
@@ -156,7 +156,7 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
             number,
             tflops=tflops,
             image_bytes=stored / max(1, rows),
-            dataset_gb=stored / 1e9 if remote else 0.0,
+            dataset_gb=_gb(remote),
             cores=cores,
         )
         lines.append(
@@ -166,31 +166,34 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     return "\n".join(lines)
 
 
-def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, remote: bool) -> None:
+def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> None:
     hardware, scaling, data = config.hardware, config.scaling, config.data
-    problems = []
+    problems, remote = [], []
     for name, version in (("content", content), ("style", style)):
         rows = [shard.rows for shard in version.shards]
         try:
             StreamOrder(rows, config.train.seed, name, config.train.global_batch_size, data.partitions)
         except UsageError as error:
             problems.append(str(error))
-        if len(version.shards) < scaling.most_workers and remote:
+        if storage.is_local(version.root):
+            continue
+        remote.append(version)
+        if len(version.shards) < scaling.most_workers:
             problems.append(
                 f"the {name} dataset has {len(version.shards)} shards, fewer than scaling.num_workers "
                 f"({scaling.most_workers}), so every node would fetch all of it: shard it with a smaller "
                 "--shard.target-mb, or lower scaling.num_workers"
             )
     if remote:
-        largest = max(shard.bytes for shard in (*content.shards, *style.shards)) / 1e9
-        in_use = 2 * min(data.block_shards * data.partitions, len(content.shards), len(style.shards)) * largest
+        largest = max(shard.bytes for version in remote for shard in version.shards) / 1e9
+        in_use = largest * sum(min(data.block_shards * data.partitions, len(version.shards)) for version in remote)
         if in_use > data.cache_gb:
             problems.append(
                 f"the shards that are read side by side take {in_use:.1f} GB, data.cache_gb is {data.cache_gb:g}: "
                 "raise it, or lower data.block_shards or data.partitions"
             )
         free = hardware.disk_gb or _free_gb(data.cache_dir or default_cache_dir())
-        wanted = min(data.cache_gb, sum(shard.bytes for shard in (*content.shards, *style.shards)) / 1e9)
+        wanted = min(data.cache_gb, _gb(remote))
         if wanted > free:
             problems.append(
                 f"the cache of shards may take {wanted:.1f} GB, {free:.1f} GB are free at "
@@ -208,6 +211,10 @@ def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion,
             )
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def _gb(versions: Sequence[DatasetVersion]) -> float:
+    return sum(shard.bytes for version in versions for shard in version.shards) / 1e9
 
 
 def measured_tflops() -> float:

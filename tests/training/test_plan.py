@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import psutil
 import pytest
 
 from adaconv.config.train import TrainConfig
@@ -38,6 +39,40 @@ def test_the_counts_are_the_network_s(sections):
     assert work.encoder_weights(size_of(config)) == pytest.approx(frozen, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("batch", "ranks", "gbit", "computing", "exchanging", "seconds"),
+    [
+        (8, 1, 25, 6.1, 0, 6.1),
+        (8, 2, 25, 3.0, 0, 3.0),
+        (8, 3, 25, 2.3, 0.4, 2.6),  # one of three has three pairs; not in the note
+        (8, 4, 25, 1.5, 0.7, 2.2),
+        (8, 8, 25, 0.8, 1.2, 1.9),
+        (64, 16, 25, 3.0, 141, 144),
+        (64, 64, 25, 0.8, 149, 150),
+        (512, 8, 25, 48, 0, 48),
+        (512, 64, 25, 6.1, 148, 154),
+        (512, 64, 100, 6.1, 35.6, 42),
+    ],
+)
+def test_the_tables_of_the_note_are_what_it_reckons(batch, ranks, gbit, computing, exchanging, seconds):
+    """docs/design/scaling.md; in milliseconds, to the digits that it has."""
+    config = config_of(train={"global_batch_size": batch}, hardware={"network_gbit": gbit})
+    plan = step(config, ranks, tflops=316, cores=16)
+    for found, wanted in ((plan.computing, computing), (plan.exchanging, exchanging), (plan.seconds, seconds)):
+        assert found * 1e3 == pytest.approx(wanted, abs=0.06, rel=0.012)
+
+
+def test_decoding_and_fetching_are_shared_by_cores_and_nodes():
+    config = config_of(train={"global_batch_size": 64}, data={"cache_gb": 10})
+    assert step(config, 8, cores=16).decoding == pytest.approx(2e-3)
+    assert step(config, 8, cores=0).decoding == step(config, 8, cores=1).decoding  # the training process decodes
+    fetching = [step(config, n, image_bytes=150e3, dataset_gb=30).fetching for n in (1, 8, 9, 16)]
+    assert fetching == pytest.approx([38.4e-3, 38.4e-3, 19.2e-3, 19.2e-3])
+    assert step(config, 1, dataset_gb=10).fetching == 0
+    for limited in (step(config, 1, cores=1), step(config, 1, image_bytes=1e8)):
+        assert limited.seconds == max(limited.decoding, limited.fetching) > limited.computing + limited.exchanging
+
+
 def test_more_ranks_compute_less_each_and_exchange_more():
     config = config_of(train={"global_batch_size": 64})
     plans = [step(config, ranks) for ranks in (1, 2, 8, 16, 64)]
@@ -66,11 +101,72 @@ def test_micro_batches_need_less_memory():
     whole, single = config_of(), config_of(train={"micro_batch_size": 1})
     assert memory_gib(single, 1) < memory_gib(whole, 1) - 2
     assert memory_gib(whole, 8) == pytest.approx(memory_gib(single, 1))
+    assert memory_gib(config_of(train={"micro_batch_size": 4}), 8) == memory_gib(whole, 8)
+    assert memory_gib(whole, 3) - memory_gib(whole, 4) == pytest.approx(0.36)  # three pairs rather than two
+
+
+def test_memory_is_what_the_note_counts():
+    """16 bytes a trained weight, 4 a frozen one, 4 more for an average; activations by pixels and precision."""
+    half, trained, frozen = 0.5, 59.3e6 / 2**30, 3.5e6 / 2**30
+    assert memory_gib(config_of(), 8) == pytest.approx(half + 16 * trained + 4 * frozen + 0.36, rel=2e-3)
+    averaged = memory_gib(config_of(train={"ema_decay": 0.999}), 8) - memory_gib(config_of(), 8)
+    assert averaged == pytest.approx(4 * trained, rel=0.01)
+    coarse = memory_gib(config_of(), 8) - memory_gib(config_of(train={"precision": "bfloat16"}), 8)
+    assert coarse == pytest.approx(0.06)
+    small = config_of(data={"crop": 128}), config_of(data={"crop": 128}, train={"micro_batch_size": 4})
+    assert memory_gib(small[0], 1) - memory_gib(small[1], 1) == pytest.approx(0.36, rel=0.1)  # four quarters
 
 
 def remote(version, count=3, size=10**8):
     shards = tuple(Shard(f"{n}.tar", 100, size, "0" * 64) for n in range(count))
     return dataclasses.replace(version, root="s3://bucket/data", shards=shards)
+
+
+def refusals(content, style, **sections):
+    """Which of the plan's problems a run has, each by the words that begin it."""
+    hardware = {"tflops": 1, "memory_gb": 80, "disk_gb": 1000} | sections.pop("hardware", {})
+    try:
+        describe(config_of(hardware=hardware, **sections), content, style, ranks=())
+    except UsageError as error:
+        kinds = ("the content dataset has", "the style dataset has", "the shards that are read", "the cache of shards")
+        return [kind for kind in (*kinds, "a rank needs") if kind in str(error)]
+    return []
+
+
+def test_what_just_fits_is_not_refused(content_version, style_version):
+    near = dataclasses.replace(content_version, shards=content_version.shards[:3])
+    far = remote(content_version), remote(style_version, count=4)
+    assert refusals(*far, scaling={"num_workers": 3}) == []
+    assert refusals(*far, scaling={"num_workers": [2, 4]}) == ["the content dataset has"]
+    assert refusals(near, style_version, scaling={"num_workers": 4}) == []  # a disk is read by whoever wants
+    assert refusals(near, far[1], scaling={"num_workers": 4}) == []
+    shards = ["the shards that are read"]  # three of content and four of style, or fewer where blocks are
+    for one, other in (far, far[::-1]):
+        assert refusals(one, other, data={"cache_gb": 0.71}) == []
+        assert refusals(one, other, data={"cache_gb": 0.69}) == shards
+        assert refusals(one, other, data={"cache_gb": 0.41, "block_shards": 1, "partitions": 2}) == []
+        assert refusals(one, other, data={"cache_gb": 0.39, "block_shards": 1, "partitions": 2}) == shards
+    assert refusals(near, far[1], data={"cache_gb": 0.41}) == []
+    large = remote(style_version, size=3 * 10**8)
+    assert refusals(far[0], large, data={"cache_gb": 1.81}) == []
+    assert refusals(far[0], large, data={"cache_gb": 1.7}) == refusals(large, far[0], data={"cache_gb": 1.7}) == shards
+    assert refusals(*far, hardware={"disk_gb": 0.71}) == []
+    assert refusals(*far, hardware={"disk_gb": 0.69}) == ["the cache of shards"]
+    assert refusals(*far, data={"cache_gb": 0.8}, hardware={"disk_gb": 0.75}) == []
+    assert refusals(*far, data={"cache_gb": 0.5, "block_shards": 1}, hardware={"disk_gb": 0.5}) == []
+    assert refusals(near, far[1], hardware={"disk_gb": 0.41}) == []
+    many = {"train": {"global_batch_size": 400}, "scaling": {"gpus_per_worker": 1, "num_workers": 2}}
+    assert refusals(near, style_version, **many, hardware={"memory_gb": None}) == []  # 73.4 GiB of 80
+    many["train"]["global_batch_size"] = 450
+    assert refusals(near, style_version, **many, hardware={"memory_gb": None}) == ["a rank needs"]
+
+
+def test_this_machine_is_asked_where_nothing_is_given(tmp_path):
+    assert plan._free_gb(str(tmp_path / "not" / "yet")) == pytest.approx(
+        psutil.disk_usage(tmp_path).free / 1e9, rel=0.1
+    )
+    assert plan._memory_gib() == pytest.approx(psutil.virtual_memory().total / 2**30, rel=0.01)
+    assert 1e-3 < plan.measured_tflops() < 10
 
 
 def test_the_impossible_is_refused_all_at_once(content_version, style_version):
@@ -118,6 +214,27 @@ def test_a_plan_has_a_row_for_each_number_of_ranks(content_version, style_versio
     config = config_of(scaling={"num_workers": 2}, hardware={"tflops": 1, "memory_gb": 80})
     lines = describe(config, content_version, style_version, ranks=(1, 2, 4, 8, 16)).splitlines()
     assert [int(line.split()[0]) for line in lines[3:]] == [2, 1, 4, 8]  # 16 ranks would share 8 pairs
+
+
+def test_a_row_reckons_with_what_is_given(content_version, style_version):
+    """Images of 1 MB, 16 a step, fetched at 500 MB/s; on a disk computing and exchanging remain."""
+    versions = remote(content_version, size=5 * 10**7), remote(style_version, size=15 * 10**7)
+    config = config_of(
+        hardware={"tflops": 1000, "memory_gb": 80, "disk_gb": 1, "cores_per_rank": 16},
+        data={"cache_gb": 0.4, "block_shards": 1, "loader_workers": 2},
+        scaling={"num_workers": [1, 2]},
+    )
+    first, second, _, row = describe(config, *versions, ranks=()).splitlines()
+    assert "1e+03 TFLOP/s a rank (given), 500 images/s a core x 16, 8 ranks a node" in first
+    assert "1910 GFLOP, 237 MB of gradients; a rank needs about 4.3 GiB" in second
+    assert row.split(maxsplit=6)[:5] == ["2", "32.0", "ms", "250.0", "85.3"]
+    assert "fetching" in row
+    on_disk = [dataclasses.replace(version, root="/data") for version in versions]
+    assert describe(config, *on_disk, ranks=()).splitlines()[3].split()[:4] == ["2", "1.5", "ms", "5481.9"]
+    for given, source in ({"gpus_per_worker": 1}, "316 TFLOP/s a rank (an H200 at 40 %)"), ({}, "(measured here)"):
+        lines = describe(config_of(scaling=given, hardware={"memory_gb": 80}), *on_disk, ranks=())
+        assert source in lines
+        assert "images/s a core x 1," in lines
 
 
 def test_gradients_are_compressed_between_gpus_alone():
