@@ -9,6 +9,7 @@ import html
 import io
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ def _curve(client: MlflowClient, run: Run) -> list[list[float]]:
         return []
     points = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda point: point.step)
     every = max(1, len(points) // _MOST_POINTS)
-    return [[point.step, float(f"{point.value:.6g}")] for point in points[::every] if abs(point.value) < float("inf")]
+    finite = (point for point in points[::every] if abs(point.value) < sys.float_info.max)  # MLflow's infinity
+    return [[point.step, float(f"{point.value:.6g}")] for point in finite]
 
 
 def _header(cell: Image.Image) -> bytes:

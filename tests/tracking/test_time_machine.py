@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from adaconv.tracking import time_machine
 from adaconv.tracking.mlflow_tracker import close_run, open_run
 from adaconv.tracking.time_machine import render
 from pipelines import runs
@@ -18,7 +19,7 @@ from tests import browser
 from tests.tracking.grids import colour_of, grid_of
 
 
-def run_with(root, name, grids, *, crop):
+def run_with(root, name, grids, *, crop, losses=None, other=False):
     tracker = open_run(
         uri=f"sqlite:///{root / 'mlflow.db'}",
         experiment="test",
@@ -31,8 +32,13 @@ def run_with(root, name, grids, *, crop):
         spool_directory=root / name / "spool",
     )
     for step, grid in grids.items():
-        tracker.metrics({"train/loss": 10 / (1 + step)}, step=step)
         tracker.image("samples/grid", grid, step=step)
+        if other:
+            tracker.image("samples/other", grid, step=step + 1)
+        elif losses is None:
+            tracker.metrics({"train/loss": 10 / (1 + step)}, step=step)
+    for step, loss in (losses or {}).items():
+        tracker.metrics({"train/loss": loss}, step=step)
     tracker.checkpoint(f"/runs/{name}/checkpoints/step-00000100", step=100)
     assert close_run(tracker, "FINISHED")
     return tracker
@@ -92,6 +98,105 @@ def test_a_series_that_is_no_grid_of_known_cells_is_one_picture(tmp_path):
     [run] = data_of(render(client, [client.get_run(tracker.run_id)]))
     assert (run["rows"], run["columns"], run["styles"]) == (1, 1, [])
     assert picture(run["frames"][0]["sheet"]).size == (70, 50)
+    assert run["aspect"] == 1.4
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "cells"),
+    [
+        ((68, 104), 32, (2, 1)),
+        ((68, 68), 32, (1, 1)),
+        ((68, 32), 32, None),  # styles, and nothing below
+        ((32, 68), 32, None),
+        ((69, 68), 32, None),
+        ((68, 69), 32, None),
+        ((68, 68), 0, None),  # a run that does not tell its crop
+    ],
+)
+def test_a_grid_is_known_by_its_size(size, side, cells):
+    layout = time_machine._Layout.of(size, side)
+    if cells:
+        assert (layout.side, layout.rows, layout.columns, layout.width, layout.height) == (side, *cells, side, side)
+    else:
+        assert (layout.side, layout.rows, layout.columns, layout.width, layout.height) == (0, 1, 1, *size)
+
+
+def told(two, name, grids=(), losses=()):
+    """The page of one more run, None where it has none, and what is in it."""
+    root, uri = two
+    tracker = run_with(root, name, dict(grids), crop=32, losses=dict(losses))
+    client = MlflowClient(uri)
+    page = render(client, [client.get_run(tracker.run_id)])
+    return page and data_of(page), page
+
+
+def test_very_many_steps_and_points_are_thinned_evenly(two, monkeypatch):
+    monkeypatch.setattr(time_machine, "_MOST_STEPS", 3)
+    monkeypatch.setattr(time_machine, "_MOST_POINTS", 3)
+    grids = {step: grid_of(1, 1, side=32, step=step) for step in range(0, 70, 10)}
+    losses = {1: float("nan"), 2: 2.0, 3: float("inf"), 4: 4.0, 5: 0.123456789, 6: 6.0, 7: -float("inf")}
+    [run], _ = told(two, "long", grids, losses)
+    assert [frame["step"] for frame in run["frames"]] == [0, 30, 60]
+    assert run["loss"] == [[5, 0.123457]]  # of steps 1, 3, 5 and 7, those that can be drawn
+
+
+def test_a_name_ends_no_element_of_the_page(two):
+    name = "a</script><b>&"
+    [run], page = told(two, name, {0: grid_of(1, 1, side=32, step=0)})
+    assert run["name"] == name
+    assert name not in page
+    assert "<title>a&lt;/script&gt;&lt;b&gt;&amp;: samples over time</title>" in page
+
+
+def test_pictures_shrink_until_they_fit(two):
+    root, uri = two
+    grids = {step: grid_of(3, 2, side=128, step=step, noise=40) for step in (0, 1, 2, 3)}
+    tracker = run_with(root, "noisy", grids, crop=128)
+    client = MlflowClient(uri)
+
+    def of(max_bytes):
+        [run] = data_of(render(client, [client.get_run(tracker.run_id)], max_bytes=max_bytes))
+        sheets = [frame["sheet"] for frame in run["frames"]]
+        [size] = {picture(sheet).size for sheet in sheets}
+        return size, sum(map(len, sheets + run["styles"] + run["contents"]))
+
+    whole, taken = of(10**7)
+    assert whole == (256, 384)
+    small, taken_small = of(taken // 2)
+    assert 0.5 * taken // 2 < taken_small <= taken // 2
+    assert 96 <= small[0] < 256
+    assert small[1] == small[0] * 3 // 2
+    tiny, _ = of(1)
+    assert tiny[0] // 2 in range(40, 49)  # no smaller, whatever it takes
+
+
+def test_a_run_without_grids_has_no_page(two, capsys):
+    root, uri = two
+    assert told(two, "bare", losses={1: 1.0}) == (None, None)
+    argv = ["page", "--run", "bare", "--output", str(root), "--tracking-uri", uri]
+    assert runs.main(argv) == 1
+    assert "run bare has logged no sample grids" in capsys.readouterr().err
+
+
+def test_other_pictures_and_headers_beyond_a_side_stay_out(two):
+    root, uri = two
+    tracker = run_with(root, "other", {0: grid_of(1, 1, side=320, step=0)}, crop=320, other=True)
+    client = MlflowClient(uri)
+    [run] = data_of(render(client, [client.get_run(tracker.run_id)]))
+    assert [frame["step"] for frame in run["frames"]] == [0]
+    assert picture(run["contents"][0]).size == picture(run["styles"][0]).size == (256, 256)
+    assert picture(run["frames"][0]["sheet"]).size == (320, 320)
+    assert run["loss"] == []
+
+
+def test_the_newest_checkpoint_up_to_a_step_is_beside_it():
+    checkpoints = [{"step": 200, "uri": "/runs/b c"}, {"step": 100, "uri": "s3://bucket/a"}]
+    found = [time_machine._checkpoint_at(checkpoints, step) for step in (99, 100, 199, 200, 999)]
+    first, second = (
+        {"uri": "s3://bucket/a", "href": "s3://bucket/a"},
+        {"uri": "/runs/b c", "href": "file:///runs/b%20c"},
+    )
+    assert found == [None, first, first, second, second]
 
 
 def test_a_run_that_does_not_exist_is_said(two, capsys):
