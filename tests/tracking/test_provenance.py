@@ -2,8 +2,58 @@
 
 import os
 import pwd
+import subprocess
+
+import pytest
 
 from adaconv.tracking import provenance
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder in a repository of one commit."""
+    settings = ("-c", "user.name=ann", "-c", "user.email=ann@example.org")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("one\n")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "first")):
+        subprocess.run(["git", *settings, *command], cwd=tmp_path, check=True)
+    return tmp_path / "code"
+
+
+def test_the_commit_is_told_and_what_differs_from_it(checkout):
+    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True)
+    tags = {"git.commit": said.stdout.strip(), "mlflow.source.git.commit": said.stdout.strip()}
+    assert provenance.git_tags(checkout) == {**tags, "git.dirty": "False"}
+    assert "git.diff" not in provenance.files(checkout)
+    (checkout / "new.py").write_text("x\n")
+    assert provenance.git_tags(checkout) == {**tags, "git.dirty": "True"}
+    (checkout / "a.py").write_bytes(b"tw\xf6\n")  # not UTF-8
+    subprocess.run(["git", "add", "a.py"], cwd=checkout, check=True)
+    diff = provenance.files(checkout)["git.diff"]
+    assert diff.startswith("diff --git a/code/a.py")
+    assert diff.endswith("-one\n+tw�\n")
+
+
+def test_a_diff_is_cut_to_what_a_page_can_show(checkout, monkeypatch):
+    monkeypatch.setattr(provenance, "_LONGEST_DIFF", 10)
+    (checkout / "a.py").write_text("two\n")
+    assert provenance.files(checkout)["git.diff"] == "diff --git\n"
+
+
+@pytest.mark.parametrize("without", ["repository", "commit", "git"])
+def test_without_a_commit_nothing_is_told_of_git(tmp_path, monkeypatch, without):
+    if without == "commit":
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    if without == "git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.git_tags(tmp_path) == {}
+    assert list(provenance.files(tmp_path)) == ["environment.txt"]
+
+
+def test_every_package_is_listed_once_in_order(tmp_path):
+    lines = provenance.files(tmp_path)["environment.txt"].splitlines()
+    assert lines == sorted(set(lines), key=str.lower)
+    assert any(line.startswith("pytest==") for line in lines)
 
 
 def test_a_user_without_a_name_is_told_by_number(monkeypatch):
