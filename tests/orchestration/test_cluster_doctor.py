@@ -3,10 +3,11 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from adaconv.orchestration.cluster_doctor import NodeReport, judged
+from adaconv.orchestration.cluster_doctor import NodeReport, _look, judged
 from tests.servers import REPO
 
 SOFTWARE = {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0"}
@@ -29,7 +30,9 @@ def test_nodes_alike_are_well():
         ({"tracking_error": "401"}, "FAIL", "10.0.0.3 (a): 401"),
         ({"gpus": ()}, "FAIL", "promises 1 GPUs and has 0"),
         ({"disk_free_gb": 2.0}, "note", "2.0 GB free"),
-        ({"clock": 4000.0}, "note", "clock is off"),
+        ({"disk_free_gb": 9.9}, "note", "9.9 GB free"),
+        ({"clock": 106.5}, "note", "clock is off"),  # five seconds after the last answer
+        ({"clock": 93.5}, "note", "clock is off"),  # five seconds before it was asked
     ],
 )
 def test_the_node_that_differs_is_named(change, level, words):
@@ -39,8 +42,37 @@ def test_the_node_that_differs_is_named(change, level, words):
     assert any(words in what for _, what in findings)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"disk_free_gb": 10.0},
+        {"clock": 105.5},
+        {"clock": 94.5},
+        {"gpus": (), "gpus_promised": 0.0},
+        {"gpus_promised": 0.5},
+    ],
+)
+def test_what_just_does_is_well(change):
+    assert {level for level, _ in said(GOOD, replace(GOOD, address="10.0.0.3", **change))} == {"ok"}
+
+
 def test_a_node_that_does_not_answer_fails():
-    assert said(GOOD, ("10.0.0.9", "timed out"))[0] == ("FAIL", "node 10.0.0.9 does not answer: timed out")
+    lost, there = said(GOOD, ("10.0.0.9", "timed out"))  # and nothing is said of all nodes
+    assert lost == ("FAIL", "node 10.0.0.9 does not answer: timed out")
+    assert there[0] == "ok"
+    assert said() == []
+
+
+def test_a_node_tells_what_it_cannot_use(tmp_path):
+    (tmp_path / "file").write_text("")
+    look = partial(_look, gpus_promised=0.0, asked=1.0)
+    report = look(str(tmp_path / "file" / "below"), "http://127.0.0.1:9")
+    assert report.storage_error.startswith("NotADirectoryError: ")
+    assert "http://127.0.0.1:9 does not answer" in report.tracking_error
+    for uri in (None, "sqlite:////nowhere/mlflow.db"):  # a file is nobody's but the driver's
+        report = look(str(tmp_path), uri)
+        assert (report.storage_error, report.tracking_error) == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.ray

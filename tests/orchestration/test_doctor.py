@@ -1,10 +1,17 @@
 """What the doctor says of a machine where something is missing: always a finding, never a traceback."""
 
+import os
+from importlib.metadata import version
+
 import pytest
 
+from adaconv import storage
 from adaconv.config.doctor import DoctorConfig
+from adaconv.model.encoder_weights import IMAGENET_URL
 from adaconv.orchestration import doctor
 from adaconv.orchestration.doctor import examine
+from adaconv.tracking.mlflow_tracker import open_run
+from adaconv.tracking.runs import PROCESS_TAG, client_of, process_here
 from pipelines.doctor import main
 
 
@@ -32,15 +39,92 @@ def test_without_git_the_working_directory_is_measured_all_the_same(home, monkey
 
 
 def test_a_working_directory_that_is_not_there_fails(home):
-    ((level, what),) = found(doctor.job_package, working_dir=f"{home}/no")
-    assert (level, what) == ("FAIL", f"--working-dir: expected a folder, found none at {home}/no")
+    for given in (f"{home}/no", "~/no"):
+        ((level, what),) = found(doctor.job_package, working_dir=given)
+        assert (level, what) == ("FAIL", f"--working-dir: expected a folder, found none at {home}/no")
+
+
+def test_a_working_directory_that_ray_does_not_take_names_its_largest_files(home, monkeypatch):
+    for size in (30, 10, 40, 20):
+        (home / f"{size}.bin").write_bytes(b"x" * size)
+    monkeypatch.setattr(doctor, "REQUEST_LIMIT_BYTES", 100)
+    assert [level for level, _ in found(doctor.job_package, working_dir="~")] == ["ok"]
+    monkeypatch.setattr(doctor, "REQUEST_LIMIT_BYTES", 99)
+    (finding,) = doctor.job_package(DoctorConfig(working_dir="~"))
+    assert finding.level == "FAIL"
+    assert finding.do == "list in .gitignore: ['40.bin', '30.bin', '20.bin']"
+
+
+def test_packages_are_compared_with_the_pins(home, monkeypatch):
+    monkeypatch.setattr(doctor, "_REPO", home)
+    assert found(doctor.python_and_packages)[1][1].startswith("constraints.txt is not here")
+    torch, extensions = version("torch").partition("+")[0], version("typing_extensions")
+    pins = home / "constraints.txt"
+    pins.write_text(f"torch=={torch}\ntyping-extensions=={extensions}\nnobody-has-this==1.0\n")
+    assert found(doctor.python_and_packages)[1] == ("ok", "2 packages as pinned in constraints.txt")
+    pins.write_text(f"torch=={torch}\ntyping-extensions==0.1\n")
+    ((level, what),) = found(doctor.python_and_packages)[1:]
+    assert (level, what) == ("note", f"other versions than tested: typing-extensions {extensions} (pinned 0.1)")
 
 
 def test_a_folder_of_the_home_is_found(home):
     ((level, what),) = found(doctor.storage_of_output, output="~/out")
     assert level in ("ok", "note")
     assert "~/out is writable" in what
-    assert (home / "out").is_dir()
+    assert list((home / "out").iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_fails(home):
+    (home / "file").write_text("")
+    ((level, what),) = found(doctor.storage_of_output, output="~/file/out")
+    assert level == "FAIL"
+    assert what.startswith("cannot write to ~/file/out: ")
+
+
+def test_an_output_on_s3_has_no_disk(bucket):
+    ((level, what),) = found(doctor.storage_of_output, output=f"{bucket}/out")
+    assert level == "ok"
+    assert f"{bucket}/out is writable" in what
+    assert "GB free" not in what
+    assert list(storage.walk(bucket)) == []
+
+
+def test_weights_are_looked_for_and_never_fetched(home):
+    ((level, what),) = found(doctor.encoder_weights, encoder_weights="seeded:3")
+    assert (level, what.partition(":")[0]) == ("note", "encoder weights seeded")
+    ((level, what),) = found(doctor.encoder_weights)
+    assert (level, IMAGENET_URL in what) == ("note", True)
+    ((level, what),) = found(doctor.encoder_weights, encoder_weights="https://127.0.0.1:9/vgg.pth")
+    assert (level, "the first training downloads https://127.0.0.1:9/vgg.pth" in what) == ("note", True)
+    (home / "vgg.pth").write_bytes(b"")
+    ((level, what),) = found(doctor.encoder_weights, encoder_weights=str(home / "vgg.pth"))
+    assert (level, what) == ("ok", f"encoder weights {home}/vgg.pth: {home}/vgg.pth")
+
+
+def test_an_address_of_jobs_is_none_for_pipelines(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    ((level, what),) = found(doctor.ray_cluster)
+    assert (level, what.partition(" ")[0]) == ("note", "RAY_ADDRESS=http://127.0.0.1:8265")
+
+
+def test_a_run_of_a_dead_process_is_ended(home):
+    assert "is made by the first run" in found(doctor.tracking, output="~")[0][1]
+    assert not (home / "mlflow.db").exists()
+    uri = f"sqlite:///{home}/mlflow.db"
+    run = {"experiment": "test", "params": {}, "tags": {}, "datasets": {}, "config_yaml": ""}
+    tracker = open_run(uri=uri, identity="a", name="a", spool_directory=home / "a" / "spool", **run)
+    tracker.stop_heartbeat()
+    assert found(doctor.tracking, output="~") == [("ok", f"tracking: {uri} answers, 2 experiments")]
+    client_of(uri).set_tag(tracker.run_id, PROCESS_TAG, process_here().replace(f" {os.getpid()} ", " 999999999 "))
+    (_, ended) = found(doctor.tracking, output="~")
+    assert ended[0] == "note"
+    assert f"run a ({tracker.run_id}) was left RUNNING and is FAILED now" in ended[1]
+    assert client_of(uri).get_run(tracker.run_id).info.status == "FAILED"
+
+
+def test_what_to_do_follows_where_there_is_something():
+    assert str(doctor.Finding("ok", "all is well")) == "ok    all is well"
+    assert str(doctor.Finding("FAIL", "it is gone", "look for it")) == "FAIL  it is gone -> look for it"
 
 
 def test_a_damaged_database_is_named(home):
