@@ -10,7 +10,6 @@ from mlflow.exceptions import MlflowException
 
 from adaconv import checkpoint, storage
 from adaconv.errors import AdaConvError, Interrupted, TrackingError
-from adaconv.scratch import scratch_folder
 from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
@@ -37,7 +36,7 @@ def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
     try:
         client = client_of(tracker.uri)
         run = client.get_run(tracker.run_id)
-        page = keep_page(client, run, local=tracker.spool.parent)
+        page = keep_page(client, run, tracker.spool.parent)
         models = keep_models(client, run, checkpoints)
         client.set_tag(tracker.run_id, _KEPT_TAG, checkpoints)
     except Interrupted:
@@ -78,16 +77,15 @@ def lacks_its_end(uri: str, run_id: str | None, experiment: str, identity: str) 
         return False
 
 
-def keep_page(client: MlflowClient, run: Run, *, local: Path | None = None) -> str | None:
+def keep_page(client: MlflowClient, run: Run, folder: Path) -> str | None:
     """The run's page, as its artifact and as a local file; None where it logged no sample grid."""
     page = time_machine.render(client, [run])
     if page is None:
         return None
-    with scratch_folder("page") as scratch:
-        folder = local or scratch
-        storage.publish_bytes(str(folder / time_machine.PAGE_FILE), page.encode())
-        client.log_artifact(run.info.run_id, str(folder / time_machine.PAGE_FILE))
-    return str(folder / time_machine.PAGE_FILE) if local else None
+    file = str(folder / time_machine.PAGE_FILE)
+    storage.publish_bytes(file, page.encode())
+    client.log_artifact(run.info.run_id, file)
+    return file
 
 
 def keep_models(client: MlflowClient, run: Run, checkpoints: str) -> dict[str, str]:
