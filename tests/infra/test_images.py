@@ -23,6 +23,7 @@ SECRET = f"planted-{secrets.token_hex(8)}"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # two builds with all that they install, on a machine that others use too
     pytest.mark.skipif(
         os.geteuid() != 0 or not all(shutil.which(name) for name in ("buildah", "debootstrap")),
         reason="needs root, and Debian's packages buildah and debootstrap",
