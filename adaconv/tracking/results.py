@@ -48,7 +48,7 @@ def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
 
 def hand_over(spool: Path, *, checkpoints: str) -> int:
     """Hand over what an outage left in a spool, if anything; returns how many records are left."""
-    if not (spool / "run.json").exists() or not _waiting(spool):
+    if not _waiting(spool):
         return 0
     tracker, left = sync(spool)
     if left:
