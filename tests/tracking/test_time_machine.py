@@ -151,6 +151,8 @@ def test_a_name_ends_no_element_of_the_page(two):
 def test_pictures_shrink_until_they_fit(two):
     root, uri = two
     grids = {step: grid_of(3, 2, side=128, step=step, noise=40) for step in (0, 1, 2, 3)}
+    for grid in grids.values():
+        grid[132:260, 132 + 96 : 260] = 255  # the last quarter of the first cell
     tracker = run_with(root, "noisy", grids, crop=128)
     client = MlflowClient(uri)
 
@@ -158,15 +160,17 @@ def test_pictures_shrink_until_they_fit(two):
         [run] = data_of(render(client, [client.get_run(tracker.run_id)], max_bytes=max_bytes))
         sheets = [frame["sheet"] for frame in run["frames"]]
         [size] = {picture(sheet).size for sheet in sheets}
-        return size, sum(map(len, sheets + run["styles"] + run["contents"]))
+        return size, sum(map(len, sheets + run["styles"] + run["contents"])), picture(sheets[0])
 
-    whole, taken = of(10**7)
+    whole, taken, _ = of(10**7)
     assert whole == (256, 384)
-    small, taken_small = of(taken // 2)
+    small, taken_small, shown = of(taken // 2)
     assert 0.5 * taken // 2 < taken_small <= taken // 2
     assert 96 <= small[0] < 256
     assert small[1] == small[0] * 3 // 2
-    tiny, _ = of(1)
+    cell = shown.crop((0, 0, small[0] // 2, small[1] // 3)).convert("L").resize((8, 1), Image.Resampling.BOX)
+    assert [level > 150 for level in cell.getdata()] == [False] * 6 + [True] * 2  # shrunk, not cut off
+    tiny, _, _ = of(1)
     assert tiny[0] // 2 in range(40, 49)  # no smaller, whatever it takes
 
 
