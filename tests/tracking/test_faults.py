@@ -41,6 +41,7 @@ class Training:
     def __init__(self, root: Path, name: str, uri: str) -> None:
         self.root, self.name, self.uri = root, name, uri
         self.folder, self._family = root / "runs" / name, []
+        self.tree: psutil.Process | None = None
 
     def children(self, *words: str) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
@@ -56,14 +57,23 @@ class Training:
         return 0
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 120
-        while self.step() < step and self.running() and time.monotonic() < deadline:
+        """Ray takes minutes to start on a machine that others use; a fault before the first step would be none."""
+        deadline = time.monotonic() + 600
+        while (found := self.step()) < step and self.running() and time.monotonic() < deadline:
             time.sleep(0.02)
+        assert found >= step, f"{self.name} was to be at step {step}, is at {found}; running: {self.running()}"
 
     def remember_family(self) -> None:
         self._family = []
         with contextlib.suppress(psutil.Error):
             self._family = self.tree.children(recursive=True)
+
+    def kill(self) -> None:
+        """Whatever is left of it."""
+        if self.tree is not None and self.running():
+            self.remember_family()
+            self.tree.kill()
+        self.kill_family()
 
     def kill_family(self) -> None:
         """Orphans of a driver that was killed."""
@@ -226,7 +236,10 @@ def go_through_all(root, make):
             fault = FAULTS[number % len(FAULTS)]
             training = make(root, f"case-{number:03d}", uri)
             began = time.monotonic()
-            statuses = go_through(fault, training, gate, database, random.Random(number))
+            try:
+                statuses = go_through(fault, training, gate, database, random.Random(number))
+            finally:
+                training.kill()
             [run] = runs_named(training)
             client = MlflowClient(server.uri)
             duplicates = missing = 0
