@@ -161,8 +161,6 @@ def _checkpoint_at(checkpoints: list[dict[str, Any]], step: int) -> dict[str, st
 
 
 def _curve(client: MlflowClient, run: Run) -> list[list[float]]:
-    if "train/loss" not in run.data.metrics:
-        return []
     points = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda point: point.step)
     every = max(1, len(points) // _MOST_POINTS)
     finite = (point for point in points[::every] if abs(point.value) < sys.float_info.max)  # MLflow's infinity
