@@ -69,7 +69,7 @@ def test_a_node_tells_what_it_cannot_use(tmp_path):
     report = look(str(tmp_path / "file" / "below"), "http://127.0.0.1:9")
     assert report.storage_error.startswith("NotADirectoryError: ")
     assert "http://127.0.0.1:9 does not answer" in report.tracking_error
-    for uri in (None, "sqlite:////nowhere/mlflow.db"):  # a file is nobody's but the driver's
+    for uri in (None, f"sqlite:///{tmp_path}/file/mlflow.db"):  # a file is nobody's but the driver's
         report = look(str(tmp_path), uri)
         assert (report.storage_error, report.tracking_error) == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
