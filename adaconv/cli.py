@@ -29,7 +29,12 @@ C = TypeVar("C", bound=Config)
 
 _PATHS = ("source", "content", "style", "dataset", "against", "output", "model", "data.cache_dir", "train.ledger")
 _TRACKING = ("tracking.uri", "tracking_uri")
-_PATHS_OR_WORDS = ("resume", "encoder.weights", *_TRACKING)  # such as `auto`, `imagenet`, a server's address
+_PATHS_OR_WORDS = (
+    "resume",
+    "encoder.weights",
+    "judge.weights",
+    *_TRACKING,
+)  # such as `auto`, `imagenet`, a server's address
 _SECONDS = ("ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE")
 
 

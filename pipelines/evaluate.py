@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 
 def plan(config: EvaluateConfig) -> str:
-    from adaconv.stylize.inputs import list_items, spread
+    from adaconv.evaluation.protocol import choose
 
-    contents = len(spread(list_items(config.content, flag="--content"), config.protocol.contents))
-    styles = len(spread(list_items(config.style, flag="--style"), config.protocol.styles))
+    wanted = config.protocol.model_dump(include={"contents", "styles"})
+    contents, styles = (len(items) for items in choose(config.content, config.style, **wanted))
     gate = f", then the gate of {config.promote}" if config.promote else ""
     return f"{contents} contents x {styles} styles: {contents * styles} pairs by each model{gate}"
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.errors import UsageError
+    from adaconv.errors import TrackingError, UsageError
     from adaconv.scratch import scratch_folder
     from adaconv.tracking.registry import named_by, note_evaluation, promote, resolved_model, source_of
     from adaconv.tracking.runs import default_uri
@@ -45,9 +45,11 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     model, tracked_at = source_of(config.model)
     others = [source_of(name)[0] for name in config.against]
     tracking_uri = default_uri(config.tracking.uri or tracked_at, Path.cwd())
-    if config.promote and model.startswith("runs:/"):
-        raise UsageError(f"--promote: expected a registered version or a checkpoint, found --model {model}")
-    registered = re.fullmatch(r"models:/([^/@]+)[/@].+", model)
+    registered = re.fullmatch(r"models:/([^/@]+)(?:@[^/]+|/\d+)", model)
+    if config.promote and model.startswith(("models:/", "runs:/")) and not registered:
+        raise UsageError(
+            f"--promote: expected models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint, found --model {model}"
+        )
     name = registered[1] if registered else config.name
     holder = named_by(name, config.promote, tracking_uri=tracking_uri) if config.promote else None
     with ExitStack() as held:
@@ -58,7 +60,9 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
 
         scratch = held.enter_context(scratch_folder("evaluation"))
         result = run_evaluation(config, models, output=storage.absolute(config.output), scratch=scratch, holder=holder)
-        if config.promote and holder != model and result["status"] == "done":
+        if "holder" in result:
+            model = result["holder"]
+        elif config.promote and result["status"] == "done":
             reason = f"gate, protocol {result['protocol']}: {'; '.join(result['gate']) or 'the first'}"
             version = promote(
                 model, name=name, alias=config.promote, held_by=holder, reason=reason, tracking_uri=tracking_uri
@@ -67,7 +71,10 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
             result |= {"promoted": version.uri, "version": version.version}
         noted = ("protocol", "pairs", "scores", "gate", "error")
         evaluation: dict[str, Any] = {key: result[key] for key in noted if key in result}
-        note_evaluation(model, evaluation, scratch / "report.html", tracking_uri=tracking_uri)
+        try:
+            note_evaluation(model, evaluation, scratch / "report.html", tracking_uri=tracking_uri)
+        except TrackingError as error:  # all else stands
+            result |= {"status": "failed", "error": "; ".join(filter(None, (result.get("error"), str(error))))}
     return result
 
 

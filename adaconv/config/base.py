@@ -48,3 +48,17 @@ def _refuse_no_path(path: str) -> str:
 
 
 Location = Annotated[str, AfterValidator(_refuse_no_path)]
+
+
+def _refuse_no_alias(alias: str | None) -> str | None:
+    """The alias as it is, if MLflow takes it.
+
+    Raises:
+        ValueError: it is empty, reserved, or has other characters.
+    """
+    if alias is not None and (not re.fullmatch(r"[\w-]+", alias, re.ASCII) or re.fullmatch(r"latest|[vV]\d+", alias)):
+        raise ValueError(f"expected letters, digits, - and _, and neither latest nor v3 and the like; found {alias!r}")
+    return alias
+
+
+Alias = Annotated[str | None, AfterValidator(_refuse_no_alias)]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, Location, TrackingUri
+from adaconv.config.base import Alias, Config, Location, TrackingUri
 from adaconv.config.model import Count
 
 Margin = Field(default=0.05, ge=0)
@@ -37,7 +37,7 @@ class GateConfig(Config):
     require: Literal["better", "not_worse"] = "better"
     """`better`: no metric may be worse, and one must be better, surely; `not_worse`: no metric may be worse."""
     content: float = Margin
-    """Share by which `content` may surely not be worse. A large number, such as 1000, leaves a metric out."""
+    """Share by which `content` may be worse at the most, with a confidence of 95 %; 1000 allows anything."""
     structure: float = Margin
     """The same of `structure`."""
     style: float = Margin
@@ -66,7 +66,7 @@ class EvaluateConfig(Config):
     """Styles: the same."""
     output: Location | None = None
     """Folder or s3://bucket/prefix for report.html and scores.parquet; run again, it measures what is missing."""
-    promote: str | None = None
+    promote: Alias = None
     """Alias that --model gets, if it may: no defects, and compared with whoever has it as --gate.* says. Ends with 1
     if it may not."""
     name: str = "adaconv"

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, Location, TrackingUri
+from adaconv.config.base import Alias, Config, Location, TrackingUri
 
 
 class RegisterTrackingConfig(Config):
@@ -16,9 +16,9 @@ class RegisterConfig(Config):
     version that is there, models:/NAME@ALIAS or models:/NAME/VERSION, that an alias is moved to."""
     name: str = "adaconv"
     """Registered model that the version belongs to."""
-    alias: str | None = "candidate"
+    alias: Alias = "candidate"
     """Alias that is moved to the version; `champion` is the one that jobs use."""
-    rollback: str | None = None
+    rollback: Alias = None
     """Instead of --model: an alias that is moved back to the version that it named before."""
     reason: str = Field(default="", max_length=1000)
     """Why the alias moves; kept with the version and in the alias's history."""

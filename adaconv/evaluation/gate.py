@@ -92,6 +92,8 @@ def compare(
             change = new[metric].mean() / old[metric].mean() - 1
         changes = np.where(after == before, 0.0, changes)  # also where both are 0
         change = 0.0 if new[metric].mean() == old[metric].mean() else float(change)
+        if np.isfinite(new[metric]).all() and not np.isfinite(old[metric]).all():
+            changes, change = np.full_like(changes, -1.0), -1.0  # any number is better than none
         at_most, surely = (_bound(changes, change, new[metric].shape, level) for level in (confidence, 1 - alone))
         found.append(Comparison(metric, change, at_most, surely < 0, margin))
     return found

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from adaconv import storage
-from adaconv.errors import UsageError
+from adaconv.errors import UsageError, WeightsError
 from adaconv.evaluation import gate
 from adaconv.evaluation.metrics import METRICS, Judge
 from adaconv.evaluation.protocol import read_protocol
@@ -23,7 +23,7 @@ from adaconv.progress import Progress
 from adaconv.stylize.stylizer import Stylizer
 
 if TYPE_CHECKING:
-    from adaconv.config.evaluate import EvaluateConfig
+    from adaconv.config.evaluate import EvaluateConfig, GateConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,18 @@ def run_evaluation(
         holder: name of the model that has the alias; None where nobody has it.
 
     Returns:
-        paths and numbers; `status` is `failed`, with `error`, where --promote asked and the model may not.
+        paths and numbers; `status` is `failed`, with `error`, where --promote asked and the model may not; `holder`
+        where it has the alias already.
 
     Raises:
         UsageError: pictures that cannot be read, or a GPU that is not there.
         WeightsError: the judge's weights cannot be had.
     """
     device = _device(config.device)
-    encoder = load_encoder(config.judge.weights, widths=config.judge.widths)
+    try:
+        encoder = load_encoder(config.judge.weights, widths=config.judge.widths)
+    except WeightsError as error:
+        raise WeightsError(f"--judge.weights: {error}") from error
     protocol = read_protocol(
         config.content, config.style, judge=fingerprint(encoder), **config.protocol.model_dump(mode="python")
     )
@@ -69,7 +73,9 @@ def run_evaluation(
         scores.append(evaluation.scores(name, stylizer, progress.advance))
     scores.append(evaluation.unchanged(progress.advance))
     progress.close()
-    verdict = _verdict(config, scores, holder) if config.promote and holder != scores[0].model else None
+    held = next((one for one in scores if one.model == holder), None)
+    has_it = held is not None and held.digest == scores[0].digest  # maybe under another name
+    verdict = _verdict(config.gate, scores, held) if config.promote and not has_it else None
     page = scratch / "report.html"
     page.write_text(
         render(scores, protocol, verdict, judge=config.judge.weights, alias=config.promote or ""), encoding="utf-8"
@@ -88,6 +94,8 @@ def run_evaluation(
         "report": storage.join(output, page.name),
         "table": storage.join(output, table.name),
     }
+    if config.promote and has_it:
+        result["holder"] = holder
     if verdict:
         result["gate"] = [str(one) for one in verdict.comparisons]
         if not verdict.promoted:
@@ -104,16 +112,16 @@ def _device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _verdict(config: EvaluateConfig, scores: list[Scores], holder: str | None) -> gate.Verdict:
+def _verdict(config: GateConfig, scores: list[Scores], held: Scores | None) -> gate.Verdict:
+    """On the first, beside the unchanged contents, the last, and whoever has the alias."""
     judged, defects = scores[0], list(scores[0].defects)
     if not any(judged.of[name].mean() < scores[-1].of[name].mean() for name in ("style", "gram")):
         defects.append("no stylization: neither style nor gram is lower than that of the contents as they are")
     comparisons = []
-    if holder:
-        margins = {name: getattr(config.gate, name) for name in METRICS}
-        [old] = [one for one in scores if one.model == holder]
-        comparisons = gate.compare(judged.of, old.of, margins=margins)
-    return gate.judge(comparisons, require=config.gate.require, defects=defects, first=holder is None)
+    if held:
+        margins = {name: getattr(config, name) for name in METRICS}
+        comparisons = gate.compare(judged.of, held.of, margins=margins)
+    return gate.judge(comparisons, require=config.require, defects=defects, first=held is None)
 
 
 def _told(scores: Scores) -> dict[str, list[float | None]]:

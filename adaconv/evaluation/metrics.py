@@ -1,13 +1,13 @@
 """What is measured of an output, its content and its style. Lower is better for each.
 
-content     mean squared difference of relu4_1 from the content's (Huang & Belongie, ICCV 2017)
+content     mean squared difference of relu4_1 from the content's (Gatys et al., CVPR 2016)
 structure   difference from the content in which places look alike: self-similarity (Kolkin et al., CVPR 2019) of
             relu3_1 without its mean, 0 to 2
 style       squared differences of channels' means and deviations from the style's, summed over relu1_1 ... relu4_1, as
-            in training (Huang & Belongie)
-gram        squared difference of Gram matrices from the style's, over their square (Gatys et al., CVPR 2016), mean over
-            relu1_1 ... relu4_1
-colour      distance of the distributions of colours, output and style: Wasserstein-1 over 16 directions of RGB, 0 to 1
+            in training (Huang & Belongie, ICCV 2017)
+gram        squared difference of Gram matrices from the style's (Gatys et al.), over the sum of both matrices' squares,
+            mean over relu1_1 ... relu4_1, 0 to 1
+colour      sliced Wasserstein-1 distance of colours, output and style, over 16 directions of RGB, 0 to 1
 identity    root mean squared difference of a content that is drawn in its own style from itself, 0 to 1
 
 The judge is an encoder of its own, the same for all models: one that models brought along would favour each its own.
@@ -16,7 +16,7 @@ The judge is an encoder of its own, the same for all models: one that models bro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class Look:
     grams: tuple[Tensor, ...]
     colours: Tensor
 
+    def as_style(self) -> Look:
+        """Without what only contents are compared by, which takes most of its memory."""
+        nothing = self.alike.new_empty(0)
+        return replace(self, relu4_1=nothing, alike=nothing)
+
 
 class Judge:
     """Looks at pictures, (1, 3, H, W) float32 in [0, 1] on the encoder's device."""
@@ -74,7 +79,7 @@ def compare(output: Look, content: Look, style: Look) -> dict[str, float]:
         for have, want in zip(*pair, strict=True)
     ]
     grams = [
-        (have - want).square().sum() / want.square().sum().clamp_min(_TINY)
+        (have - want).square().sum() / (have.square().sum() + want.square().sum()).clamp_min(_TINY)
         for have, want in zip(output.grams, style.grams, strict=True)
     ]
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from adaconv.images import MAX_PIXELS, ImageError
 from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, sha256_of, spread
 
 _ID_DIGITS = 12
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,18 @@ def read_protocol(
         judge: see `Protocol`.
 
     Raises:
-        UsageError: a source is not there, or a picture cannot be read: all of them are named.
+        UsageError: as `choose`; pictures cannot be read: all of them are named; one is there twice.
     """
-    chosen = [
-        spread(list_items(content, flag="--content"), contents),
-        spread(list_items(style, flag="--style"), styles),
-    ]
     exhibits: list[list[Exhibit]] = []
     broken: list[str] = []
-    for items in chosen:
+    for items in choose(content, style, contents=contents, styles=styles):
         exhibits.append([])
         for item in items:
             try:
                 exhibits[-1].append(_exhibit(item, side))
             except ImageError as error:
                 broken.append(f"{item.source} ({error})")
+        _refuse_twins(exhibits[-1])
     if broken:
         raise UsageError(
             f"{len(broken)} pictures of the protocol cannot be read: {'; '.join(broken[:5])}; take them away, or "
@@ -110,11 +110,38 @@ def read_protocol(
     return Protocol(tuple(exhibits[0]), tuple(exhibits[1]), side, style_side, judge)
 
 
+def choose(content: Sequence[str], style: Sequence[str], *, contents: int, styles: int) -> list[list[Item]]:
+    """Which pictures a protocol takes; they are not read.
+
+    Raises:
+        UsageError: a source is not there, or holds too few to say anything of others.
+    """
+    chosen = [
+        spread(list_items(content, flag="--content"), contents),
+        spread(list_items(style, flag="--style"), styles),
+    ]
+    for flag, items in zip(("--content", "--style"), chosen, strict=True):
+        if len(items) < 2:
+            raise UsageError(f"{flag}: expected two pictures or more, found {items[0].source} alone")
+    return chosen
+
+
+def _refuse_twins(exhibits: list[Exhibit]) -> None:
+    """A picture that is there twice would count for two."""
+    seen: dict[str, str] = {}
+    for one in exhibits:
+        if one.sha256 in seen:
+            raise UsageError(f"{seen[one.sha256]} and {one.source} are the same picture: a protocol takes each once")
+        seen[one.sha256] = one.source
+
+
 def _exhibit(item: Item, side: int) -> Exhibit:
     with tempfile.TemporaryDirectory() as folder:
         path = local_file(item, Path(folder))
         picture = decode_picture(path, max_pixels=MAX_PIXELS)
         digest = sha256_of(path)
+    if min(picture.size) < side:
+        log.warning("%s is enlarged: it has %dx%d pixels, the protocol %d", item.source, *picture.size, side)
     return Exhibit(item.source, digest, _centre_square(picture, side))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ SHOWN = 6  # contents and styles whose outputs the report shows
 _SHOWN_SIDE = 160
 _BATCH = {"cpu": 1, "cuda": 8}  # styles that a content is decoded with at once
 _FLAT = 1e-6  # deviation of a picture of one colour
-_LEAST_CONTRAST, _LEAST_SPREAD, _MOST_BETWEEN_TILES = 0.1, 1 / 255, 1 / 255
+_LEAST_CONTRAST, _LEAST_SPREAD, _MOST_BETWEEN_TILES = 0.1, 1 / 255, 2 / 255
 
 Told = Callable[[int], None]  # pairs since it was last called
 
@@ -36,13 +37,14 @@ class Scores:
     """What a model got on a protocol.
 
     `of`: metric -> scores (contents, styles), float64; `identity` has one column. `defects`: what is wrong with it by
-    itself. `shown`: (content, style) -> a small JPEG.
+    itself. `shown`: (content, style) -> a small JPEG. `digest`: of the model's weights.
     """
 
     model: str
     of: Mapping[str, NDArray[np.float64]]
     defects: tuple[str, ...]
     shown: Mapping[tuple[int, int], bytes]
+    digest: str = ""
 
 
 class Evaluation:
@@ -57,7 +59,7 @@ class Evaluation:
 
     def __init__(self, protocol: Protocol, judge: Judge, *, device: str, output: str) -> None:
         self.protocol, self._judge, self._device, self._output = protocol, judge, device, output
-        self._styles = [judge.look(self._pixels(one)) for one in protocol.styles]
+        self._styles = [judge.look(self._pixels(one)).as_style() for one in protocol.styles]
 
     def unchanged(self, told: Told = lambda pairs: None) -> Scores:
         """Of the contents as they are: what a metric says of doing nothing."""
@@ -83,16 +85,18 @@ class Evaluation:
             stylizer.style_pack(one.pixels, side=self.protocol.style_side, source_sha256=one.sha256)
             for one in self.protocol.styles
         ]
-        folder = storage.join(self._output, "scores", f"{self.protocol.id}-{stylizer.info.digest[:16]}")
+        made_by = repr((stylizer.info.digest, stylizer.info.settings, self._device))
+        name = f"{self.protocol.id}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
+        folder = storage.join(self._output, "scores", name)
         there = {storage.name_of(uri) for uri in storage.list_files(folder)}
         rows = []
         for number, content in enumerate(self.protocol.contents):
-            name = f"{number:05d}.json"
-            if name in there:
-                row = json.loads(storage.read_bytes(storage.join(folder, name)))
+            file = f"{number:05d}.json"
+            if file in there:
+                row = json.loads(storage.read_bytes(storage.join(folder, file)))
             else:
                 row = self._row(content, stylizer, packs, shown=SHOWN if number < SHOWN else 0)
-                storage.publish_bytes(storage.join(folder, name), json.dumps(row).encode())
+                storage.publish_bytes(storage.join(folder, file), json.dumps(row).encode())
             rows.append(row)
             told(len(packs))
         of = {name: np.array([row["of"][name] for row in rows], dtype=np.float64) for name in rows[0]["of"]}
@@ -102,7 +106,7 @@ class Evaluation:
             for number, row in enumerate(rows)
             for style, jpeg in enumerate(row["shown"])
         }
-        return Scores(model, {name: of[name] for name in METRICS}, tuple(defects), shown)
+        return Scores(model, {name: of[name] for name in METRICS}, tuple(defects), shown, stylizer.info.digest)
 
     @torch.inference_mode()
     def _row(self, exhibit: Exhibit, stylizer: Stylizer, packs: list[StylePack], *, shown: int) -> dict[str, Any]:
@@ -118,7 +122,7 @@ class Evaluation:
         of = {name: [pair[name] for pair in pairs] for name in OF_PAIRS}
         of["identity"] = [identity(itself, pixels)]
         of["finite"] = [float(one.isfinite().all()) for one in outputs]
-        of["contrast"] = [(one.std() / pixels.std().clamp_min(_FLAT)).item() for one in outputs]
+        of["contrast"] = [(_contrast(one) / _contrast(pixels).clamp_min(_FLAT)).item() for one in outputs]
         of["spread"] = [torch.cat(outputs).std(dim=0, correction=0).mean().item()]
         return {"of": of, "shown": [base64.b64encode(thumbnail(one[0])).decode() for one in outputs[:shown]]}
 
@@ -130,6 +134,11 @@ class Evaluation:
 
     def _pixels(self, exhibit: Exhibit) -> Tensor:
         return exhibit.pixels.float().div(255)[None].to(self._device)
+
+
+def _contrast(picture: Tensor) -> Tensor:
+    """Deviation of the values of each channel of (1, 3, H, W), on average."""
+    return picture.std(dim=(-2, -1)).mean()
 
 
 def thumbnail(pixels: Tensor) -> bytes:
@@ -153,10 +162,10 @@ def table_of(scores: list[Scores], protocol: Protocol) -> pa.Table:
 
 def _defects(of: Mapping[str, NDArray[np.float64]], *, apart: float) -> list[str]:
     """What no comparison is needed for."""
-    defects = []
     broken = int((of["finite"] == 0).sum())
     if broken:
-        defects.append(f"{broken} of {of['finite'].size} outputs hold values that are no numbers")
+        return [f"{broken} of {of['finite'].size} outputs hold values that are no numbers"]
+    defects = []
     contrast = float(np.median(of["contrast"]))
     if not contrast >= _LEAST_CONTRAST:
         defects.append(f"the outputs are grey: their contrast is {contrast:.2f} of the contents'")

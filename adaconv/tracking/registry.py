@@ -110,13 +110,14 @@ def promote(
     Raises:
         TrackingError: the alias moved meanwhile, or the registry cannot be reached.
     """
+    version = register(model, name=name, alias=None, reason=reason, tracking_uri=tracking_uri)  # it may take minutes
     holder = named_by(name, alias, tracking_uri=tracking_uri)
     if holder != held_by:
         raise TrackingError(
             f"models:/{name}@{alias} is {holder or 'nobody'} now, and was {held_by or 'nobody'} when {model} was "
             "compared with it; run the same command again"
         )
-    return register(model, name=name, alias=alias, reason=reason, tracking_uri=tracking_uri)
+    return register(version.uri, name=name, alias=alias, reason=reason, tracking_uri=tracking_uri)
 
 
 def note_evaluation(model: str, evaluation: dict[str, Any], page: Path, *, tracking_uri: str) -> None:
@@ -124,7 +125,8 @@ def note_evaluation(model: str, evaluation: dict[str, Any], page: Path, *, track
 
     Args:
         model: models:/NAME/VERSION; any other name is noted nowhere.
-        evaluation: small; `protocol` names it: the same protocol again takes the place of its earlier one.
+        evaluation: small; `protocol` names it: the same protocol again takes the place of its earlier one, unless that
+            one says what the gate found and this one does not.
         page: report.html.
         tracking_uri: of the registry.
 
@@ -136,8 +138,10 @@ def note_evaluation(model: str, evaluation: dict[str, Any], page: Path, *, track
         return
     try:
         client = reader_of(tracking_uri)
-        version = client.get_model_version(*found.groups())
-        client.set_model_version_tag(*found.groups(), f"evaluation.{evaluation['protocol']}", json.dumps(evaluation))
+        version, key = client.get_model_version(*found.groups()), f"evaluation.{evaluation['protocol']}"
+        if "gate" in json.loads(version.tags.get(key, "{}")) and "gate" not in evaluation:
+            return
+        client.set_model_version_tag(*found.groups(), key, json.dumps(evaluation))
         client.log_artifact(version.run_id, str(page), f"evaluation/{evaluation['protocol']}")
     except (MlflowException, OSError) as error:
         raise TrackingError(f"cannot note the evaluation of {model} at {tracking_uri}: {error}") from error

@@ -64,17 +64,18 @@ def test_a_hundred_models_that_are_as_good_are_not_promoted_by_chance():
         old, new = model(rng, hard), model(rng, hard)
         lucky += judge(compare(new, old, margins=LOOSE), require="better").promoted
         promoted += judge(compare(new, old, margins=MARGINS), require="better").promoted
-        one_by_one = [{name: scores.reshape(-1, 1) for name, scores in both.items()} for both in (new, old)]
-        lucky_pairwise += any(abs(_z(a, b)) > 2.33 for a, b in zip(*(o.values() for o in one_by_one), strict=True))
+        lucky_pairwise += any(_z(new[name], old[name]) < -2.33 for name in MARGINS)  # 1 %, a fifth of 5
     print(f"by any metric alone {lucky}, with the margins {promoted}, pairs one by one {lucky_pairwise} of 100")
     assert promoted <= 5
-    assert lucky <= 10  # 5 are expected
+    assert 1 <= lucky <= 10  # 5 are expected
     assert lucky_pairwise > 50
 
 
 def _z(new, old):
-    differences = new / old - 1
-    return differences.mean() / (differences.std() / np.sqrt(differences.size))
+    """How many standard errors a ratio of means is from 1, if every pair stood for itself."""
+    ratio = new.mean() / old.mean()
+    error = (new - ratio * old).std() / np.sqrt(new.size) / old.mean()
+    return (ratio - 1) / error
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
@@ -86,6 +87,9 @@ def test_scores_that_are_no_numbers_are_no_improvement(broken):
     verdict = judge(compare(new, old, margins=LOOSE), require="not_worse")
     assert not verdict.promoted
     assert "style" in verdict.reasons[0]
+    # Who has the place and such scores is replaced by anybody with better ones.
+    found = compare(old, new, margins=LOOSE)
+    assert [(one.metric, one.change, one.better) for one in found if one.change == -1] == [("style", -1.0, True)]
 
 
 def test_nothing_wrong_is_asked_of_the_first_and_defects_keep_anybody_out():
@@ -101,4 +105,4 @@ def test_an_interval_holds_the_mean_as_often_as_it_says():
     for _ in range(100):
         told = interval(rng.normal(size=(20, 1)) + rng.normal(size=(1, 40)) + rng.normal(size=(20, 40)))
         inside += told.low <= 0 <= told.high
-    assert inside >= 88
+    assert 88 <= inside <= 99

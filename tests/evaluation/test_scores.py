@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from adaconv.checkpoint import load_network
+from adaconv.config.evaluate import GateConfig
 from adaconv.errors import UsageError
-from adaconv.evaluation.metrics import METRICS, OF_PAIRS, Judge
+from adaconv.evaluation.job import _verdict
+from adaconv.evaluation.metrics import METRICS, OF_PAIRS, Judge, compare
 from adaconv.evaluation.protocol import read_protocol
 from adaconv.evaluation.scores import Evaluation, table_of
 from adaconv.model.encoder_weights import fingerprint, load_encoder
@@ -51,8 +53,6 @@ def test_every_pair_is_measured(protocol, encoder, network, tmp_path):
     assert set(scores.shown) == {(c, s) for c in range(3) for s in range(4)}
     # Each pair has its own: measured alone, it gets the same.
     stylizer, judge = Stylizer(*network), Judge(encoder)
-    from adaconv.evaluation.metrics import compare
-
     content, style = protocol.contents[2].pixels[None] / 255, protocol.styles[1].pixels[None] / 255
     output = stylizer.stylize(content, stylizer.style_pack(style, side=64))
     alone = compare(judge.look(output), judge.look(content), judge.look(style))
@@ -128,6 +128,30 @@ def test_broken_pictures_are_all_named(photos, paintings, tmp_path):
         read_protocol([str(tmp_path)], [str(paintings)], judge="j", **{**SIZES, "contents": 4})
 
 
+def test_a_picture_counts_once_and_one_is_too_few(photos, paintings, tmp_path):
+    sizes = {**SIZES, "contents": 100}
+    with pytest.raises(UsageError, match=r"photo_00000.jpg and .*photo_00000.jpg are the same picture"):
+        read_protocol([str(photos), str(photos)], [str(paintings)], judge="j", **sizes)
+    (tmp_path / "alone.jpg").write_bytes((photos / "photo_00000.jpg").read_bytes())
+    with pytest.raises(UsageError, match=r"--content: expected two pictures or more, found alone.jpg"):
+        read_protocol([str(tmp_path)], [str(paintings)], judge="j", **sizes)
+
+
+def test_a_style_of_one_colour_is_one_of_many(protocol, encoder):
+    """Its Gram matrices are nearly nothing: divided by them alone, its scores would be all there is."""
+    look = Judge(encoder).look
+    output, content = (look(one.pixels[None] / 255) for one in (protocol.styles[0], protocol.contents[0]))
+    flat = look(torch.full((1, 3, 64, 64), 0.45))
+    assert compare(output, content, flat)["gram"] <= 1
+
+
+def test_a_model_that_changes_nothing_is_told(protocol, encoder, tmp_path):
+    unchanged = evaluation(protocol, encoder, tmp_path).unchanged()
+    verdict = _verdict(GateConfig(), [replace(unchanged, model="mine"), unchanged], None)
+    assert not verdict.promoted
+    assert verdict.reasons[0].startswith("no stylization")
+
+
 def broken(net, how):
     with torch.no_grad():
         last = [module for module in net.transfer.modules() if isinstance(module, torch.nn.Conv2d)][-1]
@@ -135,13 +159,22 @@ def broken(net, how):
             last.weight.zero_()
         if how == "no numbers":
             last.bias[1] = math.nan
+        if how == "flat":  # the last bias alone, whatever the picture shows
+            last.weight.zero_()
+            last.bias.copy_(torch.tensor([0.9, 0.1, 0.1]))
         if how == "one style":
             for parameter in net.transfer.style_encoder.parameters():
                 parameter.zero_()
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("grey", "are grey"), ("no numbers", "12 of 12"), ("one style", "do not depend on the style")]
+    ("how", "said"),
+    [
+        ("grey", "are grey"),
+        ("flat", "are grey"),
+        ("no numbers", "12 of 12"),
+        ("one style", "do not depend on the style"),
+    ],
 )
 def test_what_is_wrong_with_a_model_by_itself(protocol, encoder, network, tmp_path, how, said):
     net, info = network

@@ -36,7 +36,7 @@ def registry(tmp_path_factory):
         spool_directory=root / "spool",
     )
     saved = []
-    for step in (1, 3):
+    for step in (11, 13):  # random networks that happen to be nearer to the styles than the contents are
         tracker.metrics({"train/loss": 1.0}, step=step)
         saved.append(save_checkpoint(root / "run-1" / "checkpoints", step, **tracker.reference())[1])
         tracker.checkpoint(saved[-1], step=step)
@@ -83,12 +83,15 @@ def test_the_first_gets_the_alias_and_what_is_worse_does_not(registry, run, tmp_
     assert files == [f"evaluation/{result['protocol']}/report.html"]
     assert result["protocol"] in history_of(client, "adaconv", "champion")[0].why
 
-    # Again, by its name: it has the alias, and nothing is moved.
-    code, again, said = run("--model", "models:/adaconv@champion", *tracking)
-    assert code == 0, said
-    assert "gate" not in again
-    assert again["scores"]["models:/adaconv/1"] == result["scores"][result["model"]]
+    # Again, by either name: it has the alias, and nothing is moved; what the gate said stays.
+    for again in ("models:/adaconv@champion", first):
+        code, other, said = run("--model", again, *tracking)
+        assert code == 0, said
+        assert other["holder"] == "models:/adaconv/1"
+        assert "gate" not in other
+        assert other["scores"]["models:/adaconv/1"] == result["scores"][result["model"]]
     assert len(history_of(client, "adaconv", "champion")) == 1
+    assert client.get_model_version("adaconv", "1").tags == version.tags
 
     # Another random network is worse in something.
     code, refused, said = run("--model", second, *tracking)
@@ -130,6 +133,22 @@ def test_without_an_alias_it_says_what_each_got(registry, run, tmp_path):
     assert low < mean < high
 
 
+def test_what_cannot_be_noted_is_told_and_stands(registry, run, monkeypatch):
+    uri, (first, _) = registry
+
+    def refuse(*_, **__):
+        raise TrackingError("no right to write")
+
+    monkeypatch.setattr("adaconv.tracking.registry.note_evaluation", refuse)
+    code, result, _ = run("--model", first, "--tracking.uri", uri, "--promote", "noted", "--name", "third")
+    assert (code, result["status"], result["error"]) == (1, "failed", "no right to write")
+    assert result["promoted"] == "models:/third@noted"
+    monkeypatch.undo()
+    code, _, said = run("--model", first, "--tracking.uri", uri, "--promote", "noted", "--name", "third")
+    assert code == 0, said
+    assert f"evaluation.{result['protocol']}" in MlflowClient(uri).get_model_version("third", "1").tags
+
+
 def test_mistakes_are_told_in_one_line(registry, run, monkeypatch, tmp_path):
     uri, (first, _) = registry
     for argv, code, words in (
@@ -145,6 +164,14 @@ def test_mistakes_are_told_in_one_line(registry, run, monkeypatch, tmp_path):
             "--promote: expected",
         ),
         (("--model", first, "--style", tmp_path / "none"), 2, "--style"),
+        (
+            ("--model", "models:/adaconv/latest", "--tracking.uri", uri, "--promote", "champion"),
+            2,
+            "--promote: expected",
+        ),
+        (("--model", first, "--promote", "v3"), 2, "promote"),
+        (("--model", first, "--promote", ""), 2, "promote"),
+        (("--model", first, "--judge.weights", "imagenett"), 1, "--judge.weights: "),
     ):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         found, _, said = run(*argv)
