@@ -63,7 +63,9 @@ def test_a_node_that_does_not_answer_fails():
     assert said() == []
 
 
-def test_a_node_tells_what_it_cannot_use(tmp_path):
+def test_a_node_tells_what_it_cannot_use(tmp_path, monkeypatch):
+    # MLflow writes what it was told to the environment, from where the next test's processes would take it.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     (tmp_path / "file").write_text("")
     look = partial(_look, gpus_promised=0.0, asked=1.0)
     report = look(str(tmp_path / "file" / "below"), "http://127.0.0.1:9")
