@@ -73,7 +73,7 @@ def test_the_first_gets_the_alias_and_what_is_worse_does_not(registry, run, tmp_
     page = (tmp_path / "out" / "report.html").read_text()
     assert "may become" in page
     assert not re.search(r"https?://|\{\{", page)
-    assert page.count("<img") == 7 * 4 - 3 * 4 + 3  # a row of styles, then each content with its outputs
+    assert page.count("<img") == 4 + 3 * (1 + 4)  # a row of styles, then each content with its outputs
     assert pq.read_table(tmp_path / "out" / "scores.parquet").num_rows == 2 * 12
     # What it got stays with the version, and the page with its run.
     version = client.get_model_version("adaconv", "1")
@@ -151,6 +151,7 @@ def test_what_cannot_be_noted_is_told_and_stands(registry, run, monkeypatch):
 
 def test_mistakes_are_told_in_one_line(registry, run, monkeypatch, tmp_path):
     uri, (first, _) = registry
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for argv, code, words in (
         (("--model", first, "--dry-run"), 0, "3 contents x 4 styles: 12 pairs by each model"),
         ((), 2, "required: --model"),
@@ -173,7 +174,6 @@ def test_mistakes_are_told_in_one_line(registry, run, monkeypatch, tmp_path):
         (("--model", first, "--promote", ""), 2, "promote"),
         (("--model", first, "--judge.weights", "imagenett"), 1, "--judge.weights: "),
     ):
-        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         found, _, said = run(*argv)
         assert found == code, said
         assert words in said, said
