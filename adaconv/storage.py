@@ -174,7 +174,7 @@ def publish_bytes(uri: str, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        with _full_disk_named(uri), aside.open("wb") as file:
+        with full_disk_named(uri), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -192,7 +192,7 @@ def publish_file(path: Path, uri: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        with _full_disk_named(uri):
+        with full_disk_named(uri):
             shutil.copyfile(path, aside)
             with aside.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -212,14 +212,14 @@ def file_for(folder: str) -> Iterator[Path]:
     beside.mkdir(parents=True, exist_ok=True)
     path = beside / f".written.tmp-{uuid.uuid4().hex}"
     try:
-        with _full_disk_named(folder):
+        with full_disk_named(folder):
             yield path
     finally:
         path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _full_disk_named(where: str) -> Iterator[None]:
+def full_disk_named(where: str) -> Iterator[None]:
     """A write that finds no room knows no path, and there may be several disks to make room on."""
     try:
         yield

@@ -10,9 +10,9 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from adaconv.orchestration.stylize_plan import Plan
 from adaconv.orchestration.tasks import plain_errors, raise_cause
 from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
+from adaconv.stylize.books import Books, culprit
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.inputs import Item, decode_picture, local_file, read_item, sha256_of
-from adaconv.stylize.outputs import Published, Recipe, pack_name, publish_index, slug
+from adaconv.stylize.outputs import INDEX, Published, Recipe, pack_name, publish_index, slug
+from adaconv.stylize.pairing import Pair
 from adaconv.stylize.pictures import thumbnail
 from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail
 from adaconv.stylize.style_pack import StylePack
@@ -82,9 +84,9 @@ def run_stylize_job(config: StylizeConfig, plan: Plan, *, model: str, folder: Pa
     beginnings = ray.remote(_Beginnings).options(num_cpus=0, **lasting).remote()
     shared = {"files": files, "config": config.model_dump_json(), "model": named, "beginnings": beginnings}
     packs = _make_packs(plan, config, num_actors, shared)
-    rows = _make_outputs(plan, packs, config, num_actors, shared)
-    assert len(rows) == len(plan.pairs), "every pair ends in the books"
-    return _close_books(config, model, rows, packs)
+    with scratch_folder("books") as scratch, Books(scratch / "rows.jsonl", len(plan.pairs)) as books:
+        shown = _make_outputs(plan, packs, books, config, num_actors, shared)
+        return _close_books(config, model, books, shown, packs)
 
 
 def _num_actors(config: StylizeConfig) -> int:
@@ -116,43 +118,49 @@ def _make_packs(plan: Plan, config: StylizeConfig, num_actors: int, shared: Row)
     return sorted(packs, key=lambda row: (row["style"], row["side"]))
 
 
-def _make_outputs(plan: Plan, packs: list[Row], config: StylizeConfig, num_actors: int, shared: Row) -> list[Row]:
-    """A row for each pair, in the plan's order."""
-    columns, shown = _columns(plan, config)
+def _make_outputs(
+    plan: Plan, packs: list[Row], books: Books, config: StylizeConfig, num_actors: int, shared: Row
+) -> list[Row]:
+    """Enter a row for each pair.
+
+    Returns:
+        those that the gallery shows, in the plan's order.
+    """
+    columns = _columns_of_shown(plan, config)
     jobs = []
     for content, group in groupby(enumerate(plan.pairs), key=lambda numbered: numbered[1].content):
         numbered = [(number, pair.style, dict(pair.options)) for number, pair in group]
         for start in range(0, len(numbered), _PAIRS_AT_ONCE):
             pairs = json.dumps(numbered[start : start + _PAIRS_AT_ONCE])
-            first = not start and content < config.gallery.max_contents
-            jobs.append({"content": content, "pairs": pairs, "first": first, **plan.contents[content].to_row()})
+            jobs.append({"content": content, "pairs": pairs, **plan.contents[content].to_row()})
     assert config.output is not None
     there = Published.of(config.output)
-    handed = {**shared, "packs": ray.put(packs), "shown": ray.put(shown), "there": ray.put(there)}
+    handed = {**shared, "packs": ray.put(packs), "shown": ray.put(set(columns)), "there": ray.put(there)}
     progress = Progress("stylize", total=len(plan.pairs))
-    states = {"skipped": 0, "failed": 0}
     counter = output_counter()
-    rows: list[Row] = []
+    shown: list[Row] = []
     for row in _on_actors(_ContentStylizer, jobs, handed, config, num_actors):
-        rows.append(row | {"column": columns[row["number"]]})
-        states[row["state"]] = states.get(row["state"], 0) + 1
+        books.enter(row["number"], {name: row[name] for name in INDEX.names})
+        if row["number"] in columns:
+            shown.append(row | {"column": columns[row["number"]]})
         counter.inc(1, {"state": row["state"]})
-        progress.advance(skipped=states["skipped"], failed=states["failed"])
+        progress.advance(skipped=books.states["skipped"], failed=books.states["failed"])
     progress.close()
-    return sorted(rows, key=lambda row: row["number"])
+    return sorted(shown, key=lambda row: row["number"])
 
 
-def _columns(plan: Plan, config: StylizeConfig) -> tuple[list[int], set[int]]:
-    """The gallery's column of each pair, one for each style and the options that a pair alone has; who is shown."""
-    keys = [(pair.style, json.dumps(dict(pair.options), sort_keys=True)) for pair in plan.pairs]
-    order = {key: column for column, key in enumerate(sorted(set(keys)))}
-    columns = [order[key] for key in keys]
+def _columns_of_shown(plan: Plan, config: StylizeConfig) -> dict[int, int]:
+    """The pairs that the gallery shows, by number, and their columns: one for each style and own options."""
+
+    def key(pair: Pair) -> tuple[int, str]:
+        return pair.style, json.dumps(dict(pair.options), sort_keys=True) if pair.options else "{}"
+
+    order = {key: column for column, key in enumerate(sorted({key(pair) for pair in plan.pairs}))}
     gallery = config.gallery
-    shown: set[int] = set()
-    for number, (pair, column) in enumerate(zip(plan.pairs, columns, strict=True)):
-        if pair.content < gallery.max_contents and column < gallery.max_styles and len(shown) < gallery.max_outputs:
-            shown.add(number)
-    return columns, shown
+    placed = (
+        (number, order[key(pair)]) for number, pair in enumerate(plan.pairs) if pair.content < gallery.max_contents
+    )
+    return dict(islice(((n, column) for n, column in placed if column < gallery.max_styles), gallery.max_outputs))
 
 
 def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig, num_actors: int) -> Iterator[Row]:
@@ -320,9 +328,9 @@ class _ContentStylizer(_ModelActor):
 
     @plain_errors()
     def __call__(self, job: Row) -> list[Row]:
-        named = ("content", "pairs", "first")
-        item = Item.from_row({name: value for name, value in job.items() if name not in named})
+        item = Item.from_row({name: value for name, value in job.items() if name not in ("content", "pairs")})
         pairs = json.loads(job["pairs"])
+        shown = next((number for number, _, _ in pairs if number in self.shown), None)
         sha256, thumbnail_of_content, reason = "", b"", ""
         made: dict[int, Made] = {}
         recipes: dict[int, Recipe] = {}
@@ -335,7 +343,7 @@ class _ContentStylizer(_ModelActor):
                 name = f"content {job['content']} {pairs[0][0]}"
                 for output in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left")):
                     made[output.key] = output  # and stays so, whatever comes after
-                if job["first"]:
+                if shown is not None:
                     thumbnail_of_content = file_thumbnail(path, side=self.config.gallery.thumbnail_side)
         except (ImageError, FileNotFoundError) as error:
             reason = f"content {error}"
@@ -365,7 +373,7 @@ class _ContentStylizer(_ModelActor):
                     "tile": (one.tile or 0) if one else 0,
                     "seconds": one.seconds if one else 0.0,
                     "thumbnail": one.thumbnail if one else b"",
-                    "content_thumbnail": thumbnail_of_content if not rows else b"",
+                    "content_thumbnail": thumbnail_of_content if number == shown else b"",
                     "error": "",
                     "usage": False,
                 }
@@ -417,28 +425,29 @@ class _ContentStylizer(_ModelActor):
         )
 
 
-def _close_books(config: StylizeConfig, model: str, rows: list[Row], packs: list[Row]) -> dict[str, Any]:
+def _close_books(config: StylizeConfig, model: str, books: Books, shown: list[Row], packs: list[Row]) -> dict[str, Any]:
     assert config.output is not None
-    states = {state: sum(row["state"] == state for row in rows) for state in ("done", "skipped", "failed")}
-    assert sum(states.values()) == len(rows)
     _sweep(storage.join(config.output, "images"))
-    index = publish_index(config.output, rows)
+    index = publish_index(config.output, books.rows())
     gallery = storage.join(config.output, "gallery.html")
-    storage.publish_bytes(gallery, _gallery(config, model, rows, packs, states).encode())
+    storage.publish_bytes(gallery, _gallery(config, model, books, shown, packs).encode())
+    states = {state: books.states[state] for state in ("done", "skipped", "failed")}
+    pairs = sum(states.values())
+    assert pairs == sum(books.states.values())
     result: dict[str, Any] = {
         "model": model,
-        "books": {"pairs": len(rows), **states},
+        "books": {"pairs": pairs, **states},
         "images": storage.join(config.output, "images"),
         "index": index,
         "gallery": gallery,
     }
     if states["failed"]:
-        failures = sorted({f"{row['reason']} ({_culprit(row)})" for row in rows if row["state"] == "failed"})
+        failures = sorted(books.failures)
         result["failures"] = failures[:_SHOWN]
-        if states["failed"] > config.budget.share * len(rows):
+        if states["failed"] > config.budget.share * pairs:
             result |= {
                 "status": "failed",
-                "error": f"{states['failed']} of {len(rows)} outputs could not be made: {'; '.join(failures[:5])}"
+                "error": f"{states['failed']} of {pairs} outputs could not be made: {'; '.join(failures[:5])}"
                 + (f"; and {len(failures) - 5} more" if len(failures) > 5 else "")
                 + f"; the others are in {config.output}, the index names all",
             }
@@ -455,22 +464,12 @@ def _sweep(images: str) -> None:
             storage.remove(entry.uri)
 
 
-def _culprit(row: Row) -> str:
-    return str(row["style"] if row["reason"].startswith("style") else row["content"])
-
-
-def _gallery(config: StylizeConfig, model: str, rows: list[Row], packs: list[Row], states: Mapping[str, int]) -> str:
+def _gallery(config: StylizeConfig, model: str, books: Books, shown: list[Row], packs: list[Row]) -> str:
     contents: dict[int, Picture] = {}
     columns: dict[int, Picture] = {}
     cells: dict[tuple[int, int], Picture | Failure] = {}
     of_style = {pack["style"]: pack for pack in packs}
-    gallery = config.gallery
-    shown: Iterable[Row] = (
-        row for row in rows if row["content_index"] < gallery.max_contents and row["column"] < gallery.max_styles
-    )
     for row in shown:
-        if len(cells) == gallery.max_outputs:
-            break
         content, column = row["content_index"], row["column"]
         if row["content_thumbnail"] or content not in contents:
             contents[content] = Picture(row["content_thumbnail"], row["content"])
@@ -478,13 +477,13 @@ def _gallery(config: StylizeConfig, model: str, rows: list[Row], packs: list[Row
         title = row["style"] + (f" · {how}" if how else "")
         columns[column] = Picture(of_style[row["style_index"]]["thumbnail"], title)
         if row["state"] == "failed":
-            cells[content, column] = Failure(f"{row['reason']} ({_culprit(row)})")
+            cells[content, column] = Failure(f"{row['reason']} ({culprit(row)})")
         else:
             told = f"{slug(row['content'])} in the style of {slug(row['style'])}" + (f", {how}" if how else "")
             cells[content, column] = Picture(row["thumbnail"], told, row["output"])
     downs = {content: place for place, content in enumerate(sorted(contents))}
     acrosses = {column: place for place, column in enumerate(sorted(columns))}
-    pairs = len(rows)
+    states, pairs = books.states, sum(books.states.values())
     return render(
         title="Stylized images",
         facts={

@@ -16,8 +16,9 @@ import io
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -277,13 +278,14 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
-def publish_index(root: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def publish_index(root: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """Write the books: a row for every pair."""
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, INDEX, compression="zstd") as writer:
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            # By its schema: what else a row has, such as a thumbnail, is left out.
-            writer.write_table(pa.Table.from_pylist(list(rows[first : first + _ROWS_AT_ONCE]), schema=INDEX))
     uri = storage.join(root, "index.parquet")
-    storage.publish_bytes(uri, buffer.getvalue())
+    with storage.file_for(root) as path:
+        with pq.ParquetWriter(path, INDEX, compression="zstd") as writer:
+            # By its schema: what else a row has, such as a thumbnail, is left out.
+            left = iter(rows)
+            while some := list(islice(left, _ROWS_AT_ONCE)):
+                writer.write_table(pa.Table.from_pylist(some, schema=INDEX))
+        storage.publish_written(path, uri)
     return uri

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,16 @@ from adaconv.errors import UsageError
 _TOO_MANY = "\0"  # what DictReader puts a row's fields under for which the first line has no name
 
 
-@dataclass(frozen=True)
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """Indexes into the lists of contents and styles; `options` are what this pair alone has."""
 
     content: int
     style: int
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=lambda: _NO_OPTIONS)  # one for a million pairs
 
 
 def pair_up(

@@ -24,8 +24,11 @@ from adaconv import storage
 from adaconv.config.stylize import StylizeConfig, TileConfig
 from adaconv.data.synthetic import generate_paintings, generate_photos
 from adaconv.orchestration import stylize_job
+from adaconv.orchestration.stylize_plan import Plan
+from adaconv.stylize.books import Books
 from adaconv.stylize.inputs import list_items
-from adaconv.stylize.outputs import read_recipe
+from adaconv.stylize.outputs import INDEX, read_recipe
+from adaconv.stylize.pairing import Pair
 from tests.helpers import build_version, save_checkpoint
 from tests.servers import REPO
 
@@ -206,15 +209,25 @@ def damaged(contents, tmp_path):
 
 
 def test_thousands_of_failures_are_counted_and_a_hundred_told(tmp_path):
-    told = {"number": 0, "content_index": 10**6, "style_index": 0, "column": 0, "style": "s.jpg", "state": "failed"}
-    told |= dict.fromkeys(("output", "content_sha256", "style_sha256", "options", "width", "height", "tile", "seconds"))
-    rows = [told | {"content": f"{n}.jpg", "reason": "content truncated"} for n in range(3000)]
+    told = dict.fromkeys(INDEX.names) | {"style": "s.jpg", "state": "failed", "reason": "content truncated"}
     config = StylizeConfig(model="m", content=("c",), style=("s",), output=str(tmp_path))
-    result = stylize_job._close_books(config, "m", rows, [])
+    with Books(tmp_path / "rows", 3000) as books:
+        for number in range(3000):
+            books.enter(number, told | {"content": f"{number}.jpg"})
+        result = stylize_job._close_books(config, "m", books, [], [])
     assert result["books"]["failed"] == pq.read_metadata(result["index"]).num_rows == 3000
     assert len(result["failures"]) == 100
     assert "and 2995 more; the others are in" in result["error"]
     assert "the index names all" in result["error"]
+
+
+def test_the_gallery_shows_the_first_pairs_of_its_first_contents_and_columns():
+    more = {"alpha": 0.5}
+    pairs = [Pair(0, 2), Pair(0, 0, more), Pair(0, 0), Pair(1, 1), Pair(1, 0), Pair(2, 0), Pair(2, 1), Pair(3, 0)]
+    shows = {"max_contents": 3, "max_styles": 3, "max_outputs": 4}
+    config = StylizeConfig(model="m", content=("c",), style=("s",), output="o", gallery=shows)
+    # Columns: style 0 with alpha, style 0, style 1, style 2; the last is one too many, and so are two of the outputs.
+    assert stylize_job._columns_of_shown(Plan([], [], pairs), config) == {1: 0, 2: 1, 3: 2, 4: 1}
 
 
 @pytest.mark.parametrize(("jobs", "blocks"), [(12, 12), (100_000, 4096)])
@@ -304,7 +317,7 @@ def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(
         packs = [maker({"style": n, "side": 256, **way.to_row()})[0] for n, way in enumerate(ways)]
         actor = stylize_job._ContentStylizer(packs=packs, shown={0, 1, 2}, there=(), **shared)
         pairs = json.dumps([(n, n, {}) for n in numbers])
-        return actor({"content": 0, "pairs": pairs, "first": True, **content.to_row()})
+        return actor({"content": 0, "pairs": pairs, **content.to_row()})
 
     assert [row["state"] for row in outputs([0, 1])] == ["done", "done"]
     how = {"max_megapixels": 0.001} if refusal == "too_many_pixels" else {"deaths": 5}
