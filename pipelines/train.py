@@ -10,7 +10,6 @@ import json
 import logging
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, open_run
     from adaconv.tracking.results import hand_over, keep_results, lacks_its_end
-    from adaconv.tracking.runs import default_uri, identity_of
+    from adaconv.tracking.runs import default_uri, identity_of, local_folder
     from adaconv.training.plan import describe
 
     config = _absolute(config)
@@ -55,8 +54,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if config.resume == "none":
         name = _unused(config.output, name)
     run_folder = storage.join(config.output, name)
-    is_local = storage.is_local(run_folder)
-    beside = Path(config.output) if is_local else Path(tempfile.gettempdir()) / "adaconv-runs"
+    beside = local_folder(config.output)
     tracking_uri = _absolute_database(default_uri(config.tracking.uri, beside))
     result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
 
@@ -75,7 +73,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
         for line in describe(config, content, style, ranks=()).splitlines():
             log.info(line)
     identity = identity_of(run_folder)  # the first that is written, when nothing is refused any more
-    local = Path(run_folder) if is_local else beside / f"{name}-{identity[:8]}"
+    local = Path(run_folder) if storage.is_local(run_folder) else beside / f"{name}-{identity[:8]}"
     if done >= config.train.steps:
         log.info("%s has its %d steps already; nothing to train", run_folder, done)
         run_id = checkpoint.meta_of(there[done]).get("run_id")

@@ -7,7 +7,8 @@ class DoctorConfig(Config):
     output: Location = "."
     """Folder (local or s3://) that jobs are to write to."""
     tracking_uri: TrackingUri = None
-    """MLflow tracking server or database; None: MLFLOW_TRACKING_URI, else a SQLite file in the output folder."""
+    """MLflow tracking server or database; None: MLFLOW_TRACKING_URI, else the SQLite file of trainings with
+    this output."""
     encoder_weights: str = "imagenet"
     """VGG-19 weights that a training is to use; see `encoder.weights` of pipelines/train.py."""
     working_dir: Location = "."

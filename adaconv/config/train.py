@@ -187,7 +187,8 @@ class HardwareConfig(Config):
 class TrackingConfig(Config):
     uri: TrackingUri = None
     """MLflow tracking server or database; None: the variable MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the
-    output folder. Ranks on several machines reach a SQLite file only in a folder that they share."""
+    output folder; for one on s3://, in `adaconv-runs` of the system's temporary folder. Ranks on several machines reach
+    a SQLite file only in a folder that they share."""
     experiment: str = "adaconv"
     """MLflow experiment."""
     samples_every_steps: int = Field(default=500, ge=1)

@@ -126,13 +126,11 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
 
 def tracking(config: DoctorConfig) -> Iterator[Finding]:
     """The tracking backend answers; runs that dead processes left RUNNING are ended."""
-    from adaconv import storage
     from adaconv.errors import TrackingError
-    from adaconv.tracking.runs import client_of, default_uri, ping, reap
+    from adaconv.tracking.runs import client_of, default_uri, local_folder, ping, reap
 
     try:
-        local = Path(storage.absolute(config.output)) if storage.is_local(config.output) else Path.cwd()
-        uri = default_uri(config.tracking_uri, local)
+        uri = default_uri(config.tracking_uri, local_folder(config.output))
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
             yield Finding("ok", f"tracking: {uri} is made by the first run; one machine only, a server serves a team")
             return

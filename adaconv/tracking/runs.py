@@ -6,6 +6,7 @@ Every function here may be repeated: what is there already is left as it is.
 import logging
 import os
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -118,6 +119,13 @@ def default_uri(uri: str | None, output: Path) -> str:
     except ValueError as error:
         raise TrackingError(f"tracking: {error}") from None
     return uri
+
+
+def local_folder(output: str) -> Path:
+    """Where runs of an output folder keep what must lie on a disk: there, or in the temporary folder for s3://."""
+    if storage.is_local(output):
+        return Path(storage.absolute(output))
+    return Path(tempfile.gettempdir()) / "adaconv-runs"
 
 
 def identity_of(run_folder: str) -> str:

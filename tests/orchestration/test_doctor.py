@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from importlib.metadata import version
 
 import pytest
@@ -106,6 +107,12 @@ def test_an_address_of_jobs_is_none_for_pipelines(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     ((level, what),) = found(doctor.ray_cluster)
     assert (level, what.partition(" ")[0]) == ("note", "RAY_ADDRESS=http://127.0.0.1:8265")
+
+
+def test_runs_on_s3_are_looked_for_where_a_training_tells_of_them(home, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    ((level, what),) = found(doctor.tracking, output="s3://bucket/runs")
+    assert (level, what.partition(" is made")[0]) == ("ok", f"tracking: sqlite:///{home}/adaconv-runs/mlflow.db")
 
 
 def test_a_run_of_a_dead_process_is_ended(home):
