@@ -115,7 +115,7 @@ def set_up_ray_data() -> None:
 
 
 def require_resources(**needed: float) -> None:
-    """Refuse now what would otherwise wait for ever, or wait for nodes that come when they are asked for.
+    """Refuse now actors that would otherwise wait for ever, or wait for nodes that come when they are asked for.
 
     Args:
         needed: totals over the cluster, as in `CPU=4, GPU=2`.
@@ -134,7 +134,8 @@ def require_resources(**needed: float) -> None:
         ]
         return f"the job needs more than the cluster has: {'; '.join(short)}" if short else ""
 
-    _wait_for(missing, [{name: 1.0} for name, amount in needed.items() for _ in range(math.ceil(amount))])
+    bundles = [{name: 1.0} for name, amount in needed.items() for _ in range(math.ceil(amount))]
+    _wait_for(missing, bundles, "--scaling.num-actors or the resources per actor")
 
 
 def require_workers(count: int, resources: Mapping[str, float]) -> None:
@@ -161,12 +162,12 @@ def require_workers(count: int, resources: Mapping[str, float]) -> None:
             "; ".join(f"{number} on {node}" for node, number in fit.items()) or "there are no nodes"
         )
 
-    _wait_for(missing, [dict(resources)] * count)
+    _wait_for(missing, [dict(resources)] * count, "--scaling.num-workers or the resources per worker")
 
 
-def _wait_for(missing: Callable[[], str], bundles: list[dict[str, float]]) -> None:
+def _wait_for(missing: Callable[[], str], bundles: list[dict[str, float]], settings: str) -> None:
     """Until nothing is missing. A cluster that grows with its work has little at first: its autoscaler is asked for the
-    bundles, and has ADACONV_CLUSTER_PATIENCE seconds (0).
+    bundles, and has ADACONV_CLUSTER_PATIENCE seconds (0). `settings`: what to lower, for whoever waits in vain.
     """
     from ray.autoscaler.sdk import request_resources
 
@@ -175,8 +176,8 @@ def _wait_for(missing: Callable[[], str], bundles: list[dict[str, float]]) -> No
     while what := missing():
         if time.monotonic() >= deadline:
             raise ClusterError(
-                f"{what}. Lower --scaling.num-workers or the resources per worker, or add nodes; where nodes come when "
-                f"they are asked for, set ADACONV_CLUSTER_PATIENCE to the seconds that takes ({patience:g} now)"
+                f"{what}. Lower {settings}, or add nodes; where nodes come when they are asked for, set "
+                f"ADACONV_CLUSTER_PATIENCE to the seconds that takes ({patience:g} now)"
             )
         if not asked:
             log.info("waiting %g s for nodes: %s", patience, what)

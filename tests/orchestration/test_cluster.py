@@ -1,7 +1,13 @@
-"""A local cluster ends with its block, also where Ctrl-C comes while it starts."""
+"""A local cluster ends with its block, also where Ctrl-C comes while it starts; a cluster too small is refused."""
 
 import subprocess
 import sys
+
+import pytest
+import ray
+
+from adaconv.errors import ClusterError
+from adaconv.orchestration.cluster import require_resources, require_workers
 
 INTERRUPTED = """
 import os, sys
@@ -31,3 +37,13 @@ def test_ctrl_c_while_it_starts_ends_it_before_its_folder_goes(tmp_path):
         [sys.executable, "-c", INTERRUPTED, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout == "Ray ended, 2 entries in the folder\nthen 0\n", done.stderr
+
+
+def test_a_job_that_waits_in_vain_names_its_own_settings(monkeypatch):
+    monkeypatch.delenv("ADACONV_CLUSTER_PATIENCE", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "nodes", list)
+    with pytest.raises(ClusterError, match=r"2 CPU needed, 1 in the cluster\. Lower --scaling\.num-actors or"):
+        require_resources(CPU=2)
+    with pytest.raises(ClusterError, match=r"there are no nodes\. Lower --scaling\.num-workers or"):
+        require_workers(1, {"CPU": 1})
