@@ -90,12 +90,6 @@ class StreamOrder:
         columns = [self._at(step * each + i) for i in range(each)]
         return np.stack(columns, axis=1).reshape(-1)  # (partitions, each) -> (batch_size,)
 
-    def epoch_of(self, step: int) -> int:
-        """Which pass over the dataset the first sample of a step belongs to."""
-        each = self.batch_size // self.partitions
-        position = step * each
-        return position // self._epoch_length
-
     def _at(self, position: int) -> NDArray[np.int64]:
         """Row of each partition at a position of its stream: (partitions,)."""
         epoch, offset = divmod(position, self._epoch_length)

@@ -141,12 +141,6 @@ def list_images(sources: Iterable[str], *, flag: str = "--source") -> list[Found
     return [f for source in sources for f in sorted(iter_images((source,), flag=flag), key=lambda f: f.source)]
 
 
-def check_sources(sources: Iterable[str], *, flag: str = "--source") -> None:
-    """Answer a typo before anything is started: raises what iter_images would before its first image."""
-    for source in sources:
-        next(iter_images((source,), flag=flag))
-
-
 def read_found(found: Found, *, max_bytes: int | None = None) -> bytes:
     """The bytes of an image, checked against the archive's checksum where it lies in one.
 
