@@ -2,9 +2,9 @@
 
     step-00012000/
       model.safetensors   everything inference needs, the frozen encoder included
-      model.json          what network it is: configuration, encoder fingerprint, format number
+      model.json          what network it is: configuration, encoder fingerprint, format number, the weights' sha256
       trainer.pt          optimizer and step, loaded with weights_only
-      data.json           dataset versions, seed, samples seen
+      data.json           root hashes of the datasets, identity of the run, samples seen
       meta.json           bytes and sha256 of each file above; written last
 
 Nothing here is unpickled from a shared place. Locally a folder is written aside and renamed; on s3:// `meta.json` comes
