@@ -52,12 +52,14 @@ class GateConfig(Config):
 
 class EvaluateTrackingConfig(Config):
     uri: TrackingUri = None
-    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: MLFLOW_TRACKING_URI."""
+    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: that of the run whose
+    checkpoint --model is, else MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
 
 
 class EvaluateConfig(Config):
     model: str = ""
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://)."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://); of a run or a
+    folder of runs the newest checkpoint."""
     against: tuple[str, ...] = ()
     """Other models, named likewise, to show beside it; whoever has the alias of --promote is always there."""
     content: tuple[Location, ...] = ()

@@ -7,7 +7,8 @@ from adaconv.config.base import Alias, Config, Location, TrackingUri
 
 class RegisterTrackingConfig(Config):
     uri: TrackingUri = None
-    """MLflow tracking server or database; None: the run's own, else MLFLOW_TRACKING_URI."""
+    """MLflow tracking server or database; None: the run's own, else MLFLOW_TRACKING_URI, else mlflow.db in the current
+    folder."""
 
 
 class RegisterConfig(Config):

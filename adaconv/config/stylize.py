@@ -74,7 +74,8 @@ class FailureBudgetConfig(Config):
 
 class StylizeTrackingConfig(Config):
     uri: TrackingUri = None
-    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: MLFLOW_TRACKING_URI."""
+    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: MLFLOW_TRACKING_URI, else
+    mlflow.db in the current folder."""
 
 
 class StylizeConfig(Config):
