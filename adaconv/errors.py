@@ -13,6 +13,8 @@
     ├── JobError                 a job ended with failed parts; the parts that succeeded stand
     └── Interrupted              exit code 143: asked to stop, and stopped where it can go on
 
+ImageError, of one picture, is in images.py; sharding and stylization write its reason into their books
+and go on.
 Storage failures stay what Python calls them: FileNotFoundError, PermissionError, OSError.
 """
 

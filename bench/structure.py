@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--contents", type=Path, required=True, help="images in any folders below it")
     parser.add_argument("--styles", type=Path, required=True, help="images in any folders below it")
     parser.add_argument("--limit", type=int, default=5000, help="of each, evenly; they are held in memory")
-    parser.add_argument("--encoder", default="seeded:0", help="as model.encoder; then normalised on both folders")
+    parser.add_argument("--encoder", default="seeded:0", help="as encoder.weights; then normalised on both folders")
     parser.add_argument("--small", action="store_true", help="a quarter of the paper's channels; with a seeded encoder")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=4)

@@ -1,7 +1,9 @@
 """What lies between convolutions, on GPUs in Triton: each a single pass over a channels_last map.
 
     finish        bias, ReLU, pooling or upsampling, and the mirrored border that the next convolution reads
+    of_image      an image's normalisation, first convolution, ReLU and border
     statistics    mean and variance of each channel, without the rounding of E[x²] - E[x]²
+    affine        a slope and a constant for each channel: the gradient of statistics
 
 torch has an operator for each of these steps: several passes over maps that are read and written faster than a
 convolution computes, and its padding by reflection gives up channels_last, so that maps are also copied forth and back.

@@ -1,7 +1,8 @@
 """The contract between stylization and its users: names, recipes and books of outputs.
 
     OUTPUT/
-      images/<style>/<content>-<16 hex>.png   the hash is of content bytes, style pack, model and options
+      images/<style>/<content>-<16 hex>.png   or .jpg, .webp, .tif; the hash is of content bytes, style pack, model and
+                                              options
       styles/<style>-<16 hex>.safetensors     style packs
       index.parquet                           a row for every pair: done, skipped or failed, and why
       gallery.html                            the outputs as a grid, in one file
