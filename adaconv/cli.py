@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Config)
 
-_PATHS = ("source", "content", "style", "dataset", "against", "output", "model", "data.cache_dir", "train.ledger")
+_PATHS = (
+    *("source", "content", "style", "dataset", "against", "output", "model", "runs", "replay"),
+    *("data.cache_dir", "train.ledger", "tile.scratch"),
+)
 _TRACKING = ("tracking.uri", "tracking_uri")
 _PATHS_OR_WORDS = (
     "resume",
@@ -126,6 +129,8 @@ def _refuse_relative_paths_in_a_job(config: Config) -> None:
     relative = []
     for name in (*_PATHS, *_PATHS_OR_WORDS):
         given = _field(config, name)
+        if name == "against" and _field(config, "run"):  # the name of another run
+            continue
         if name in _TRACKING and given is None:
             given = os.environ.get("MLFLOW_TRACKING_URI")
         paths = (given,) if isinstance(given, str) else given if isinstance(given, tuple) else ()

@@ -229,6 +229,25 @@ def test_what_lies_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatc
     assert "expected a dataset version" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [
+        (
+            ("stylize", "--replay", "out.png", "--content", "/contents", "--tile.scratch", "maps"),
+            "--replay out.png, --tile.scratch maps: ",
+        ),
+        (("runs", "sync", "--runs", "runs"), "--runs runs: "),
+        (("runs", "page", "--run", "one", "--against", "another", "--output", "/pages"), ""),
+    ],
+)
+def test_paths_of_a_job_are_refused_and_names_of_runs_are_not(capsys, monkeypatch, command, refused):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, err = answer(capsys, *command, "--dry-run")
+    assert code == (2 if refused else 0)
+    assert refused in err
+
+
 @pytest.mark.parametrize("name", ["ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE"])
 @pytest.mark.parametrize("given", ["a minute", "", "-1", "nan"])
 def test_a_setting_of_the_environment_that_is_no_number_is_answered_at_once(capsys, monkeypatch, name, given):
