@@ -1,6 +1,7 @@
 """What a part of the network takes: FLOP (multiply-adds times two, of convolutions and linear layers) and values moved.
 
-All counts are of one image, and of square ones of a side that 64 divides. Letters: C channels, k kernel size.
+All counts are of one image, and of square ones of a side that 64 divides; of the default network's descriptors, kernels
+(3x3) and decoder, whatever is configured. Letters: C channels, k kernel size.
 """
 
 from dataclasses import dataclass
