@@ -126,7 +126,10 @@ def tile_grid(rows: list[list[Tensor]]) -> NDArray[np.uint8]:
 
 
 def _first_by_hash(version: DatasetVersion, count: int, side: int, cache: ShardCache | None) -> list[Tensor]:
-    """Centre squares of the first samples in an order that depends on their keys alone: (3, side, side) in [0, 1]."""
+    """Squares of the first samples in an order that depends on their keys alone: (3, side, side) in [0, 1].
+
+    Each has all of the shorter side, and of the longer one a part that lies alike in all pictures, beyond the middle.
+    """
     reader = SampleReader(version, cache=cache)
     rows = heapq.nsmallest(count, range(len(reader)), key=lambda row: stable_seed("probe", reader.key(row)))
     geometry = Geometry(resize=side, crop=side, flip=False)
