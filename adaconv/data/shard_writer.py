@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import json
 import tarfile
 import zlib
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from adaconv import storage
 from adaconv.data.ingest import Refusal, Sample, refusal_of
@@ -21,7 +20,6 @@ from adaconv.data.verify import check_span
 from adaconv.images import ImageError
 
 _READ_AHEAD = 8  # files on their way from an object store, where each takes its time
-_COPY_BYTES = 2**20
 
 Ingest = Callable[[bytes, str], Sample | Refusal]
 Told = Callable[[int, int, int], None]  # images, bytes read, images refused since it was last called
@@ -44,23 +42,19 @@ def write_shard(
     rows, samples = [], []
     folder = storage.join(root, "shards")
     with storage.file_for(folder) as path:
-        with path.open("wb") as raw:
-            file = _Hashed(raw)
-            # The names are of a kind that all of tar's formats write alike, and this one takes the least time.
-            with tarfile.TarFile(
-                fileobj=cast(BinaryIO, file), mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_COPY_BYTES
-            ) as tar:
-                read = read_ahead([candidate.found for candidate in plan.candidates])
-                for candidate, data in zip(plan.candidates, read, strict=True):
-                    row = _write_sample(tar, candidate, data, ingest)
-                    rows.append(row)
-                    if row["state"] != "quarantined":
-                        row["crc32"] = file.crc32_since()
-                        samples.append(row)
-                    told(1, candidate.found.bytes, row["state"] == "quarantined")
+        with path.open("wb") as file:
+            tar = _Tar(file)
+            read = read_ahead([candidate.found for candidate in plan.candidates])
+            for candidate, data in zip(plan.candidates, read, strict=True):
+                row = _write_sample(tar, candidate, data, ingest)
+                rows.append(row)
+                if row["state"] != "quarantined":
+                    samples.append(row)
+                told(1, candidate.found.bytes, row["state"] == "quarantined")
+            tar.end()
         if not samples:
             return None, rows
-        shard = file.shard_of(samples)
+        shard = tar.shard_of(samples)
         storage.publish_written(path, storage.join(folder, shard.name))
     return shard, rows
 
@@ -77,35 +71,49 @@ def rewrite_shard(root: str, rows: Sequence[Row]) -> Shard:
     folder = storage.join(root, "shards")
     old = storage.join(folder, rows[0]["shard"])
     with storage.file_for(folder) as path:
-        with path.open("wb") as raw:
-            tar = _Hashed(raw)
+        with path.open("wb") as file:
+            tar = _Tar(file)
             for row in rows:
                 span = storage.read_range(old, row["offset"] - HEADER_BYTES, row["span"])
                 check_span(old, row, span)
-                row["offset"] = tar.tell() + HEADER_BYTES
+                row["offset"] = tar.size + HEADER_BYTES
                 tar.write(span)
-            tar.write(bytes(2 * tarfile.BLOCKSIZE))
-            tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
+            tar.end()
         shard = tar.shard_of(rows)
         storage.publish_written(path, storage.join(folder, shard.name))
     return shard
 
 
-class _Hashed:
-    """A file that is written from start to end, and named by what went into it: to read it again costs as much."""
+class _Tar:
+    """A tar that is written from start to end, and named by what went into it: to read it again costs as much.
+
+    `tarfile.TarFile` takes twice the time, for it copies a member by way of a file. `size`: bytes so far.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._bytes = file, 0
+        self._file, self.size = file, 0
         self._sha256, self._crc32 = hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:
+    def add(self, name: str, data: bytes) -> None:
+        """A member as webdataset.TarWriter writes it, byte for byte, with a header that says nothing of time or
+        machine. Importing that library takes a worker three seconds and 200 MB, for it brings torch.
+        """
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(data), 0o644
+        # The names are of a kind that all of tar's formats write alike, and this one takes the least time.
+        self.write(member.tobuf(tarfile.USTAR_FORMAT))
+        self.write(data)
+        self.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def end(self) -> None:
+        self.write(bytes(2 * tarfile.BLOCKSIZE))
+        self.write(bytes(-self.size % tarfile.RECORDSIZE))
+
+    def write(self, data: bytes) -> None:
         self._sha256.update(data)
         self._crc32 = zlib.crc32(data, self._crc32)
-        self._bytes += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._bytes
+        self.size += len(data)
+        self._file.write(data)
 
     def crc32_since(self) -> int:
         """Of what was written since this was asked last."""
@@ -115,7 +123,7 @@ class _Hashed:
     def shard_of(self, rows: Sequence[Row]) -> Shard:
         """What was written, as a shard of these samples; its name is entered into their rows."""
         sha256 = self._sha256.hexdigest()
-        shard = Shard(f"{sha256[:16]}.tar", rows=len(rows), bytes=self._bytes, sha256=sha256)
+        shard = Shard(f"{sha256[:16]}.tar", rows=len(rows), bytes=self.size, sha256=sha256)
         for row in rows:
             row["shard"] = shard.name
         return shard
@@ -152,7 +160,7 @@ def _read(found: Found, max_bytes: int | None) -> bytes | ImageError:
         return error
 
 
-def _write_sample(tar: tarfile.TarFile, candidate: Candidate, data: bytes | ImageError, ingest: Ingest) -> Row:
+def _write_sample(tar: _Tar, candidate: Candidate, data: bytes | ImageError, ingest: Ingest) -> Row:
     if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != candidate.sha256:
         data = ImageError("changed", "its bytes are not those that were there when the job began")
     answer = refusal_of(data) if isinstance(data, ImageError) else ingest(data, candidate.source)
@@ -166,9 +174,9 @@ def _write_sample(tar: tarfile.TarFile, candidate: Candidate, data: bytes | Imag
         "style": candidate.style,
         "source_size": [candidate.width, candidate.height],
     }
-    start = tar.offset
-    _add(tar, f"{candidate.key}.jpg", answer.jpeg)
-    _add(tar, f"{candidate.key}.json", json.dumps(described, sort_keys=True, ensure_ascii=False).encode())
+    start = tar.size
+    tar.add(f"{candidate.key}.jpg", answer.jpeg)
+    tar.add(f"{candidate.key}.json", json.dumps(described, sort_keys=True, ensure_ascii=False).encode())
     return {
         **row_of(candidate, "repaired" if answer.repairs else "kept", ",".join(answer.repairs)),
         "width": answer.width,
@@ -176,15 +184,6 @@ def _write_sample(tar: tarfile.TarFile, candidate: Candidate, data: bytes | Imag
         "phash": answer.phash,
         "offset": start + HEADER_BYTES,
         "size": len(answer.jpeg),
-        "span": tar.offset - start,
+        "span": tar.size - start,
+        "crc32": tar.crc32_since(),
     }
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member as webdataset.TarWriter writes it, byte for byte, with a header that says nothing of time or machine.
-
-    Importing that library takes a worker three seconds and 200 MB, for it brings torch.
-    """
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o644
-    tar.addfile(member, io.BytesIO(data))
