@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/python pipelines/demo.py $(DEMO_ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
