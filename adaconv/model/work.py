@@ -1,7 +1,6 @@
 """What a part of the network takes: FLOP (multiply-adds times two, of convolutions and linear layers) and values moved.
 
-All counts are of one image, and of square ones of a side that 64 divides; of the default network's descriptors, kernels
-(3x3) and decoder, whatever is configured. Letters: C channels, k kernel size.
+All counts are of one image, and of square ones of a side that 64 divides. Letters: C channels, k kernel size.
 """
 
 from dataclasses import dataclass
@@ -9,18 +8,20 @@ from typing import Literal
 
 from adaconv.model.encoder import GROUPS
 
-_DECODER_CONVS = (1, 4, 2, 2)  # coarsest scale first
-
 
 @dataclass(frozen=True)
 class Size:
-    """Of what is measured. `side`: of a training pair's images and of every style, in pixels."""
+    """Of what is measured; see build_network. `side`: of a training pair's images and of every style, in pixels."""
 
     architecture: Literal["adaconv", "adain"] = "adaconv"
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
     descriptor_channels: int = 512
     side: int = 256
     predicted_groups: tuple[int, int, int, int] | None = None
+    descriptor_size: int = 3
+    kernel_size: int = 3
+    predictor_padding: Literal["same", "valid"] = "same"
+    decoder_convs: tuple[int, int, int, int] = (1, 4, 2, 2)
 
     @property
     def groups(self) -> tuple[int, int, int, int]:
@@ -29,6 +30,17 @@ class Size:
             return self.predicted_groups
         one, two, three, four = self.widths
         return four, three // 2, two // 4, one // 8
+
+    @property
+    def predictor_taps(self) -> int:
+        """Of the convolution that reads the depthwise kernels off the descriptor."""
+        return 9 if self.predictor_padding == "same" else (self.descriptor_size - self.kernel_size + 1) ** 2
+
+    @property
+    def predicted(self) -> list[tuple[int, int]]:
+        """Of each adaptive convolution: channels, and pointwise weights; depthwise ones are k² as many."""
+        scales = zip(self.widths[::-1], self.groups, strict=True)
+        return [(channels, channels * channels // groups) for channels, groups in scales]
 
 
 def size_of(architecture: Literal["adaconv", "adain"], *, quick: bool) -> Size:
@@ -51,7 +63,7 @@ def decoder_convs(size: Size, side: int) -> list[tuple[int, int, int]]:
     """The same of the decoder's fixed convolutions."""
     convs = []
     scales = size.widths[::-1]
-    for scale, (channels, after, count) in enumerate(zip(scales, (*scales[1:], 3), _DECODER_CONVS, strict=True)):
+    for scale, (channels, after, count) in enumerate(zip(scales, (*scales[1:], 3), size.decoder_convs, strict=True)):
         of_scale = side // 8 << scale
         convs += [(channels, channels, of_scale)] * (count - 1) + [(channels, after, of_scale)]
     return convs
@@ -75,11 +87,9 @@ def style_flops(size: Size) -> float:
         return 0
     channels, descriptor, side = size.widths[-1], size.descriptor_channels, size.side // 8
     convs = _flops([(channels, channels, side // 2**stage) for stage in range(3)])
-    linear = 2 * channels * 16 * descriptor * 9
-    predictors = 0
-    for width, groups in zip(size.widths[::-1], size.groups, strict=True):
-        predicted = width * width // groups  # pointwise weights; nine times as many depthwise, by a 3x3 convolution
-        predictors += 2 * descriptor * (81 * predicted + predicted + width)
+    linear = 2 * channels * 16 * descriptor * size.descriptor_size**2
+    depthwise = size.predictor_taps * size.kernel_size**2
+    predictors = sum(2 * descriptor * ((depthwise + 1) * weights + width) for width, weights in size.predicted)
     return convs + linear + predictors
 
 
@@ -87,8 +97,8 @@ def adaptive_flops(size: Size, side: int) -> float:
     """Of the four adaptive convolutions, each composed into one."""
     if size.architecture == "adain":
         return 0
-    scales = zip(size.widths[::-1], size.groups, strict=True)
-    return sum(18 * c * (c // groups) * (side // 8 << scale) ** 2 for scale, (c, groups) in enumerate(scales))
+    each = 2 * size.kernel_size**2
+    return sum(each * weights * (side // 8 << scale) ** 2 for scale, (_, weights) in enumerate(size.predicted))
 
 
 def decoder_flops(size: Size, side: int) -> float:
@@ -114,13 +124,14 @@ def encoder_weights(size: Size) -> float:
 
 
 def trained_weights(size: Size) -> float:
-    """Without biases, which are few."""
+    """Without biases and the identities, which are few."""
     channels, descriptor = size.widths[-1], size.descriptor_channels
     fixed = sum(9 * inputs * outputs for inputs, outputs, _ in decoder_convs(size, size.side))
     if size.architecture == "adain":
         return fixed
-    predicted = sum(10 * c * c // groups + c for c, groups in zip(size.widths[::-1], size.groups, strict=True))
-    return 27 * channels**2 + channels * 16 * descriptor * 9 + descriptor * predicted + fixed
+    predicted = sum((size.predictor_taps + 1) * weights + width for width, weights in size.predicted)
+    linear = channels * 16 * descriptor * size.descriptor_size**2
+    return 27 * channels**2 + linear + descriptor * predicted + fixed
 
 
 def train_flops(size: Size) -> float:

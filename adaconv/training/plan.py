@@ -98,14 +98,17 @@ def plan_step(
 
 def size_of(config: TrainConfig) -> work.Size:
     """What the FLOP counts need to know of a configuration."""
-    one, two, three, four = config.encoder.widths
-    first, second, third, fourth = config.model.groups
+    model = config.model
     return work.Size(
-        config.model.architecture,
-        (one, two, three, four),
-        config.model.descriptor_channels,
+        model.architecture,
+        config.encoder.widths,
+        model.descriptor_channels,
         config.data.crop,
-        (first, second, third, fourth),
+        model.groups,
+        model.descriptor_size,
+        model.kernel_size,
+        model.predictor_padding,
+        model.decoder_convs,
     )
 
 

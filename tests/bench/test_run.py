@@ -1,5 +1,6 @@
 """That the measurements run and say what they should; never how fast."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -81,25 +82,35 @@ def test_torch_and_numpy_are_all_that_the_network_needs_to_be_measured():
     assert not others & set(loaded.stdout.split())
 
 
-@pytest.mark.parametrize("architecture", ["adaconv", "adain"])
-def test_counted_flops_are_those_that_torch_counts(architecture):
-    size = work.size_of(architecture, quick=True)
+@pytest.mark.parametrize(
+    ("architecture", "other"),
+    [
+        ("adaconv", {}),
+        ("adaconv", {"kernel_size": 5, "descriptor_size": 5, "decoder_convs": (2, 3, 1, 2)}),
+        ("adaconv", {"descriptor_size": 5, "predictor_padding": "valid"}),
+        ("adain", {}),
+        ("adain", {"decoder_convs": (1, 1, 1, 1)}),
+    ],
+)
+def test_counted_flops_are_those_that_torch_counts(architecture, other):
+    size = dataclasses.replace(work.size_of(architecture, quick=True), **other)
     network = build_network(
         encoder=VGGEncoder(widths=size.widths),
         architecture=architecture,
         descriptor_channels=size.descriptor_channels,
         groups=size.groups,
+        **other,
     )
     side = 128
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         features = network.transfer.predict(network.encoder.relu4_1(torch.rand(1, 3, 256, 256)))
-    style = work.encoder_flops(size, 256) + work.style_flops(work.Size(architecture, size.widths, 16, 256))
+    style = work.encoder_flops(size, 256) + work.style_flops(dataclasses.replace(size, side=256))
     assert counted.get_total_flops() == style
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         network.stylize(torch.rand(1, 3, side, side), features)
     whole = work.stylize_flops(size, side, style_cached=True)
     # Composing the kernels, and whatever way the adaptive convolution takes, is not counted.
-    assert whole - work.adaptive_flops(size, side) <= counted.get_total_flops() <= 1.05 * whole
+    assert whole - work.adaptive_flops(size, side) <= counted.get_total_flops() <= 1.1 * whole
 
 
 def test_a_works_own_clock_counts_and_what_else_it_returns_does_not():
