@@ -22,9 +22,10 @@ def scratch_folder(what: str, parent: str | Path | None = None) -> Iterator[Path
 
     Args:
         what: it is for; part of its name.
-        parent: None: the system's temporary folder.
+        parent: made where it is missing; None: the system's temporary folder.
     """
     within = Path(parent or tempfile.gettempdir()).expanduser()
+    within.mkdir(parents=True, exist_ok=True)
     _sweep(within)
     folder = Path(tempfile.mkdtemp(prefix=f"adaconv-{what}-", dir=within))
     lock = _lock_of(folder)

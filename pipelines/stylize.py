@@ -37,6 +37,9 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     from adaconv.tracking.registry import resolved_model
     from adaconv.tracking.runs import default_uri
 
+    if config.tile.scratch:  # actors have other working directories
+        tile = config.tile.model_copy(update={"scratch": storage.absolute(config.tile.scratch)})
+        config = config.model_copy(update={"tile": tile})
     resolved = partial(resolved_model, tracking_uri=default_uri(config.tracking.uri, Path.cwd()))
 
     if config.replay:

@@ -38,6 +38,11 @@ def test_a_folder_is_gone_with_its_block(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_folder_around_it_is_made_where_it_is_missing(tmp_path):
+    with scratch_folder("x", tmp_path / "disk" / "scratch") as folder:
+        assert folder.parent == tmp_path / "disk" / "scratch"
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     dead, left = holder(tmp_path)
     alive, kept = holder(tmp_path)

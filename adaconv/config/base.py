@@ -50,6 +50,15 @@ def _refuse_no_path(path: str) -> str:
 Location = Annotated[str, AfterValidator(_refuse_no_path)]
 
 
+def _refuse_no_disk(path: str) -> str:
+    if "://" in path:
+        raise ValueError(f"expected a folder on a disk, found {path}")
+    return path
+
+
+LocalFolder = Annotated[Location, AfterValidator(_refuse_no_disk)]
+
+
 def _refuse_no_alias(alias: str | None) -> str | None:
     """The alias as it is, if MLflow takes it.
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, Location, TrackingUri
+from adaconv.config.base import Config, LocalFolder, Location, TrackingUri
 
 
 class OptionsConfig(Config):
@@ -39,7 +39,7 @@ class TileConfig(Config):
     """Make every picture in tiles of this side, in pixels; None tiles only where memory asks for it."""
     max_megapixels: float = Field(default=80.0, gt=0)
     """Larger contents are refused by their header."""
-    scratch: Location | None = None
+    scratch: LocalFolder | None = None
     """Local folder for the maps of tiled pictures, 102 bytes a pixel; None is the system's for temporary files."""
 
 

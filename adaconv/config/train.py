@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, Location, TrackingUri
+from adaconv.config.base import Config, LocalFolder, Location, TrackingUri
 from adaconv.config.model import EncoderConfig, LossConfig, ModelConfig
 
 
@@ -33,7 +33,7 @@ class DataConfig(Config):
     prefetch_shards: int = Field(default=32, ge=0)
     """Shards of s3:// that each rank fetches before they are read: the blocks that both streams are at, and the next
     ones."""
-    cache_dir: Location | None = None
+    cache_dir: LocalFolder | None = None
     """Folder for shards fetched from s3://, shared by the ranks of a node; default: `adaconv-shards` in the system's
     temporary folder."""
     cache_gb: float = Field(default=100, gt=0)

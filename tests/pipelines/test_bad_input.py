@@ -88,6 +88,11 @@ def folders(tmp_path):
             ("stylize", "--model", "m", "--content", "{}", "--style", "{}/images", "--output", "{}/out"),
             "--content {}: expected a folder apart from the outputs",
         ),
+        (("stylize", "--tile.scratch", "s3://b/x"), "tile.scratch: expected a folder on a disk, found s3://b/x"),
+        (
+            ("train", "--content", "c", "--style", "s", "--output", "o", "--data.cache-dir", "s3://b/x"),
+            "data.cache_dir: expected a folder on a disk, found s3://b/x",
+        ),
         (("stylize", "--pairs", "random:1", "--seed", str(2**63)), "seed"),
         (("stylize", "--pairs", "random:1", "--seed", "-1"), "seed"),
         (
