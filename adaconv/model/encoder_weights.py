@@ -94,9 +94,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        # torch's message of a pickle advises to load it unsafely.
+        pickled = isinstance(error, pickle.UnpicklingError)
+        why = "it holds other objects, or is no file of torch's" if pickled else str(error).splitlines()[0]
         raise WeightsError(
-            f"{path} is no file of weights that is safe to read ({str(error).splitlines()[0]}); expected "
-            ".safetensors, or a .pth that holds nothing but tensors"
+            f"{path} is no file of weights that is safe to read ({why}); expected .safetensors, or a .pth that holds "
+            "nothing but tensors"
         ) from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: expected a state dict (names to tensors), found a {type(found).__name__}")
