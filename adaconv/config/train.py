@@ -165,8 +165,8 @@ class HardwareConfig(Config):
     tflops: float | None = Field(default=None, gt=0)
     """10^12 operations a second that a rank attains in training; None: an H200's 40 % of 790 in bfloat16 where ranks
     have GPUs, else what this machine's matrix products give."""
-    decode_per_core: float = Field(default=500, gt=0)
-    """Images a second that one core decodes and crops (`python bench/run.py load`)."""
+    decode_per_core: float = Field(default=350, gt=0)
+    """Images a second that one core decodes and crops (`python bench/run.py load`: 350 of 682x512 px)."""
     cores_per_rank: float | None = Field(default=None, gt=0)
     """Cores that a rank's loader workers have; None: data.loader_workers."""
     network_gbit: float = Field(default=25, gt=0)
