@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from adaconv.images import RGB_MODES, ImageError, fits, libvips, open_header, require_sound_jpeg
-from adaconv.stylize.outputs import Metadata, Recipe, add_exif, xmp_of
+from adaconv.stylize.outputs import PNG_LEVEL, Metadata, Recipe, add_exif, xmp_of
 from adaconv.stylize.raster import FileRaster
 
 _STRIP_BYTES = 2**20
@@ -78,7 +78,7 @@ def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata |
     try:
         match kind:
             case "png":
-                image.pngsave(str(path), compression=4)
+                image.pngsave(str(path), compression=PNG_LEVEL)
             case "jpeg":
                 image.jpegsave(str(path), Q=quality, subsample_mode="off")
             case "webp":

@@ -39,6 +39,7 @@ FORMAT = 2
 RECIPE_KEY = "adaconv"  # of the PNG text that holds an output's recipe; elsewhere it is in the XMP packet
 _NAMESPACE = "https://adaconv.invalid/recipe/2/"
 _EXTENSIONS: Mapping[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "tiff": "tif"}
+PNG_LEVEL = 2  # of zlib: 18 ms of a core for 512x512 pixels of paintings, 4 takes 32 for files that are 4 % smaller
 _ROWS_AT_ONCE = 16_384  # of the index
 _ENDS = {"png": b"\x00\x00\x00\x00IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}  # pixels that a format has room for
@@ -163,7 +164,7 @@ def _encode(image: Image.Image, recipe: Recipe, kept: Metadata) -> bytes:
         case "png":
             notes = PngImagePlugin.PngInfo()
             notes.add_itxt(RECIPE_KEY, recipe.to_json())
-            image.save(buffer, "PNG", pnginfo=notes, compress_level=4, **told)
+            image.save(buffer, "PNG", pnginfo=notes, compress_level=PNG_LEVEL, **told)
         case "jpeg":
             image.save(buffer, "JPEG", quality=quality, subsampling=0, xmp=xmp_of(recipe), **told)
         case "webp":

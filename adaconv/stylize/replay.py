@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageChops
 
 from adaconv import storage
 from adaconv.errors import UsageError
-from adaconv.images import ImageError
+from adaconv.images import ImageError, decode
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, sha256_of
 from adaconv.stylize.outputs import Recipe, pack_name, read_recipe
@@ -40,7 +41,8 @@ def replay(
         scratch: folder for the picture and its maps; None is the system's for temporary files.
 
     Returns:
-        the output, its recipe and whether the bytes are the same; `status` is `failed` where they are not.
+        the output, its recipe, and whether the bytes and the pixels are the same; `status` is `failed` where the bytes
+        are not.
 
     Raises:
         UsageError: it carries no recipe, or what the recipe names cannot be found.
@@ -80,14 +82,25 @@ def replay(
         if made.state != "done":
             raise UsageError(f"--replay {uri}: {made.reason}")
         again = (root / recipe.name).read_bytes()
-    result: dict[str, Any] = {"replayed": uri, "same_bytes": again == original, "recipe": recipe.__dict__}
+    same_pixels = again == original or _same_pixels(again, original)
+    result: dict[str, Any] = {"replayed": uri, "same_bytes": again == original, "same_pixels": same_pixels}
+    result["recipe"] = recipe.__dict__
     if again != original:
         result |= {
             "status": "failed",
-            "error": f"{uri}: made again, it has other bytes ({len(again)} instead of {len(original)}); the recipe was "
+            "error": f"{uri}: made again, it has other bytes ({len(again)} instead of {len(original)}"
+            f"{', of the same pixels' if same_pixels else ''}); the recipe was "
             f"made by {recipe.made}, here it is {read_recipe(again).made if read_recipe(again) else {}}",  # type: ignore[union-attr]
         }
     return result
+
+
+def _same_pixels(one: bytes, other: bytes) -> bool:
+    """As where another release of what packs them made files of other bytes."""
+    with contextlib.suppress(ImageError):
+        first, second = (decode(data, max_pixels=10**10) for data in (one, other))
+        return first.size == second.size and ImageChops.difference(first, second).getbbox() is None
+    return False
 
 
 def _pack(

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from adaconv.stylize import stylizer as stylizer_module
 from adaconv.stylize.inputs import sha256_of
-from adaconv.stylize.outputs import Recipe, pack_name
+from adaconv.stylize.outputs import RECIPE_KEY, Recipe, pack_name
 from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.replay import replay
 from adaconv.stylize.stylizer import Stylizer
@@ -54,3 +54,14 @@ def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
     for one in outputs:
         uri = str(tmp_path / "out" / one.recipe.name)
         assert replay(uri, resolved=resolved, content=[str(content.parent)], scratch=str(tmp_path))["same_bytes"], uri
+    assert not (tmp_path / "nowhere").exists()
+    for changed in (False, True):
+        with Image.open(uri) as image:
+            notes = PngImagePlugin.PngInfo()
+            notes.add_itxt(RECIPE_KEY, image.info[RECIPE_KEY])
+            if changed:
+                image.putpixel((5, 5), tuple(255 - level for level in image.getpixel((5, 5))))
+            image.save(uri, pnginfo=notes, compress_level=9)
+        result = replay(uri, resolved=resolved, content=[str(content.parent)], scratch=str(tmp_path))
+        assert (result["same_bytes"], result["same_pixels"], result["status"]) == (False, not changed, "failed")
+        assert (", of the same pixels" in result["error"]) is not changed
