@@ -150,7 +150,7 @@ class _DeskControl:
 
 
 def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, meta: dict[str, Any]) -> dict[str, Any]:
-    """Train on the connected cluster until the last step, or until SIGTERM asks for a checkpoint and an end.
+    """Train on the connected cluster until the last step, or until SIGTERM or Ctrl-C asks for a checkpoint and an end.
 
     Args:
         config: resolved; its paths are absolute.
@@ -174,7 +174,8 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
     # Beside the driver, which is lost with it anyway: a desk on another node would be one more thing to lose.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote(scaling.max_restarts)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
+        desk,
         _train_rank,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -294,6 +295,26 @@ def _raise_what_a_rank_left(desk: Any) -> None:
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's, but that the first Ctrl-C asks for a checkpoint; the second aborts the ranks, as Ray has it."""
+
+    def __init__(self, desk: Any, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._desk = desk
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        abort = signal.getsignal(signal.SIGINT)
+        assert callable(abort)
+
+        def request(_signal: int, _frame: object) -> None:
+            signal.signal(signal.SIGINT, abort)
+            log.info("Ctrl-C: asking the ranks for a checkpoint; once more ends them at once")
+            self._desk.request_stop.remote()
+
+        signal.signal(signal.SIGINT, request)
 
 
 @contextlib.contextmanager
