@@ -2,8 +2,8 @@
 
     python pipelines/train.py --config conf/train/smoke.yaml --content data/photos --style data/paintings --output runs
 
-The same command again takes up a run that was broken off, from its newest checkpoint, exactly. SIGTERM and Ctrl-C ask for
-one before the end; a second Ctrl-C ends the run at once.
+The same command again takes up a run that was broken off, from its newest checkpoint, exactly. SIGTERM and Ctrl-C ask
+for one before the end; a second Ctrl-C ends the run at once.
 """
 
 import hashlib

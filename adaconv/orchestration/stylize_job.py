@@ -270,6 +270,10 @@ class _ModelActor:
             )
 
 
+def _took_anothers_place() -> bool:
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 class _PackMaker(_ModelActor):
     """A style to its pack, in storage."""
 
@@ -324,6 +328,9 @@ class _ContentStylizer(_ModelActor):
         self.styles: dict[tuple[int, int], Row] = {(row["style"], row["side"]): row for row in ray.get(packs)}
         self.shown: set[int] = ray.get(shown)
         self.there: Published = ray.get(there)
+        # On an object store the listing knew all: to look for each would take two requests. What was made since, by an
+        # actor that died, is begun anew by the one that took its place.
+        self._look = storage.is_local(self.output) or _took_anothers_place()
         self._read_pack = lru_cache(_PACKS_AT_HAND)(self._read_pack_anew)
 
     @plain_errors()
@@ -396,7 +403,7 @@ class _ContentStylizer(_ModelActor):
             for number, style, options in pairs
             if number in recipes
         ]
-        production = Production(lambda: self.stylizer, self.output, limits, self.there)
+        production = Production(lambda: self.stylizer, self.output, limits, self.there, look=self._look)
         yield from production.make(path, wanted, begin=begin)
 
     def _style(self, style: int, options: Mapping[str, Any]) -> Row:

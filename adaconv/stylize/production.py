@@ -95,13 +95,20 @@ class Production:
         stylizer: holds the model.
         root: of the job.
         limits: what a picture may take.
-        there: names of outputs that are known to be whole; any other is looked for.
+        there: names of outputs that are known to be whole.
+        look: for any other; else it is made.
     """
 
     def __init__(
-        self, stylizer: Callable[[], Stylizer], root: str, limits: Limits, there: Container[str] = frozenset()
+        self,
+        stylizer: Callable[[], Stylizer],
+        root: str,
+        limits: Limits,
+        there: Container[str] = frozenset(),
+        *,
+        look: bool = True,
     ) -> None:
-        self._ask, self._root, self._limits, self._there = stylizer, root, limits, there
+        self._ask, self._root, self._limits, self._there, self._look = stylizer, root, limits, there, look
 
     @property
     def _stylizer(self) -> Stylizer:
@@ -127,7 +134,7 @@ class Production:
         for one in wanted:
             uri = storage.join(self._root, one.recipe.name)
             options = Options(**one.recipe.options)
-            if one.recipe.name in self._there or is_whole(uri):
+            if one.recipe.name in self._there or (self._look and is_whole(uri)):
                 made = self._seen(one, uri, sizes.get(options.content_side))
                 sizes[options.content_side] = made.width, made.height
                 yield made

@@ -119,6 +119,16 @@ def test_outputs_that_a_listing_found_cost_a_request_for_each_size(stylizer, tmp
     assert asked == ["read_range", "read_range", "size_of"]
 
 
+def test_what_a_listing_lacks_is_made_unseen_where_it_is_not_looked_for(stylizer, tmp_path, monkeypatch):
+    smooth(96, 80).save(tmp_path / "c.png")
+    outputs = wanted(stylizer, 2)
+    make(stylizer, tmp_path, tmp_path / "c.png", outputs)
+    monkeypatch.setattr(production, "is_whole", lambda uri: pytest.fail("a request"))
+    there = {outputs[0].recipe.name}
+    made = Production(lambda: stylizer, str(tmp_path), Limits(), there, look=False).make(tmp_path / "c.png", outputs)
+    assert [(one.key, one.state) for one in made] == [(0, "skipped"), (1, "done")]
+
+
 def test_batches_of_styles_are_halved_where_memory_runs_out_and_change_rounding_alone(stylizer, tmp_path, monkeypatch):
     smooth(96, 80).save(tmp_path / "c.png")
     outputs = wanted(stylizer, 5)
