@@ -1,5 +1,6 @@
 """What became of every pair of a job, in memory that does not grow with the pairs."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -32,10 +33,12 @@ class Books:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of rows that nobody will read; a full disk has been told of, by its path
+            self._file.close()
 
     def enter(self, number: int, row: Mapping[str, Any]) -> None:
         """Note what became of a pair."""
+        assert self._places[number] < 0, "a pair ends in the books once"
         self.states[row["state"]] += 1
         if row["state"] == "failed":
             self.failures.add(f"{row['reason']} ({culprit(row)})")
@@ -46,6 +49,8 @@ class Books:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Each pair's, by its number."""
         assert (self._places >= 0).all(), "every pair ends in the books"
+        with storage.full_disk_named(str(self._path)):
+            self._file.flush()
         for place in map(int, self._places):
             self._file.seek(place)
             yield json.loads(self._file.readline())

@@ -1,5 +1,6 @@
 import random
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -30,9 +31,29 @@ def test_a_pair_without_a_row_is_no_closed_book(tmp_path):
             next(books.rows())
 
 
+@pytest.mark.parametrize("pairs", [1, 100_000])  # what is held back for one large write, and what is not
+def test_a_full_disk_is_named(pairs):
+    def keep():
+        with Books(Path("/dev/full"), pairs) as books:
+            for number in range(pairs):
+                books.enter(number, row(number))
+            next(books.rows())
+
+    with pytest.raises(OSError, match="No space") as caught:
+        keep()
+    assert caught.value.filename == "/dev/full"
+
+
+def test_a_pair_that_comes_twice_is_no_closed_book(tmp_path):
+    with Books(tmp_path / "rows", 2) as books:
+        books.enter(1, row(1))
+        with pytest.raises(AssertionError, match="once"):
+            books.enter(1, row(1))
+
+
 def test_memory_does_not_grow_with_rows(tmp_path):
-    with Books(tmp_path / "rows", 20_000) as books:
-        books.enter(0, row(0))
+    with Books(tmp_path / "rows", 20_001) as books:
+        books.enter(20_000, row(20_000))
         tracemalloc.start()
         for number in range(20_000):
             books.enter(number, row(number))
