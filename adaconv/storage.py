@@ -205,7 +205,7 @@ def publish_file(path: Path, uri: str) -> None:
 def file_for(folder: str) -> Iterator[Path]:
     """A local file to write what `publish_written` then publishes below a folder, on the same disk where it is one."""
     if not is_local(folder):
-        with scratch_folder("written") as scratch:
+        with scratch_folder("written") as scratch, full_disk_named(str(scratch)):
             yield scratch / "file"
         return
     beside = Path(folder)

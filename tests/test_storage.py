@@ -177,18 +177,22 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    def written():
-        with storage.file_for(str(tmp_path)):
+    def written(folder):
+        with storage.file_for(folder) as path:
+            places.append(str(path.parent))
             no_space()
 
+    places: list[str] = []
     monkeypatch.setattr(os, "fsync", no_space)
     for write, where in (
         (lambda: storage.publish_bytes(target, b"new"), target),
         (lambda: storage.publish_file(source, target), target),
-        (written, str(tmp_path)),
+        (lambda: written(str(tmp_path)), str(tmp_path)),
+        (lambda: written("s3://bucket/folder"), None),  # the temporary one, which is made anew each time
     ):
         with pytest.raises(OSError, match="No space") as caught:
             write()
+        where = where or places[-1]
         assert of_storage(pickle.loads(pickle.dumps(caught.value))) == f"No space left on device: {where}"
 
 
