@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -93,10 +92,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             found = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes that are no pickle may end in any
         # torch's message of a pickle advises to load it unsafely.
-        pickled = isinstance(error, pickle.UnpicklingError)
-        why = "it holds other objects, or is no file of torch's" if pickled else str(error).splitlines()[0]
+        told = isinstance(error, (SafetensorError, RuntimeError, OSError))
+        why = str(error).partition("\n")[0] if told else "it holds other objects, or is no file of torch's"
         raise WeightsError(
             f"{path} is no file of weights that is safe to read ({why}); expected .safetensors, or a .pth that holds "
             "nothing but tensors"

@@ -105,6 +105,14 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data", [b"", b"hello world", b"<html>", b"PK\x03\x04", b"\x80\x02."])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_what_is_no_file_of_weights_is_refused_by_name(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(WeightsError, match=rf"{name} is no file of weights that is safe to read \("):
+        load_encoder(str(tmp_path / name), widths=WIDTHS)
+
+
 def test_without_internet_it_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("adaconv.download._ATTEMPTS", 1)
