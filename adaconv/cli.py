@@ -134,7 +134,7 @@ def _refuse_relative_paths_in_a_job(config: Config) -> None:
         if name in _TRACKING and given is None:
             given = os.environ.get("MLFLOW_TRACKING_URI")
         paths = (given,) if isinstance(given, str) else given if isinstance(given, tuple) else ()
-        for path in paths:
+        for path in filter(None, paths):  # a model may be left to a recipe
             file = path.removeprefix("sqlite:///")
             a_word = name in _PATHS_OR_WORDS and file == path and not Path(path).exists()
             if not a_word and not re.match(r"[a-z0-9]+:/", file) and not Path(file).expanduser().is_absolute():

@@ -239,9 +239,10 @@ def test_what_lies_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatc
     [
         (
             ("stylize", "--replay", "out.png", "--content", "/contents", "--tile.scratch", "maps"),
-            "--replay out.png, --tile.scratch maps: ",
+            "error: --replay out.png, --tile.scratch maps: ",
         ),
-        (("runs", "sync", "--runs", "runs"), "--runs runs: "),
+        (("stylize", "--replay", "/out.png", "--content", "/contents"), ""),
+        (("runs", "sync", "--runs", "runs"), "error: --runs runs: "),
         (("runs", "page", "--run", "one", "--against", "another", "--output", "/pages"), ""),
     ],
 )
