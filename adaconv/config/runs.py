@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config, Location, TrackingUri
+from adaconv.config.base import Config, LocalFolder, Location, TrackingUri
 
 
 class SyncConfig(Config):
-    runs: Location
+    runs: LocalFolder
     """Folder of runs, or of one, on this machine: every spool below it is handed over."""
     tracking_uri: TrackingUri = None
     """MLflow tracking server or database; None: the one that each run was started with."""

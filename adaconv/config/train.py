@@ -109,7 +109,7 @@ class OptimConfig(Config):
     """Of the weights, the sample order and the crops."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between two points of the metrics."""
-    ledger: Location | None = None
+    ledger: LocalFolder | None = None
     """Folder on a disk where each rank notes the keys of every step, to prove the order; None: no notes."""
 
 

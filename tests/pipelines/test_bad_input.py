@@ -93,6 +93,11 @@ def folders(tmp_path):
             ("train", "--content", "c", "--style", "s", "--output", "o", "--data.cache-dir", "s3://b/x"),
             "data.cache_dir: expected a folder on a disk, found s3://b/x",
         ),
+        (
+            ("train", "--content", "c", "--style", "s", "--output", "o", "--train.ledger", "s3://b/x"),
+            "train.ledger: expected a folder on a disk, found s3://b/x",
+        ),
+        (("runs", "sync", "--runs", "s3://b/x"), "runs: expected a folder on a disk, found s3://b/x"),
         (("stylize", "--pairs", "random:1", "--seed", str(2**63)), "seed"),
         (("stylize", "--pairs", "random:1", "--seed", "-1"), "seed"),
         (
