@@ -308,18 +308,22 @@ def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(
     (content,), ways = list_items((str(contents),), flag="-")[:1], list_items((str(styles),), flag="-")
     files = {path.name: path.read_bytes() for path in Path(model).iterdir()}
 
-    def outputs(numbers, deaths=0, **tile):
+    def outputs(numbers, deaths=0, shown=frozenset({0, 1, 2}), **tile):
         config = StylizeConfig(model="m", content=("c",), style=("s",), output=str(tmp_path), tile=TileConfig(**tile))
         begin = SimpleNamespace(remote=lambda what: 1 + deaths * what.startswith("content"))
         shared = {"files": files, "config": config.model_dump_json(), "model": "m", "threads": None, "on_gpu": False}
         shared["beginnings"] = SimpleNamespace(begin=begin, end=SimpleNamespace(remote=lambda begun: None))
         maker = stylize_job._PackMaker(**shared)
         packs = [maker({"style": n, "side": 256, **way.to_row()})[0] for n, way in enumerate(ways)]
-        actor = stylize_job._ContentStylizer(packs=packs, shown={0, 1, 2}, there=(), **shared)
+        actor = stylize_job._ContentStylizer(packs=packs, shown=shown, there=(), **shared)
         pairs = json.dumps([(n, n, {}) for n in numbers])
         return actor({"content": 0, "pairs": pairs, **content.to_row()})
 
-    assert [row["state"] for row in outputs([0, 1])] == ["done", "done"]
+    rows = outputs([0, 1], shown={1})
+    assert [row["state"] for row in rows] == ["done", "done"]
+    # The content's own goes with the first of its pairs that the gallery shows.
+    shown_of = {name: [bool(row[name]) for row in rows] for name in ("thumbnail", "content_thumbnail")}
+    assert shown_of == {"thumbnail": [False, True], "content_thumbnail": [False, True]}
     how = {"max_megapixels": 0.001} if refusal == "too_many_pixels" else {"deaths": 5}
     rows = outputs([0, 1, 2], **how)
     assert [row["state"] for row in rows] == ["skipped", "skipped", "failed"]
