@@ -43,7 +43,8 @@ def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
     limits = Limits(batch_size=4 if given == "batch" else 1, tile=64 if given == "tiles" else None)
     assert len(list(Production(lambda: stylizer, str(tmp_path / "out"), limits).make(content, outputs))) == 4
 
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    (tmp_path / "file").touch()  # where no folder can be made
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
 
     @contextmanager
     def resolved(name):
