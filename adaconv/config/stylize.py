@@ -40,7 +40,8 @@ class TileConfig(Config):
     max_megapixels: float = Field(default=80.0, gt=0)
     """Larger contents are refused by their header."""
     scratch: LocalFolder | None = None
-    """Local folder for the maps of tiled pictures, 102 bytes a pixel; None is the system's for temporary files."""
+    """Local folder for the maps of tiled pictures, 102 bytes a pixel, and rows of the index; None is the system's for
+    temporary files."""
 
 
 class ActorConfig(Config):

@@ -84,7 +84,7 @@ def run_stylize_job(config: StylizeConfig, plan: Plan, *, model: str, folder: Pa
     beginnings = ray.remote(_Beginnings).options(num_cpus=0, **lasting).remote()
     shared = {"files": files, "config": config.model_dump_json(), "model": named, "beginnings": beginnings}
     packs = _make_packs(plan, config, num_actors, shared)
-    with scratch_folder("books") as scratch, Books(scratch / "rows.jsonl", len(plan.pairs)) as books:
+    with scratch_folder("books", config.tile.scratch) as aside, Books(aside / "rows", len(plan.pairs)) as books:
         shown = _make_outputs(plan, packs, books, config, num_actors, shared)
         return _close_books(config, model, books, shown, packs)
 
