@@ -205,9 +205,9 @@ def test_a_lost_driver_and_another_number_of_ranks_change_no_batch(training, unb
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_leads_to_a_checkpoint_and_again_to_an_end(times, training, unbroken):
+def test_ctrl_c_leads_to_a_checkpoint_and_again_to_an_end(times, training):
     """Ray's own answer to it is an exit with 1, of which the driver could not say what it was."""
-    training.start("--checkpoint.every-steps", 100, workers=2).wait_for_step(9)
+    training.start("--train.steps", 2000, "--checkpoint.every-steps", 2000, workers=2).wait_for_step(5)
     training.process.send_signal(signal.SIGINT)
     if times == 2:
         while "once more ends them at once" not in training.text():
@@ -219,9 +219,7 @@ def test_ctrl_c_leads_to_a_checkpoint_and_again_to_an_end(times, training, unbro
         assert "interrupted; the same command takes up where it stopped" in training.text()
     else:
         assert re.search(r"stopped at step \d+ with a checkpoint", training.text())
-        assert checkpoint.steps_in(training.checkpoints)
-    assert training.start(workers=2).finish() == 0, training.text()[-3000:]
-    compare(training, unbroken, same_ranks=True)
+        assert 5 <= max(checkpoint.steps_in(training.checkpoints)) < 2000
 
 
 @pytest.mark.slow
