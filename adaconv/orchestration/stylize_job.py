@@ -270,10 +270,6 @@ class _ModelActor:
             )
 
 
-def _took_anothers_place() -> bool:
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
-
-
 class _PackMaker(_ModelActor):
     """A style to its pack, in storage."""
 
@@ -330,7 +326,7 @@ class _ContentStylizer(_ModelActor):
         self.there: Published = ray.get(there)
         # On an object store the listing knew all: to look for each would take two requests. What was made since, by an
         # actor that died, is begun anew by the one that took its place.
-        self._look = storage.is_local(self.output) or _took_anothers_place()
+        self._look = storage.is_local(self.output) or ray.get_runtime_context().was_current_actor_reconstructed
         self._read_pack = lru_cache(_PACKS_AT_HAND)(self._read_pack_anew)
 
     @plain_errors()
