@@ -60,6 +60,7 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "stylize/tiled/2048": ("stylize_tiled", {"side": 2048, "tile": 512}),
     "stylize/grid": ("stylize_grid", {}),
+    "stylize/files/512/bf16": ("stylize_files", {"side": 512}),
     "load": ("load", {"against": "bare"}),
     **{f"load/{name}": ("load", {"against": name}) for name in ("webdataset", "ray_data", "one_image")},
     "ddp": ("ddp", {}),

@@ -50,7 +50,7 @@ class ActorConfig(Config):
     gpus_per_actor: float = Field(default=0, ge=0)
     """GPUs of each; 0 stylizes on CPUs."""
     cpus_per_actor: float = Field(default=1, gt=0)
-    """CPUs that Ray reserves for each."""
+    """CPUs that Ray reserves for each; as many threads encode and publish its outputs beside the network."""
     threads_per_actor: int | None = Field(default=None, ge=1)
     """Threads that torch uses in each; None divides the machine's cores among them when on CPUs."""
     batch_size: int = Field(default=1, ge=1)

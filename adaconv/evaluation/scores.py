@@ -143,7 +143,7 @@ def _contrast(picture: Tensor) -> Tensor:
 
 def thumbnail(pixels: Tensor) -> bytes:
     """A small JPEG of (3, H, W) in [0, 1]; black where it is no number."""
-    picture = Image.fromarray(to_uint8(pixels.nan_to_num(0.0).cpu()))
+    picture = Image.fromarray(to_uint8(pixels.nan_to_num(0.0)))
     picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
     return encode_jpeg(picture, quality=85)
 

@@ -389,6 +389,7 @@ class _ContentStylizer(_ModelActor):
         tile, scaling = self.config.tile, self.config.scaling
         limits = Limits(
             batch_size=scaling.batch_size,
+            writers=max(1, int(scaling.cpus_per_actor)),
             tile=tile.side,
             max_megapixels=tile.max_megapixels,
             scratch=self.scratch,

@@ -53,12 +53,12 @@ def like(picture: P, pixels: Tensor) -> P:
     pixels = pixels.float().clamp(0, 1)
     made: Any
     if isinstance(picture, Image.Image):
-        made = Image.fromarray(to_uint8(pixels[0].cpu()))
+        made = Image.fromarray(to_uint8(pixels[0]))
     elif isinstance(picture, Tensor):
         made = pixels if picture.ndim == 4 else pixels[0]
         made = made.mul(255).round().to(torch.uint8) if picture.dtype == torch.uint8 else made.to(picture)
     elif picture.dtype == np.uint8:
-        made = to_uint8(pixels[0].cpu())
+        made = to_uint8(pixels[0])
     else:
         made = pixels[0].permute(1, 2, 0).cpu().numpy().astype(picture.dtype)
     return cast(P, made)

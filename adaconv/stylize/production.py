@@ -1,5 +1,8 @@
 """One content to its outputs: opened once, encoded once, each output published when it is made.
 
+Files are encoded and published by threads beside the network: a GPU makes many pictures in the time that a PNG takes a
+core. Pillow's encoders of PNG and WebP let other threads run.
+
 What runs out of memory is tried again smaller: fewer styles at a time, then tiles, then smaller tiles; what does not
 fit even so is named, never skipped.
 """
@@ -7,13 +10,17 @@ fit even so is named, never skipped.
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -54,10 +61,12 @@ class Limits:
     """What a picture may take; none of it changes an output but for rounding.
 
     `batch_size`: styles at once on a GPU; on CPUs it would bring nothing, and roundings that no recipe tells of.
+    `writers`: threads that encode and publish beside the network; pictures of twice as many wait for them at most.
     `tile`: side of tiles for every picture; None tiles what would take more memory than the stylizer may.
     """
 
     batch_size: int = 1
+    writers: int = 1
     tile: int | None = None
     max_megapixels: float = 80.0
     scratch: Path | None = None
@@ -86,6 +95,16 @@ class Made:
     tile: int | None = None
     seconds: float = 0.0
     thumbnail: bytes = b""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A whole frame on its way to its file. `levels`: (H, W, 3) uint8. `recipe`: how it was made is in it."""
+
+    wanted: Wanted
+    recipe: Recipe
+    levels: NDArray[np.uint8]
+    seconds: float
 
 
 class Production:
@@ -217,7 +236,7 @@ class Production:
         pixels_limit = int(self._limits.max_megapixels * 1e6)
         if tile is None:
             picture = shrink(decode_picture(path, max_pixels=pixels_limit, keep_colours=metadata is not None), side)
-            yield from self._make_whole(pixels_of(picture), metadata, wanted, batch)
+            yield from self._published(self._make_whole(pixels_of(picture), wanted, batch), metadata)
             return
         with scratch_folder("large", self._limits.scratch) as folder, contextlib.ExitStack() as stack:
             content: Raster
@@ -230,9 +249,7 @@ class Production:
             for one in wanted:
                 yield self._make_tiled(content, metadata, one, tile, folder)
 
-    def _make_whole(
-        self, pixels: Tensor, metadata: Metadata | None, wanted: list[Wanted], batch: int
-    ) -> Iterator[Made]:
+    def _make_whole(self, pixels: Tensor, wanted: list[Wanted], batch: int) -> Iterator["_Picture"]:
         encoded = self._stylizer.encode(pixels)
         for start in range(0, len(wanted), batch):
             began = time.monotonic()
@@ -243,12 +260,37 @@ class Production:
                 stylized = self._stylizer.decode_batch(encoded, [one.pack() for one in chosen])
             else:
                 stylized = [self._blend(encoded, pixels, one) for one in chosen]
-            for one, values in zip(chosen, stylized, strict=True):
-                image = Image.fromarray(to_uint8(values[0].cpu()))
-                recipe = self._recipe(one, None)
-                storage.publish_bytes(storage.join(self._root, recipe.name), encode(image, recipe, metadata=metadata))
-                shown = thumbnail(image, side=self._limits.thumbnail_side) if one.shown else b""
-                yield Made(one.key, "done", "", *image.size, None, (time.monotonic() - began) / len(chosen), shown)
+            levels = [to_uint8(values[0]) for values in stylized]
+            seconds = (time.monotonic() - began) / len(chosen)
+            for one, values in zip(chosen, levels, strict=True):
+                # The recipe is of this thread: torch counts its threads for each by itself.
+                yield _Picture(one, self._recipe(one, None), values, seconds)
+
+    def _published(self, pictures: Iterator["_Picture"], metadata: Metadata | None) -> Iterator[Made]:
+        """What became of each picture; the next ones are made meanwhile."""
+        waiting: deque[Future[Made]] = deque()
+
+        def written(at_most: int = 0) -> Iterator[Made]:
+            while waiting and (len(waiting) > at_most or waiting[0].done()):
+                yield waiting.popleft().result()
+
+        with ThreadPoolExecutor(self._limits.writers) as writers:
+            try:
+                for picture in pictures:
+                    waiting.append(writers.submit(self._publish, picture, metadata))
+                    yield from written(2 * self._limits.writers)
+                yield from written()
+            except (MemoryError, RuntimeError):
+                yield from written()  # it is not made again, though what is left is
+                raise
+
+    def _publish(self, picture: "_Picture", metadata: Metadata | None) -> Made:
+        began = time.monotonic()
+        image, recipe = Image.fromarray(picture.levels), picture.recipe
+        storage.publish_bytes(storage.join(self._root, recipe.name), encode(image, recipe, metadata=metadata))
+        shown = thumbnail(image, side=self._limits.thumbnail_side) if picture.wanted.shown else b""
+        seconds = picture.seconds + time.monotonic() - began
+        return Made(picture.wanted.key, "done", "", *image.size, None, seconds, shown)
 
     def _blend(self, encoded: Encoded, pixels: Tensor, one: Wanted) -> Tensor:
         out = MemoryRaster(torch.empty(encoded.image.shape))
@@ -327,4 +369,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     told = str(error).lower()  # on a CPU, torch's is a RuntimeError, and oneDNN's says no more than this
+    if "can't start new thread" in told:  # its stack has no room
+        return True
     return ("alloc" in told and "memory" in told) or "could not create a" in told

@@ -6,6 +6,8 @@ import re
 import struct
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import fsspec
@@ -147,6 +149,79 @@ def test_batches_of_styles_are_halved_where_memory_runs_out_and_change_rounding_
     assert batches == [4, 2, 2, 1]
     for one in outputs:
         assert np.abs(pixels(tmp_path / "one", one) - pixels(tmp_path / "many", one)).max() <= 1
+
+
+def test_files_are_written_while_the_next_pictures_are_made(stylizer, tmp_path, monkeypatch):
+    """The first output waits to be published until the network is at the fourth, and would wait for ever in its way."""
+    smooth(96, 80).save(tmp_path / "c.png")
+    outputs = wanted(stylizer, 8)
+    decode, publish, at_the_fourth = stylizer.decode_batch, storage.publish_bytes, threading.Event()
+    decoded, published, ahead = [], [], []
+
+    def decode_and_tell(encoded, packs):
+        decoded.append(packs)
+        if len(decoded) == 4:
+            at_the_fourth.set()
+        return decode(encoded, packs)
+
+    def publish_late(uri, data):
+        assert at_the_fourth.wait(60)
+        ahead.append(len(decoded) - len(published))
+        publish(uri, data)
+        published.append(uri)
+
+    monkeypatch.setattr(stylizer, "decode_batch", decode_and_tell)
+    monkeypatch.setattr(storage, "publish_bytes", publish_late)
+    made = make(stylizer, tmp_path, tmp_path / "c.png", outputs, writers=2)
+    assert [(one.key, one.state) for one in made] == [(n, "done") for n in range(8)]
+    assert sorted(published) == sorted(f"{tmp_path}/{one.recipe.name}" for one in outputs)
+    assert max(ahead) <= 2 * 2 + 2  # pictures that wait, besides what is being made and being written
+    monkeypatch.undo()
+    make(stylizer, tmp_path / "again", tmp_path / "c.png", outputs)
+    for one in outputs:
+        assert (tmp_path / one.recipe.name).read_bytes() == (tmp_path / "again" / one.recipe.name).read_bytes()
+
+
+def test_memory_that_runs_out_has_nothing_made_twice(stylizer, tmp_path, monkeypatch):
+    smooth(96, 80).save(tmp_path / "c.png")
+    outputs = wanted(stylizer, 4)
+    decode, publish, published = stylizer.decode_batch, storage.publish_bytes, []
+    left = iter([True, True, False, True, True])
+
+    def decode_some(encoded, packs):
+        if not next(left):
+            raise MemoryError
+        return decode(encoded, packs)
+
+    def publish_slowly(uri, data):
+        time.sleep(0.1)
+        publish(uri, data)
+        published.append(uri)
+
+    monkeypatch.setattr(stylizer, "decode_batch", decode_some)
+    monkeypatch.setattr(storage, "publish_bytes", publish_slowly)
+    made = make(stylizer, tmp_path, tmp_path / "c.png", outputs, writers=2)
+    assert sorted((one.key, one.state, one.tile is None) for one in made) == [
+        (0, "done", True), (1, "done", True), (2, "done", False), (3, "done", False)
+    ]  # fmt: skip
+    assert len(published) == 2  # tiles are published as files
+
+
+def test_a_store_that_fails_ends_it_and_what_was_made_before_stands(stylizer, tmp_path, monkeypatch):
+    smooth(96, 80).save(tmp_path / "c.png")
+    outputs = wanted(stylizer, 4)
+    publish = storage.publish_bytes
+
+    def publish_all_but_one(uri, data):
+        if outputs[2].recipe.name in uri:
+            raise OSError("no room")
+        publish(uri, data)
+
+    monkeypatch.setattr(storage, "publish_bytes", publish_all_but_one)
+    with pytest.raises(OSError, match="no room"):
+        make(stylizer, tmp_path, tmp_path / "c.png", outputs)
+    again = make(stylizer, tmp_path, tmp_path / "c.png", outputs[:2])
+    assert [one.state for one in again] == ["skipped", "skipped"]
 
 
 LITTLE_MEMORY = """
