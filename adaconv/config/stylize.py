@@ -95,8 +95,9 @@ class StylizeConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of `random:K`."""
     replay: Location | None = None
-    """An output: make it again from its recipe and compare the bytes. Needs --content, and --style unless the pack is
-    where the job left it; --model where the recipe's name of it cannot be resolved."""
+    """An output: make it again from its recipe and compare the bytes, or the pixels on another kind of device. Needs
+    --content, and --style unless the pack is where the job left it; --model where the recipe's name of it cannot be
+    resolved."""
     limit_contents: int | None = Field(default=None, ge=1)
     """Take this many contents, evenly spread over the sorted list; None takes all."""
     limit_styles: int | None = Field(default=None, ge=1)

@@ -264,7 +264,7 @@ class Production:
             seconds = (time.monotonic() - began) / len(chosen)
             for one, values in zip(chosen, levels, strict=True):
                 # The recipe is of this thread: torch counts its threads for each by itself.
-                yield _Picture(one, self._recipe(one, None), values, seconds)
+                yield _Picture(one, self._recipe(one, None, batch=len(chosen)), values, seconds)
 
     def _published(self, pictures: Iterator["_Picture"], metadata: Metadata | None) -> Iterator[Made]:
         """What became of each picture; the next ones are made meanwhile."""
@@ -325,11 +325,14 @@ class Production:
         blend = Blend((one.pack(),), options.alpha)
         self._stylizer.stylize_raster(content, blend, write, color=options.color, tile=tile, **how)  # type: ignore[arg-type]
 
-    def _recipe(self, one: Wanted, tile: int | None) -> Recipe:
+    def _recipe(self, one: Wanted, tile: int | None, *, batch: int = 1) -> Recipe:
         made: dict[str, Any] = {"tile": tile, "device": self._stylizer.device}
         made["torch"] = torch.__version__.partition("+")[0]
+        # How sums are split:
         if self._stylizer.device == "cpu":
-            made["threads"] = torch.get_num_threads()  # sums are split among them
+            made["threads"] = torch.get_num_threads()
+        else:
+            made |= {"batch": batch, "gpu": torch.cuda.get_device_name()}
         return replace(one.recipe, made=made)
 
     def _seen(self, one: Wanted, uri: str, size: tuple[int, int] | None) -> Made:

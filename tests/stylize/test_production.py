@@ -136,6 +136,7 @@ def test_batches_of_styles_are_halved_where_memory_runs_out_and_change_rounding_
     outputs = wanted(stylizer, 5)
     make(stylizer, tmp_path / "one", tmp_path / "c.png", outputs)
     monkeypatch.setattr(Stylizer, "device", "cuda")  # CPUs are given no batches
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     decode, batches = stylizer.decode_batch, []
 
     def decode_little(encoded, packs):
@@ -149,6 +150,8 @@ def test_batches_of_styles_are_halved_where_memory_runs_out_and_change_rounding_
     assert batches == [4, 2, 2, 1]
     for one in outputs:
         assert np.abs(pixels(tmp_path / "one", one) - pixels(tmp_path / "many", one)).max() <= 1
+    made = [read_recipe((tmp_path / "many" / one.recipe.name).read_bytes()).made for one in outputs]
+    assert [(one["device"], one["gpu"], one["batch"]) for one in made] == [("cuda", "H200", n) for n in (2, 2, 2, 2, 1)]
 
 
 def test_files_are_written_while_the_next_pictures_are_made(stylizer, tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """Outputs made again from their recipes, whatever the job was given besides."""
 
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from adaconv.stylize import stylizer as stylizer_module
@@ -65,3 +66,40 @@ def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
         result = replay(uri, resolved=resolved, content=[str(content.parent)], scratch=str(tmp_path))
         assert (result["same_bytes"], result["same_pixels"], result["status"]) == (False, not changed, "failed")
         assert (", of the same pixels" in result["error"]) is not changed
+
+
+def test_what_another_kind_of_device_made_may_differ_by_rounding_alone(tmp_path, monkeypatch, caplog):
+    folder = Path(save_checkpoint(tmp_path / "model")[1])
+    content = tmp_path / "contents" / "c.png"
+    content.parent.mkdir()
+    Image.effect_noise((96, 80), 60).convert("RGB").save(content)
+    stylizer = Stylizer.from_folder(folder)
+    pack = stylizer.style_pack(Image.effect_noise((64, 64), 60), side=32, source="s.jpg")
+    told = ("c.png", sha256_of(content), pack.source, pack.source_sha256, pack.digest)
+    recipe = Recipe(*told, "models:/m/1", stylizer.info.digest, Options().__dict__)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Stylizer, "device", "cuda")
+        elsewhere.setattr(torch.cuda, "get_device_name", lambda: "H200")
+        wanted = [Wanted(0, recipe, lambda: pack)]
+        assert list(Production(lambda: stylizer, str(tmp_path / "out"), Limits()).make(content, wanted))
+    output, beside = tmp_path / "out" / recipe.name, tmp_path / "out" / pack_name(pack.source, pack.digest)
+    beside.parent.mkdir()
+    beside.write_bytes(pack.to_bytes())
+
+    def replayed(change):
+        with Image.open(output) as image:
+            notes = PngImagePlugin.PngInfo()
+            notes.add_itxt(RECIPE_KEY, image.info[RECIPE_KEY])
+            image.point(change).save(output, pnginfo=notes)
+        resolved = lambda name: nullcontext((name, folder))  # noqa: E731
+        return replay(str(output), resolved=resolved, content=[str(content.parent)])
+
+    result = replayed(lambda level: level + (level == 100))
+    assert (result["same_bytes"], result["same_pixels"], result["levels_apart"]["most"]) == (False, False, 1)
+    assert 0 < result["levels_apart"]["mean"] < 0.1
+    assert "status" not in result
+    assert "'gpu': 'H200'" in caplog.text
+    assert "Another kind of device rounds otherwise" in caplog.text
+    result = replayed(lambda level: 255 - level)
+    assert result["status"] == "failed"
+    assert result["levels_apart"]["mean"] > 1
