@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Config)
 
 _PATHS = (
-    *("source", "content", "style", "dataset", "against", "output", "model", "runs", "replay"),
+    *("source", "content", "style", "dataset", "against", "output", "model", "runs", "replay", "stylized"),
     *("data.cache_dir", "train.ledger", "tile.scratch"),
 )
 _TRACKING = ("tracking.uri", "tracking_uri")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
@@ -48,6 +48,7 @@ def _refuse_no_path(path: str) -> str:
 
 
 Location = Annotated[str, AfterValidator(_refuse_no_path)]
+Name = Annotated[str, Field(min_length=1)]  # an empty one would name all images that have none
 
 
 def _refuse_no_disk(path: str) -> str:

@@ -1,13 +1,9 @@
 """Configuration of pipelines/dataset.py: what is done with a dataset version that is there, a model each."""
 
-from typing import Annotated
-
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, Location
+from adaconv.config.base import Config, Location, Name
 from adaconv.config.shard import BudgetConfig, ShardScalingConfig
-
-_Name = Annotated[str, Field(min_length=1)]  # an empty one would name all images that have none
 
 
 class AppendConfig(Config):
@@ -22,13 +18,13 @@ class AppendConfig(Config):
 class RemoveConfig(Config):
     dataset: Location
     """Dataset to remove from: ROOT or ROOT@VERSION, a folder or s3://."""
-    key: tuple[_Name, ...] = ()
+    key: tuple[Name, ...] = ()
     """Samples by key, or by the sha256 of their source."""
-    label: tuple[_Name, ...] = ()
+    label: tuple[Name, ...] = ()
     """Samples by label, those of folders below it as well."""
-    artist: tuple[_Name, ...] = ()
+    artist: tuple[Name, ...] = ()
     """Samples by artist."""
-    source_pattern: tuple[_Name, ...] = ()
+    source_pattern: tuple[Name, ...] = ()
     """Samples by source, with * and ? as in a shell: `Impressionism/claude-monet_*`."""
     why: str = ""
     """Kept in the manifest with each of them."""

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from adaconv import storage
 from adaconv.config.dataset import RemoveConfig
+from adaconv.config.trace import TraceConfig
 from adaconv.data.manifest import (
     IN_SHARDS,
     DatasetVersion,
@@ -39,7 +40,7 @@ class Criterion:
     value: str
 
 
-def criteria_of(config: RemoveConfig) -> list[Criterion]:
+def criteria_of(config: RemoveConfig | TraceConfig) -> list[Criterion]:
     fields = ("key", "label", "artist", "source_pattern")
     return [Criterion(field, value) for field in fields for value in getattr(config, field)]
 

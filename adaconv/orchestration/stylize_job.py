@@ -370,6 +370,7 @@ class _ContentStylizer(_ModelActor):
                     "content_sha256": sha256,
                     "style": self._style(style, options)["source"],
                     "style_sha256": self._style(style, options)["sha256"],
+                    "model_digest": self._style(style, options)["model_digest"],
                     "options": json.dumps(options, sort_keys=True),
                     "width": one.width if one else 0,
                     "height": one.height if one else 0,

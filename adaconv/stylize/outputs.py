@@ -57,6 +57,7 @@ INDEX = pa.schema(
         ("content_sha256", pa.string()),
         ("style", pa.string()),
         ("style_sha256", pa.string()),
+        ("model_digest", pa.string()),
         ("options", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),

@@ -39,7 +39,7 @@ _ROOMS = {
     *("__init__.py", "py.typed", "allocator.py", "checkpoint.py", "errors.py", "images.py", "scratch.py", "storage.py"),
     *("model", "stylize"),
 }
-_DIGEST_TAG, _CHECKPOINT_TAG, _ROLES_TAG = "adaconv.digest", "adaconv.checkpoint", "adaconv.roles"
+DIGEST_TAG, _CHECKPOINT_TAG, _ROLES_TAG = "adaconv.digest", "adaconv.checkpoint", "adaconv.roles"
 _SHOWN_METRICS = ("train/", "probe/")
 _EXAMPLE_SIDE, _GRID_SIDE, _LONGEST_DESCRIPTION = 64, 1024, 5000
 
@@ -56,11 +56,11 @@ def log_model(client: MlflowClient, run: Run, folder: Path, *, checkpoint_uri: s
     """
     network, info = load_network(folder)
     del network
-    found = [one for one in logged_models(client, run) if one.tags.get(_DIGEST_TAG) == info.digest]
+    found = [one for one in logged_models(client, run) if one.tags.get(DIGEST_TAG) == info.digest]
     if found:
         return found[0]
     metrics = _metrics_at(client, run, info.step)
-    tags = {_DIGEST_TAG: info.digest, _CHECKPOINT_TAG: checkpoint_uri, "adaconv.step": str(info.step)}
+    tags = {DIGEST_TAG: info.digest, _CHECKPOINT_TAG: checkpoint_uri, "adaconv.step": str(info.step)}
     if roles:
         tags[_ROLES_TAG] = roles
     with scratch_folder("model") as scratch, _patient():
