@@ -63,7 +63,8 @@ class EvaluateConfig(Config):
     against: tuple[str, ...] = ()
     """Other models, named likewise, to show beside it; whoever has the alias of --promote is always there."""
     content: tuple[Location, ...] = ()
-    """Contents, not those of training: folders, zips, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
+    """Contents, not those of training: images, folders or zips of them, dataset versions (ROOT or ROOT@VERSION),
+    FILE.parquet#COLUMN."""
     style: tuple[Location, ...] = ()
     """Styles: the same."""
     output: Location | None = None

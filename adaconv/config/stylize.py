@@ -83,7 +83,7 @@ class StylizeConfig(Config):
     model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://)."""
     content: tuple[Location, ...] = ()
-    """Contents: folders, zips, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
+    """Contents: images, folders or zips of them, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
     style: tuple[Location, ...] = ()
     """Styles: the same, or style packs (FILE.safetensors, or folders of them)."""
     output: Location | None = None

@@ -1,8 +1,8 @@
 """Where contents and styles come from, and how one becomes a picture.
 
-A source is a folder or zip of images, a dataset version (ROOT or ROOT@VERSION), or a Parquet file with a column of
-images (FILE.parquet or FILE.parquet#COLUMN); styles may be style packs too (FILE.safetensors, or a folder of them).
-All may lie here or on s3://.
+A source is an image, a folder or zip of images, a dataset version (ROOT or ROOT@VERSION), or a Parquet file with a
+column of images (FILE.parquet or FILE.parquet#COLUMN); styles may be style packs too (FILE.safetensors, or a folder of
+them). All may lie here or on s3://.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from adaconv import storage
 from adaconv.data.manifest import open_version
 from adaconv.data.sources import Found, Member, iter_images, read_found
 from adaconv.errors import UsageError
-from adaconv.images import RGB_MODES, ImageError, as_seen, open_header, require_sound_jpeg
+from adaconv.images import EXTENSIONS, RGB_MODES, ImageError, as_seen, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata
 
 _NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
@@ -182,6 +182,9 @@ def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
         yield Item("pack", storage.name_of(uri), uri)
     elif _is_version(source):
         yield from _samples(source)
+    elif _is_image(source):
+        uri = storage.absolute(source)
+        yield Item("file", storage.name_of(uri), uri, (storage.size_of(uri), 0))
     else:
         root = storage.absolute(source)
         found = [e for e in storage.walk(root) if e.path.endswith(".safetensors")] if packs else []
@@ -202,6 +205,11 @@ def _is_version(source: str) -> bool:
         return True
     root = storage.absolute(source)
     return storage.exists(storage.join(root, "LATEST")) and storage.is_directory(storage.join(root, "versions"))
+
+
+def _is_image(source: str) -> bool:
+    uri = storage.absolute(source)
+    return PurePath(source).suffix.lower() in EXTENSIONS and storage.exists(uri) and not storage.is_directory(uri)
 
 
 def _samples(source: str) -> Iterator[Item]:

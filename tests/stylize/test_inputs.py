@@ -56,6 +56,20 @@ def test_folders_and_zips(tmp_path):
         assert local_file(again(other), tmp_path / "scratch").read_bytes() == read_item(one)
 
 
+def test_single_images(tmp_path):
+    for name in ("a.PNG", "b.jpg"):
+        Image.new("RGB", (20, 16)).save(tmp_path / name)
+    (tmp_path / "album.jpg").mkdir()
+    Image.new("RGB", (20, 16)).save(tmp_path / "album.jpg" / "c.png")
+    found = list_items([str(tmp_path / name) for name in ("b.jpg", "a.PNG", "album.jpg")], flag="--content")
+    assert [item.source for item in found] == ["b.jpg", "a.PNG", "c.png"]
+    for item in found:
+        assert read_item(item) == Path(item.uri).read_bytes()
+        assert item.place == (Path(item.uri).stat().st_size, 0)
+    with pytest.raises(UsageError, match=r"nothing.jpg: expected a folder of images, found nothing there"):
+        list_items([str(tmp_path / "nothing.jpg")], flag="--content")
+
+
 def test_a_dataset_version(photos, tmp_path):
     version = build_version(photos, str(tmp_path / "data"))
     for spec in ("data", f"data@{version.version}"):
