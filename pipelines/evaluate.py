@@ -35,7 +35,7 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.errors import TrackingError, UsageError
     from adaconv.scratch import scratch_folder
-    from adaconv.tracking.registry import named_by, note_evaluation, promote, resolved_model, source_of
+    from adaconv.tracking.registry import named_by, note_evaluation, promote, resolved_model, source_of, trained_on
     from adaconv.tracking.runs import default_uri
 
     log.info("%s", plan(config))  # a mistake is answered before a model is fetched
@@ -56,10 +56,12 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
         uris = [model, *([holder] if holder else []), *others]
         models = dict(held.enter_context(resolved_model(uri, tracking_uri=tracking_uri)) for uri in uris)
         model = next(iter(models))
+        seen = _seen_in_training(config, trained_on(model, tracking_uri=tracking_uri))
         from adaconv.evaluation.job import run_evaluation
 
         scratch = held.enter_context(scratch_folder("evaluation"))
         result = run_evaluation(config, models, output=storage.absolute(config.output), scratch=scratch, holder=holder)
+        result |= {"seen_in_training": seen} if seen else {}
         if "holder" in result:
             model = result["holder"]
         elif config.promote and result["status"] == "done":
@@ -69,13 +71,44 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
             )
             model = f"models:/{version.name}/{version.version}"
             result |= {"promoted": version.uri, "version": version.version}
-        noted = ("protocol", "pairs", "scores", "gate", "error")
+        noted = ("protocol", "pairs", "scores", "gate", "error", "seen_in_training")
         evaluation: dict[str, Any] = {key: result[key] for key in noted if key in result}
         try:
             note_evaluation(model, evaluation, scratch / "report.html", tracking_uri=tracking_uri)
         except TrackingError as error:  # all else stands
             result |= {"status": "failed", "error": "; ".join(filter(None, (result.get("error"), str(error))))}
     return result
+
+
+def _seen_in_training(config: EvaluateConfig, datasets: dict[str, str]) -> dict[str, list[str]]:
+    """Pictures of the protocol, or near copies, that a model was trained on: its scores flatter."""
+    import numpy as np
+
+    from adaconv.data.ingest import perceptual_hash
+    from adaconv.data.manifest import open_version
+    from adaconv.data.similar import seen_in
+    from adaconv.errors import AdaConvError
+    from adaconv.evaluation.protocol import choose, open_exhibit
+
+    wanted = config.protocol.model_dump(include={"contents", "styles"})
+    seen = {}
+    for name, items in zip(("content", "style"), choose(config.content, config.style, **wanted), strict=True):
+        try:
+            version = open_version(datasets[name])
+            hashes = np.array([perceptual_hash(open_exhibit(item)[0]) for item in items], np.uint64)
+            found = seen_in(version, hashes)
+        except (KeyError, AdaConvError, OSError) as error:
+            log.info("whether the model was trained on the %s pictures is not known: %r", name, error)
+            continue
+        if found:
+            told = [f"{items[place].source} (as {source})" for place, source in sorted(found.items())]
+            log.warning(
+                "%d of %d pictures of --%s, or near copies, are among those that the model was trained on: %s; its "
+                "scores flatter",
+                *(len(found), len(items), name, ", ".join(told[:5])),
+            )
+            seen[name] = told
+    return seen
 
 
 def main(argv: Sequence[str] | None = None) -> int:

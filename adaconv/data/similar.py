@@ -13,6 +13,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from adaconv.data.manifest import DatasetVersion
+
 _PAIRS_AT_ONCE = 2**22
 
 Hashes = NDArray[np.uint64]
@@ -45,6 +47,22 @@ def similar_pairs(hashes: Hashes, *, distance: int, others: Hashes | None = None
     else:
         pairs = _pairs_between(_rows_of(hashes), _rows_of(others), distance)
     return sorted(pairs, key=lambda pair: (pair.distance, pair.first, pair.second))
+
+
+def seen_in(version: DatasetVersion, hashes: Hashes, *, distance: int = 4) -> dict[int, str]:
+    """Which of some pictures a version holds too, or nearly: their places, each to the source of the nearest there.
+
+    Args:
+        version: of the dataset.
+        hashes: of the pictures, (n,) uint64, by `ingest.perceptual_hash`.
+        distance: see `similar_pairs`.
+    """
+    table = version.samples(["phash", "source"])
+    near = similar_pairs(hashes, distance=distance, others=table["phash"].to_numpy())
+    sources: dict[int, str] = {}
+    for pair in near:  # the nearest come first
+        sources.setdefault(pair.first, table["source"][pair.second].as_py())
+    return sources
 
 
 def _rows_of(hashes: Hashes) -> Rows:

@@ -135,11 +135,19 @@ def _refuse_twins(exhibits: list[Exhibit]) -> None:
         seen[one.sha256] = one.source
 
 
-def _exhibit(item: Item, side: int) -> Exhibit:
+def open_exhibit(item: Item) -> tuple[Image.Image, str]:
+    """A picture of the protocol as it is stored, and the sha256 of its file.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = local_file(item, Path(folder))
-        picture = decode_picture(path, max_pixels=MAX_PIXELS)
-        digest = sha256_of(path)
+        return decode_picture(path, max_pixels=MAX_PIXELS), sha256_of(path)
+
+
+def _exhibit(item: Item, side: int) -> Exhibit:
+    picture, digest = open_exhibit(item)
     if min(picture.size) < side:
         log.warning("%s is enlarged: it has %dx%d pixels, the protocol %d", item.source, *picture.size, side)
     return Exhibit(item.source, digest, _centre_square(picture, side))

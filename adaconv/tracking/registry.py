@@ -17,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from adaconv import checkpoint, storage
-from adaconv.errors import CheckpointError, TrackingError, UsageError
+from adaconv.errors import AdaConvError, CheckpointError, TrackingError, UsageError
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import provenance
 from adaconv.tracking.logged_model import card_of, log_model
@@ -268,6 +268,28 @@ def source_of(model: str) -> tuple[str, str | None]:
         return model, None
     uri = find_checkpoint(model)
     return uri, checkpoint.meta_of(uri).get("tracking_uri")
+
+
+def trained_on(model: str, *, tracking_uri: str) -> dict[str, str]:
+    """What a model's run says that it was trained on: `content` and `style` to ROOT@VERSION; empty where no run tells.
+
+    Args:
+        model: as in `resolved_model`.
+        tracking_uri: where its run is looked up.
+    """
+    try:
+        client = reader_of(tracking_uri)
+        if model.startswith("models:/"):
+            run_id = _version_named(client, model, model[8:].partition("@")[0].partition("/")[0]).run_id
+        elif model.startswith("runs:/"):
+            run_id = model.split("/")[1]
+        else:
+            run_id = checkpoint.meta_of(model).get("run_id")
+        run = client.get_run(run_id) if run_id else None
+    except (MlflowException, AdaConvError, OSError):
+        return {}
+    inputs = run.inputs.dataset_inputs if run and run.inputs else []
+    return {one.dataset.name: one.dataset.source for one in inputs}
 
 
 def find_checkpoint(path: str) -> str:

@@ -133,6 +133,39 @@ def test_without_an_alias_it_says_what_each_got(registry, run, tmp_path):
     assert low < mean < high
 
 
+def test_pictures_that_it_was_trained_on_are_told(content_version, paintings, run, tmp_path, caplog):
+    """Known by what they look like: they were stored at another size. The styles' dataset is not there any more."""
+    caplog.set_level("INFO")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    datasets = {"content": (f"{content_version.root}@{content_version.version}", content_version.root_hash)}
+    tracker = open_run(
+        uri=uri,
+        experiment="test",
+        identity="run-1",
+        name="run-1",
+        params={},
+        tags={},
+        datasets=datasets | {"style": (f"{tmp_path}/gone@0123456789abcdef", "5" * 64)},
+        config_yaml="",
+        spool_directory=tmp_path / "spool",
+    )
+    _, model = save_checkpoint(tmp_path / "run-1" / "checkpoints", 11, **tracker.reference())
+    tracker.checkpoint(model, step=11)
+    assert close_run(tracker, "FINISHED")
+    code, result, said = run("--model", model, "--tracking.uri", uri)
+    assert code == 0, said
+    assert len(result["seen_in_training"]["content"]) == 3
+    assert "3 of 3 pictures of --content, or near copies, are among those that the model was trained on" in caplog.text
+    assert "whether the model was trained on the style pictures is not known" in caplog.text
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    for number, path in enumerate(sorted(paintings.iterdir())[:3]):
+        shutil.copy(path, strangers / f"{number}.jpg")
+    code, result, said = run("--model", model, "--tracking.uri", uri, "--content", strangers)
+    assert code == 0, said
+    assert "seen_in_training" not in result
+
+
 def test_what_cannot_be_noted_is_told_and_stands(registry, run, monkeypatch):
     uri, (first, _) = registry
 
