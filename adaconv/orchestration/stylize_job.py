@@ -4,6 +4,7 @@ No picture passes through the driver, but for the gallery's thumbnails. An outpu
 a job that was broken off, or an actor that died, makes again at most what was in flight.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -432,7 +433,7 @@ class _ContentStylizer(_ModelActor):
 
 def _close_books(config: StylizeConfig, model: str, books: Books, shown: list[Row], packs: list[Row]) -> dict[str, Any]:
     assert config.output is not None
-    _sweep(storage.join(config.output, "images"))
+    _sweep(config.output)
     index = publish_index(config.output, books.rows())
     gallery = storage.join(config.output, "gallery.html")
     storage.publish_bytes(gallery, _gallery(config, model, books, shown, packs).encode())
@@ -459,14 +460,14 @@ def _close_books(config: StylizeConfig, model: str, books: Books, shown: list[Ro
     return result
 
 
-def _sweep(images: str) -> None:
-    """Remove what killed workers were writing aside; what is young may be another job's. An object store has none."""
-    if not storage.is_local(images):
+def _sweep(output: str) -> None:
+    """Remove what killed processes were writing aside; what is young may be another job's. An object store has none."""
+    if not storage.is_local(output):
         return
-    for entry in storage.walk(images, hidden=True):
-        aside = storage.name_of(entry.path).startswith(".") and ".tmp-" in entry.path
-        if aside and time.time() - entry.changed > _LEFT_BEHIND_SECONDS:
-            storage.remove(entry.uri)
+    for aside in (path for folder in (".", "images/*", "styles") for path in Path(output).glob(f"{folder}/.*.tmp-*")):
+        with contextlib.suppress(FileNotFoundError):  # another job has cleaned up, or published it
+            if time.time() - aside.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+                aside.unlink()
 
 
 def _gallery(config: StylizeConfig, model: str, books: Books, shown: list[Row], packs: list[Row]) -> str:

@@ -409,6 +409,20 @@ def test_who_counts_the_deaths_may_die(cluster, model, contents, styles, tmp_pat
 
 
 @pytest.mark.slow
+def test_what_killed_processes_were_writing_is_removed_when_it_is_old(tmp_path):
+    old = [".written.tmp-0123abcd", "styles/.a.safetensors.tmp-01", "images/monet/.cat-01.png.tmp-ab"]
+    young = "images/monet/.cat-02.png.tmp-cd"
+    kept = ["index.parquet", "images/monet/cat-01.png", ".git/.a.tmp-01", young]
+    for name in (*old, *kept):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if name != young:
+            os.utime(path, (0, 0))
+    stylize_job._sweep(str(tmp_path))
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+
+
 def test_a_killed_worker_and_a_killed_driver_leave_every_pair_once(cluster, model, contents, styles, grid, tmp_path):
     kill_often(cluster, model, contents, styles, grid, tmp_path / "killed", pairs=12, rounds=1, workers=1)
 
