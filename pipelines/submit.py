@@ -2,7 +2,8 @@
 
     python pipelines/submit.py --address http://127.0.0.1:8265 -- python pipelines/train.py --config ...
 
-The working directory is measured before it is sent, and a stopped job gets the time to write a checkpoint.
+The working directory is measured before it is sent, its commit and what differs from it go along, and a stopped job
+gets the time to write a checkpoint.
 Relative paths mean nothing on the cluster: give absolute ones or s3://.
 """
 
@@ -11,7 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from adaconv.config.submit import SubmitConfig
 from adaconv.errors import JobError, UsageError
 
 
-def command(config: SubmitConfig, entrypoint: Sequence[str]) -> list[str]:
-    """The `ray job submit` that does it."""
+def command(config: SubmitConfig, entrypoint: Sequence[str], *, variables: Mapping[str, str]) -> list[str]:
+    """The `ray job submit` that does it, with more variables for the job's environment."""
     if not entrypoint:
         raise UsageError("expected the job's command after --, as in: -- python pipelines/train.py --config FILE ...")
     try:
@@ -31,7 +32,7 @@ def command(config: SubmitConfig, entrypoint: Sequence[str]) -> list[str]:
     except ValueError as error:
         raise UsageError(f"the job's command: {error}") from None
     cli.require_directory(config.working_dir, "--working-dir")
-    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_wait_seconds)}}
+    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_wait_seconds), **variables}}
     return [
         *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", config.working_dir),
         *("--runtime-env-json", json.dumps(environment)),
@@ -46,13 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = given.index("--") if "--" in given else len(given)
     entrypoint = given[cut + 1 :]
 
+    def variables(config: SubmitConfig) -> dict[str, str]:
+        from adaconv.tracking import provenance
+
+        return provenance.variables(Path(config.working_dir) / "adaconv")
+
     def plan(config: SubmitConfig) -> str:
-        return shlex.join(command(config, entrypoint))
+        short = {name: value for name, value in variables(config).items() if len(value) < 100}  # not the difference
+        return shlex.join(command(config, entrypoint, variables=short))
 
     def execute(config: SubmitConfig) -> dict[str, Any]:
         from adaconv.orchestration.submission import refuse_too_large
 
-        line = command(config, entrypoint)
+        line = command(config, entrypoint, variables=variables(config))
         sent = refuse_too_large(Path(config.working_dir))
         done = subprocess.run(line, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}, check=False)
         if done.returncode:

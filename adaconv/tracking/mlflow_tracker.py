@@ -90,7 +90,7 @@ def open_run(
     Raises:
         TrackingError: the server answers and refuses: credentials, a deleted run or experiment, no MLflow at all.
     """
-    code = Path(__file__).parent
+    code = Path(__file__).parents[1]  # the package
     flat = flatten(params)
     description = RunDescription(
         experiment=experiment,

@@ -51,7 +51,7 @@ def render(
     sections = {
         "": f"Step {info.step} of run `{run.info.run_name}` ({run.info.run_id}).\n"
         f"Weights `{info.digest}`.\nCheckpoint `{checkpoint_uri}`.\n"
-        f"Code `{tags.get('git.commit', 'outside a checkout')}`"
+        f"Code `{tags.get('git.commit', 'of an unknown commit')}`"
         + (" with changes.\n" if tags.get("git.dirty") == "True" else ".\n"),
         "Samples": f"Styles in the top row, contents on the left.\n\n![sample grid]({grid})\n" if grid else "",
         "Data": _table(("dataset", "version", "root hash"), data),

@@ -19,6 +19,7 @@ WHEELS = os.environ.get("PIP_FIND_LINKS", "")
 CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"  # where Debian's package of that name keeps them
 BASE = "localhost/adaconv-test-base"
 STORAGE = ("--storage-driver", "vfs")
+COMMIT = "0123456789" * 4
 SECRET = f"planted-{secrets.token_hex(8)}"
 
 pytestmark = [
@@ -91,7 +92,8 @@ def build(base, context, file, tag):
     wheels = ("--volume", f"{WHEELS}:/wheels:ro", "--build-arg", "FIND_LINKS=/wheels") if WHEELS else ()
     buildah(
         *("bud", "--isolation", "chroot", "--network", "host", "--pull=never", "--build-arg", f"BASE={base}"),
-        *(*wheels, "--build-arg", "TORCH_BACKEND=", "--file", context / file, "--tag", tag, context),
+        *(*wheels, "--build-arg", "TORCH_BACKEND=", "--build-arg", f"GIT_COMMIT={COMMIT}-dirty"),
+        *("--file", context / file, "--tag", tag, context),
     )
     return tag
 
@@ -134,6 +136,10 @@ def test_a_node_runs_without_rights_and_with_the_pins(image):
         pins = dict(line.split("==") for line in (REPO / "constraints.txt").read_text().split())
         ray, torch = run(name, "python", "-c", code).stdout.split()[-2:]
         assert (ray, torch.partition("+")[0]) == (pins["ray"], pins["torch"])
+        code = "from adaconv.tracking import provenance; from pathlib import Path; import adaconv; "
+        code += "print(provenance.git_tags(Path(adaconv.__file__).parent))"
+        told = {"git.commit": COMMIT, "git.dirty": "True", "mlflow.source.git.commit": COMMIT}
+        assert run(name, "python", "-c", code).stdout.splitlines()[-1] == str(told)
         run(name, "python", "pipelines/train.py", "--help")
         run(name, "python", "pipelines/shard.py", "--config", "conf/shard/coco.yaml", "--help")
         run(name, *config["Cmd"])  # the doctor, which ends with 1 where something is wrong

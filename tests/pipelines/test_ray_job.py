@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import secrets
 import shutil
 import socket
@@ -15,6 +17,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
+
+from adaconv.tracking import provenance
 
 REPO = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -99,8 +104,9 @@ def shards(cluster, photos, tmp_path_factory):
     return root, done.stdout
 
 
-def submit(cluster, *entrypoint, environment=None):
-    command = [RAY, "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *map(str, entrypoint)]
+def submit(cluster, *entrypoint, environment=None, flags=()):
+    command = [RAY, "job", "submit", "--address", cluster.address, "--working-dir", ".", *flags]
+    command += ["--", *map(str, entrypoint)]
     return subprocess.run(
         command,
         cwd=REPO,
@@ -121,16 +127,20 @@ def test_a_shard_job_runs_on_the_cluster(shards):
 
 def test_a_training_and_a_stylization_run_as_jobs(cluster, shards, photos, paintings, tmp_path):
     root, _ = shards
-    tracking = ("--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    database, commit = f"sqlite:///{tmp_path / 'mlflow.db'}", "0123456789" * 4
+    tracking = ("--tracking.uri", database)
     done = submit(
         cluster,
         *("python", "pipelines/train.py", "--config", "conf/train/smoke.yaml", *tracking),
         *("--content", root, "--style", root, "--output", tmp_path / "runs"),
         *("--train.steps", 4, "--scaling.num-workers", 2),
+        flags=("--runtime-env-json", json.dumps({"env_vars": {"ADACONV_GIT_COMMIT": commit}})),
     )
     assert done.returncode == 0, done.stdout[-3000:]
     result = json.loads((tmp_path / "runs" / "result.json").read_text())
     assert (result["step"], result["finished"]) == (4, True)
+    tags = MlflowClient(database).get_run(result["run_id"]).data.tags
+    assert (tags["git.commit"], tags["git.dirty"]) == (commit, "False")
     done = submit(
         cluster,
         *("python", "pipelines/stylize.py", "--config", "conf/stylize/smoke.yaml", "--model", result["checkpoint"]),
@@ -157,19 +167,51 @@ def test_a_request_without_the_token_is_refused(cluster):
     assert submit(cluster, "python", "-c", "print()", environment=stranger).returncode != 0
 
 
-def test_our_submit_checks_the_size_first_and_takes_over_the_exit_code(cluster, tmp_path):
-    def ours(*arguments, folder=REPO):
-        command = [sys.executable, str(REPO / "pipelines" / "submit.py"), "--address", cluster.address]
-        command += ["--working-dir", str(folder), "--", *arguments]
-        return subprocess.run(
-            command, cwd=REPO, env=cluster.environment, capture_output=True, text=True, check=False, timeout=200
-        )
+def ours(cluster, *arguments, folder=REPO):
+    command = [sys.executable, str(REPO / "pipelines" / "submit.py"), "--address", cluster.address]
+    command += ["--working-dir", str(folder), "--", *arguments]
+    return subprocess.run(
+        command, cwd=REPO, env=cluster.environment, capture_output=True, text=True, check=False, timeout=200
+    )
 
-    done = ours("python", "pipelines/shard.py", "--source", "/nothing/here", "--output", str(tmp_path))
+
+WHICH_CODE = """
+import json, ray
+from pathlib import Path
+from adaconv.tracking import provenance
+ray.init()  # workers of the job have the variables as well, in their command lines too
+folder = Path(provenance.__file__).parents[1]
+ray.get(ray.remote(lambda: 0).remote())
+print("found", json.dumps([str(folder), provenance.git_tags(folder), provenance.files(folder)["git.diff"]]))
+"""
+
+
+def test_a_job_that_we_submit_knows_its_commit_and_what_differs(cluster, tmp_path):
+    """The largest difference that travels, as it hardly can be compressed."""
+    shutil.copytree(REPO / "adaconv", tmp_path / "adaconv", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "which_code.py").write_text(WHICH_CODE)
+    settings = ("-c", "user.name=ann", "-c", "user.email=ann@example.org")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "first")):
+        subprocess.run(["git", *settings, *command], cwd=tmp_path, check=True)
+    with (tmp_path / "which_code.py").open("a") as code:
+        code.write(f"# {random.Random(1).randbytes(40_000).hex()}\n")
+    there = tmp_path / "adaconv"
+    assert 50_000 < len(provenance.variables(there)["ADACONV_GIT_DIFF"]) < 64_000
+    done = ours(cluster, "python", "which_code.py", folder=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder, tags, diff = json.loads(re.search("found (.*)", done.stdout)[1])
+    assert not Path(folder).is_relative_to(tmp_path)
+    assert tags == provenance.git_tags(there)
+    assert tags["git.dirty"] == "True"
+    assert diff == provenance.files(there)["git.diff"]
+
+
+def test_our_submit_checks_the_size_first_and_takes_over_the_exit_code(cluster, tmp_path):
+    done = ours(cluster, "python", "pipelines/shard.py", "--source", "/nothing/here", "--output", str(tmp_path))
     assert done.returncode == 1
     assert "--source /nothing/here: expected a folder of images, found nothing there" in done.stdout + done.stderr
     assert "the job ended with exit code 1; its log is above" in done.stderr
     (tmp_path / "large.bin").write_bytes(bytes(101 * 2**20))
-    refused = ours("python", "x.py", folder=tmp_path)
+    refused = ours(cluster, "python", "x.py", folder=tmp_path)
     assert refused.returncode == 2
     assert "has 101 MiB that git does not ignore; Ray takes 100 MiB. Largest: large.bin (101 MiB)" in refused.stderr

@@ -2,11 +2,18 @@
 
 import os
 import pwd
+import random
 import subprocess
 
 import pytest
 
 from adaconv.tracking import provenance
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch):
+    for name in ("ADACONV_GIT_COMMIT", "ADACONV_GIT_DIFF"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -48,6 +55,39 @@ def test_without_a_commit_nothing_is_told_of_git(tmp_path, monkeypatch, without)
         monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.git_tags(tmp_path) == {}
     assert list(provenance.files(tmp_path)) == ["environment.txt"]
+
+
+def test_a_jobs_copy_knows_what_its_checkout_knew(checkout, tmp_path_factory, monkeypatch):
+    copy = tmp_path_factory.mktemp("copy")
+    for text in ("one\n", "t\xf6\n" * 100_000):
+        (checkout / "a.py").write_text(text)
+        told = provenance.variables(checkout)
+        assert sum(map(len, told.values())) < 4000
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        assert provenance.git_tags(copy) == provenance.git_tags(checkout)
+        assert provenance.files(copy) == provenance.files(checkout)
+    assert provenance.git_tags(copy)["git.dirty"] == "True"
+    assert provenance.variables(copy) == told  # from a job to one that it submits
+
+
+def test_a_difference_that_no_variable_holds_stays_behind_and_is_told(checkout, caplog):
+    (checkout / "a.py").write_text(random.Random(1).randbytes(60_000).hex())
+    assert list(provenance.variables(checkout)) == ["ADACONV_GIT_COMMIT"]
+    assert "too much to travel with the job" in caplog.text
+
+
+def test_a_checkout_and_an_image_are_believed_before_the_environment(checkout, tmp_path_factory, monkeypatch):
+    """Variables of a cluster's nodes must not speak for code that somebody brought to them, nor the other way."""
+    monkeypatch.setenv("ADACONV_GIT_COMMIT", "f" * 40)
+    assert provenance.git_tags(checkout)["git.commit"] != "f" * 40
+    image = tmp_path_factory.mktemp("image")
+    (image / "COMMIT").write_text("a" * 40 + "-dirty\n")
+    assert provenance.git_tags(image) == {
+        "git.commit": "a" * 40,
+        "git.dirty": "True",
+        "mlflow.source.git.commit": "a" * 40,
+    }
 
 
 def test_every_package_is_listed_once_in_order(tmp_path):
