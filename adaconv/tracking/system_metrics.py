@@ -3,7 +3,7 @@
 MLflow's thread would write to the server by itself: lost in an outage, and with steps that begin anew at each restart.
 """
 
-import contextlib
+import logging
 import threading
 from collections.abc import Callable
 
@@ -12,6 +12,8 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+log = logging.getLogger(__name__)
 
 
 class SystemMetrics:
@@ -29,8 +31,13 @@ class SystemMetrics:
 
     def _run(self) -> None:
         monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
+        try:
             monitors.append(GPUMonitor())
+        except (ImportError, RuntimeError) as error:  # no nvidia-ml-py, or no driver: the way of machines without a GPU
+            import torch  # not above: who reads runs imports this module too, and can do without
+
+            if torch.cuda.is_available():
+                log.warning("tracking: there is a GPU, but no metrics of it: %s", error)
         while not self._stop.wait(self._interval_seconds):
             values: dict[str, float] = {}
             for monitor in monitors:
