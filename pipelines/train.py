@@ -4,6 +4,10 @@
 
 The same command again takes up a run that was broken off, from its newest checkpoint, exactly. SIGTERM and Ctrl-C ask
 for one before the end; a second Ctrl-C ends the run at once.
+
+    python pipelines/train.py … --init-from models:/adaconv@champion --train.learning-rate 1e-5
+
+begins a new run with the weights of a model: on other data, or with another learning rate or loss.
 """
 
 import hashlib
@@ -11,13 +15,16 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaconv import cli
 from adaconv.config.load import to_yaml
 from adaconv.config.train import TrainConfig
+
+if TYPE_CHECKING:
+    from adaconv.training.start import Initial
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +38,11 @@ def plan(config: TrainConfig) -> str:
     steps, batch = config.train.steps, config.train.global_batch_size
     rows = {name: sum(s.rows for s in version.shards) for name, version in (("content", content), ("style", style))}
     epochs = ", ".join(f"{steps * batch / count:.1f} epochs over {count} {name}s" for name, count in rows.items())
+    initial = f"{_told(_initial(config).origin)}\n" if config.init_from else ""
     return (
         f"run {_run_name(config, content.root_hash, style.root_hash)}: {steps} steps x {batch} pairs on "
         f"{config.scaling.most_workers} ranks: {epochs}\n"
-        f"checkpoints every {config.checkpoint.every_steps} steps below {config.output}\n"
+        f"{initial}checkpoints every {config.checkpoint.every_steps} steps below {config.output}\n"
         + describe(config, content, style, ranks=(1, 2, 4, 8, 16, 32, 64))
     )
 
@@ -46,8 +54,10 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, open_run
     from adaconv.tracking.results import hand_over, keep_results, lacks_its_end
-    from adaconv.tracking.runs import default_uri, identity_of, local_folder
+    from adaconv.tracking.runs import identity_of, local_folder
+    from adaconv.tracking.tracker import flatten
     from adaconv.training.plan import describe
+    from adaconv.training.start import publish_initial
 
     config = _absolute(config)
     content, style = open_version(config.content), open_version(config.style)
@@ -56,20 +66,27 @@ def execute(config: TrainConfig) -> dict[str, Any]:
         name = _unused(config.output, name)
     run_folder = storage.join(config.output, name)
     beside = local_folder(config.output)
-    tracking_uri = _absolute_database(default_uri(config.tracking.uri, beside))
+    tracking_uri = _tracking_uri(config)
     result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
 
     checkpoints = storage.join(run_folder, "checkpoints")
     there = checkpoint.steps_in(checkpoints)
     done = max(there, default=0)
-    started_from = checkpoint.meta_of(there[done]).get("started_from") if there else None
+    before = checkpoint.meta_of(there[done]) if there else {}
+    origin: dict[str, Any] = {key: before[key] for key in ("started_from", "init_from") if key in before}
+    initial = None
     if _starts_from(config):
-        if there and started_from != config.resume:
+        if there and origin.get("started_from") != config.resume:
             raise UsageError(
                 f"--resume {config.resume}: expected a run that has no checkpoints yet, or started from this one; "
                 f"found {there[done]}. Give another --name or none, or leave out --resume to go on from there"
             )
-        started_from = config.resume
+        origin = {"started_from": config.resume}
+    elif config.init_from and done == 0 and checkpoint.newest(checkpoints) is None:
+        initial = _initial(config)
+        origin = {"init_from": initial.origin}
+    if "init_from" in origin:
+        log.info("%s", _told(origin["init_from"]))
     if done < config.train.steps:
         for line in describe(config, content, style, ranks=()).splitlines():
             log.info(line)
@@ -77,7 +94,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     local = Path(run_folder) if storage.is_local(run_folder) else beside / f"{name}-{identity[:8]}"
     if done >= config.train.steps:
         log.info("%s has its %d steps already; nothing to train", run_folder, done)
-        run_id = checkpoint.meta_of(there[done]).get("run_id")
+        run_id = before.get("run_id")
         result |= {"run_id": run_id, "step": done, "checkpoint": there[done], "finished": True}
         waits = hand_over(local / "spool", checkpoints=checkpoints)
         if waits or not lacks_its_end(tracking_uri, run_id, config.tracking.experiment, identity):
@@ -85,7 +102,6 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     pinned = {"content": f"{content.root}@{content.version}", "style": f"{style.root}@{style.version}"}
     config = config.model_copy(update=pinned)
     storage.publish_bytes(storage.join(run_folder, "config.yaml"), to_yaml(config).encode())
-    origin = {"started_from": started_from} if started_from else {}
     tracker = open_run(
         uri=tracking_uri,
         experiment=config.tracking.experiment,
@@ -96,7 +112,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
             "adaconv.folder": run_folder,
             "adaconv.content_hash": content.root_hash,
             "adaconv.style_hash": style.root_hash,
-            **{f"adaconv.{key}": checkpoint_uri for key, checkpoint_uri in origin.items()},
+            **flatten(origin, "adaconv."),
         },
         datasets={"content": (pinned["content"], content.root_hash), "style": (pinned["style"], style.root_hash)},
         config_yaml=to_yaml(config),
@@ -106,6 +122,9 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if not result.get("finished"):  # else only its end is missing
         meta = {**tracker.reference(), **origin}
         try:
+            if initial:
+                publish_initial(initial, config, content=content, style=style, checkpoints=checkpoints, meta=meta)
+                initial = None  # all weights, in the driver's memory
             with connect():
                 from adaconv.orchestration.train_job import run_train_job
 
@@ -137,6 +156,8 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     changed: dict[str, Any] = {name: storage.absolute(getattr(config, name)) for name in ("content", "style", "output")}
     if _starts_from(config):
         changed["resume"] = storage.absolute(config.resume)
+    if config.init_from and not config.init_from.startswith(("models:/", "runs:/")):
+        changed["init_from"] = storage.absolute(config.init_from)
     if Path(config.encoder.weights).is_file():  # not ~/…, which each rank expands: it is part of what the run is
         changed["encoder"] = config.encoder.model_copy(update={"weights": storage.absolute(config.encoder.weights)})
     if config.data.cache_dir is not None:
@@ -146,11 +167,28 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=changed)
 
 
-def _absolute_database(uri: str) -> str:
+def _tracking_uri(config: TrainConfig) -> str:
+    """With an absolute path, where it is a database's."""
     from adaconv import storage
+    from adaconv.tracking.runs import default_uri, local_folder
 
-    scheme = "sqlite:///"
+    uri, scheme = default_uri(config.tracking.uri, local_folder(config.output)), "sqlite:///"
     return scheme + storage.absolute(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
+
+
+def _initial(config: TrainConfig) -> "Initial":
+    """The model that `init_from` names now."""
+    from adaconv.tracking.registry import resolved_model, run_of, source_of
+    from adaconv.training.start import load_initial
+
+    assert config.init_from is not None
+    where = _tracking_uri(config)
+    with resolved_model(source_of(config.init_from)[0], tracking_uri=where) as (uri, folder):
+        return load_initial(config, folder, uri=uri, run_id=run_of(uri, tracking_uri=where))
+
+
+def _told(origin: Mapping[str, Any]) -> str:
+    return "weights of step 0: " + ", ".join(f"{key} {value}" for key, value in origin.items())
 
 
 def _starts_from(config: TrainConfig) -> bool:

@@ -211,6 +211,11 @@ class TrainConfig(Config):
     resume: str = "auto"
     """`auto` takes up the run of the same name where it stopped; `none` starts afresh under a new name; or a checkpoint
     folder that another run, of a name of its own, starts from."""
+    init_from: Location | None = None
+    """Model whose weights a new run begins with, at step 0 and with a fresh optimizer: a checkpoint folder (local or
+    s3://); a folder of runs or of one run, whose newest checkpoint is taken; models:/NAME@ALIAS, models:/NAME/VERSION
+    or runs:/ID/NAME. It is looked up once, when the run begins; later starts go on from the run's own checkpoints. Its
+    network must be the configured one, and its encoder comes along."""
     encoder: EncoderConfig = EncoderConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -244,4 +249,6 @@ class TrainConfig(Config):
             values["train"].pop(name)
         if self.train.schedule in ("inverse_time", "constant"):
             values["train"].pop("steps")  # these schedules do not look at the end, so a run may be made longer
+        if self.init_from is not None:  # runs without it keep the names that they had before there was such a thing
+            values["init_from"] = self.init_from
         return values

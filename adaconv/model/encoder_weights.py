@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -242,6 +243,35 @@ def normalise_encoder(encoder: VGGEncoder, images: Iterable[Tensor]) -> None:
         conv.weight.div_(scale.view(-1, 1, 1, 1))
         conv.bias.div_(scale)
         before = scale
+
+
+@torch.no_grad()
+def normalisation_of(encoder: VGGEncoder, weights: VGGEncoder) -> Literal["data", "none"] | None:
+    """How an encoder was made of weights: `data`, rescaled by `normalise_encoder` over whatever images; `none`, as they
+    are; None, not of these. Both have the same widths.
+    """
+
+    def alike(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
+        """Within a thousandth: other machines seed with other roundings."""
+        return all((a - b).norm() <= 1e-3 * b.norm() for a, b in zip(found, wanted, strict=True))
+
+    if alike(encoder.parameters(), weights.parameters()):
+        return "none"
+    return "data" if alike(_without_scales(encoder), _without_scales(weights)) else None
+
+
+def _without_scales(encoder: VGGEncoder) -> list[Tensor]:
+    """Weights and bias of each layer with every output channel of norm 1: what no rescaling of channels changes."""
+    layers: list[Tensor] = []
+    before = torch.ones(3, dtype=torch.float64)
+    for conv in encoder.convs:
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        weight = conv.weight.double() * before.view(1, -1, 1, 1)
+        layer = torch.cat([weight.flatten(1), conv.bias.double()[:, None]], dim=1)
+        before = layer.norm(dim=1).clamp(min=1e-12)
+        layers.append(layer / before[:, None])
+    return layers
 
 
 def fingerprint(encoder: VGGEncoder) -> str:

@@ -9,6 +9,8 @@ from adaconv.checkpoint import ModelInfo
 
 _SHOWN_PARAMS = ("model.", "loss.", "encoder.", "data.resize", "data.crop", "train.")
 
+_INITIAL = "Began with the weights of `{uri}` (step {step}, `{digest}`)."
+
 _LIMITS = """\
 - Made for photographs as contents and paintings as styles; what else it is given is beyond what it saw.
 - It sees pictures at the size of its crops ({crop} px) in training; much larger ones show finer, weaker strokes.
@@ -48,11 +50,14 @@ def render(
     settings = {name: params[name] for name in sorted(params) if name.startswith(_SHOWN_PARAMS)}
     weights = params.get("encoder.weights", "of an unknown source")
     seeded = " Random features: for tests and offline runs, not for quality." if weights.startswith("seeded:") else ""
+    prefix = "adaconv.init_from."
+    initial = {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
     sections = {
         "": f"Step {info.step} of run `{run.info.run_name}` ({run.info.run_id}).\n"
         f"Weights `{info.digest}`.\nCheckpoint `{checkpoint_uri}`.\n"
         f"Code `{tags.get('git.commit', 'of an unknown commit')}`"
-        + (" with changes.\n" if tags.get("git.dirty") == "True" else ".\n"),
+        + (" with changes.\n" if tags.get("git.dirty") == "True" else ".\n")
+        + (f"{_INITIAL.format_map(initial)}\n" if initial else ""),
         "Samples": f"Styles in the top row, contents on the left.\n\n![sample grid]({grid})\n" if grid else "",
         "Data": _table(("dataset", "version", "root hash"), data),
         "Metrics": _table(("metric", "value"), [f"| {k} | {v:.6g} |" for k, v in sorted(metrics.items())]),

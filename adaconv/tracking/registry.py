@@ -21,7 +21,7 @@ from adaconv.errors import AdaConvError, CheckpointError, TrackingError, UsageEr
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import provenance
 from adaconv.tracking.logged_model import card_of, log_model
-from adaconv.tracking.runs import every, find_run, iso, reader_of
+from adaconv.tracking.runs import INITIAL_RUN_TAG, every, find_run, iso, reader_of
 
 log = logging.getLogger(__name__)
 
@@ -270,26 +270,39 @@ def source_of(model: str) -> tuple[str, str | None]:
     return uri, checkpoint.meta_of(uri).get("tracking_uri")
 
 
-def trained_on(model: str, *, tracking_uri: str) -> dict[str, str]:
-    """What a model's run says that it was trained on: `content` and `style` to ROOT@VERSION; empty where no run tells.
+def run_of(model: str, *, tracking_uri: str) -> str | None:
+    """Id of the run that made a model, named as `resolved_model` yields it; None where that is not known.
+
+    Raises:
+        TrackingError: the registry cannot be reached.
+    """
+    kind, _, name = model.partition(":/")
+    if kind != "models":
+        return name.partition("/")[0] if kind == "runs" else checkpoint.meta_of(model).get("run_id")
+    try:
+        return str(reader_of(tracking_uri).get_model_version(*name.split("/")).run_id)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"{model} at {tracking_uri}: {error}") from error
+
+
+def trained_on(model: str, *, tracking_uri: str) -> dict[str, list[str]]:
+    """What runs say that a model was trained on: `content` and `style` to ROOT@VERSION; empty where none tells.
+
+    Of one that began with another's weights, what that one was trained on as well.
 
     Args:
-        model: as in `resolved_model`.
+        model: as in `run_of`.
         tracking_uri: where its run is looked up.
     """
-    try:
-        client = reader_of(tracking_uri)
-        if model.startswith("models:/"):
-            run_id = _version_named(client, model, model[8:].partition("@")[0].partition("/")[0]).run_id
-        elif model.startswith("runs:/"):
-            run_id = model.split("/")[1]
-        else:
-            run_id = checkpoint.meta_of(model).get("run_id")
-        run = client.get_run(run_id) if run_id else None
-    except (MlflowException, AdaConvError, OSError):
-        return {}
-    inputs = run.inputs.dataset_inputs if run and run.inputs else []
-    return {one.dataset.name: one.dataset.source for one in inputs}
+    found: dict[str, list[str]] = {}
+    with contextlib.suppress(MlflowException, AdaConvError, OSError):
+        client, run_id = reader_of(tracking_uri), run_of(model, tracking_uri=tracking_uri)
+        while run_id:
+            run = client.get_run(run_id)
+            for one in run.inputs.dataset_inputs if run.inputs else []:
+                found.setdefault(one.dataset.name, []).append(one.dataset.source)
+            run_id = run.data.tags.get(INITIAL_RUN_TAG)
+    return found
 
 
 def find_checkpoint(path: str) -> str:

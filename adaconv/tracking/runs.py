@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 IDENTITY_TAG, NAME_TAG = "adaconv.id", "adaconv.run"
 ERROR_TAG, STATUS_TIME_TAG = "adaconv.error", "adaconv.status_time"
+INITIAL_RUN_TAG = "adaconv.init_from.run_id"  # of the run whose model's weights this one began with
 PROCESS_TAG, ALIVE_TAG = "adaconv.process", "adaconv.alive"
 _LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST, _AT_ONCE = 6000, 5000, 36, 100  # MLflow's limits, with room in tags
 _SILENT_SECONDS = 15 * 60.0  # of a run on another machine, after which it counts as dead

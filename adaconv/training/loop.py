@@ -30,6 +30,7 @@ from adaconv.progress import duration
 from adaconv.training import distributed
 from adaconv.training.probe import Look, Probe, collapse
 from adaconv.training.saving import CheckpointWriter
+from adaconv.training.start import books_of, refuse_other_run
 from adaconv.training.state import TrainState, make_state
 from adaconv.training.step import train_step
 
@@ -117,11 +118,7 @@ def train(
     control = control or NoControl()
     first_rank = distributed.rank() == 0
     began = time.perf_counter()
-    data = {
-        "content": content.root_hash,
-        "style": style.root_hash,
-        "identity": config.identity(),
-    }
+    data = books_of(config, content, style)
     state, encoder_fingerprint = _resume_or_start(config, content, style, checkpoints, device, start_from, data)
     first_step = state.step
     writer = CheckpointWriter(
@@ -275,6 +272,11 @@ def _resume_or_start(
     compression = config.scaling.gradient_compression
     # One rank's answer for all: one that is published or removed meanwhile must not divide them.
     uri = distributed.gather(checkpoint.newest(checkpoints) if distributed.rank() == 0 else None)[0] or start_from
+    if uri is None and config.init_from is not None:
+        raise CheckpointError(
+            f"{checkpoints}: expected the checkpoint of step 0 with the weights of {config.init_from}, found none that "
+            "is whole; remove what lies there, and the same command makes it anew"
+        )
     if uri is None:
         encoder = load_encoder(config.encoder.weights, widths=config.encoder.widths)
         if config.encoder.normalise == "data":
@@ -286,30 +288,13 @@ def _resume_or_start(
         state = make_state(network, config.train, device=device, gradient_compression=compression)
         return state, fingerprint(encoder)
     with checkpoint.fetched(uri) as folder:
-        _refuse_other_run(uri, checkpoint.load_data(folder), data)
+        refuse_other_run(uri, checkpoint.load_data(folder), data)
         network, info = checkpoint.load_network(folder)
         network.train()
         state = make_state(network, config.train, device=device, gradient_compression=compression)
         state.load_trainer_dict(checkpoint.load_trainer(folder))
     log.info("resumed from %s at step %d", uri, state.step)
     return state, info.encoder_fingerprint
-
-
-def _refuse_other_run(uri: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """A run goes on only as what it was: the same datasets, network, losses, order and schedule."""
-    different = [f"{name} dataset" for name in ("content", "style") if saved[name] != now[name]]
-    for section, values in now["identity"].items():
-        before = saved["identity"].get(section, {})
-        different += [
-            f"{section}.{key} ({before.get(key)!r} then, {value!r} now)"
-            for key, value in values.items()
-            if before.get(key) != value
-        ]
-    if different:
-        raise CheckpointError(
-            f"{uri} belongs to another run; different: {', '.join(different)}. Give the same settings, or "
-            "--resume none for a new run"
-        )
 
 
 def _calibration_images(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> list[Tensor]:

@@ -5,7 +5,13 @@ from torch import nn
 
 from adaconv.errors import WeightsError
 from adaconv.model.encoder import THEN, ReflectConv2d, VGGEncoder
-from adaconv.model.encoder_weights import cached_file, fingerprint, load_encoder, normalise_encoder
+from adaconv.model.encoder_weights import (
+    cached_file,
+    fingerprint,
+    load_encoder,
+    normalisation_of,
+    normalise_encoder,
+)
 
 WIDTHS = (8, 16, 24, 32)
 
@@ -158,6 +164,19 @@ def test_normalised_features_are_the_old_ones_times_a_factor_per_channel(images)
             continue
         alive = old.mean(dim=(0, 2, 3)) > 0.1 * old.mean()
         torch.testing.assert_close(new.mean(dim=(0, 2, 3))[alive], torch.ones(int(alive.sum())).double())
+
+
+def test_it_is_known_which_weights_an_encoder_was_made_of(images):
+    """Whatever it was normalised over; and not where a layer has others."""
+    seeded = [load_encoder("seeded:0", widths=WIDTHS) for _ in range(4)]
+    for encoder, part in zip(seeded[1:], (images[:1], images[1:], images), strict=True):
+        normalise_encoder(encoder, [part])
+    assert [normalisation_of(encoder, seeded[0]) for encoder in seeded] == ["none", "data", "data", "data"]
+    assert normalisation_of(seeded[1], seeded[2]) == "data"
+    assert normalisation_of(load_encoder("seeded:1", widths=WIDTHS), seeded[0]) is None
+    with torch.no_grad():
+        seeded[3].convs[-1].bias[0] += seeded[3].convs[-1].weight[0].norm()
+    assert normalisation_of(seeded[3], seeded[0]) is None
 
 
 @pytest.mark.parametrize("autocast", [False, True])

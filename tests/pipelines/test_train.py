@@ -18,6 +18,7 @@ from adaconv import checkpoint
 from adaconv.data.manifest import open_version
 from adaconv.orchestration import cluster, train_job
 from adaconv.tracking import mlflow_tracker, results
+from adaconv.tracking.registry import register
 from adaconv.training.loop import train
 from pipelines.train import main
 from tests.helpers import TINY_TRAINING
@@ -59,6 +60,10 @@ class User:
 
     def client(self):
         return MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+
+    def register(self, checkpoint_uri, alias):
+        uri = f"sqlite:///{self.folder}/runs/mlflow.db"
+        return register(str(checkpoint_uri), name="adaconv", alias=alias, reason="", tracking_uri=uri)
 
     def run(self, result):
         return self.client().get_run(result["run_id"])
@@ -148,3 +153,68 @@ def test_a_start_from_a_checkpoint_is_a_run_of_its_own(user, first, capsys):
     capsys.readouterr()
     assert user.train(*told, "--name", first["name"]) == 2
     assert "expected a run that has no checkpoints yet" in capsys.readouterr().err
+
+
+def test_a_run_begins_with_the_weights_of_a_registered_model(user, first, capsys, monkeypatch):
+    """Those that its name meant at the first start, also where nothing was trained before the second."""
+    learnt = user.register(first["checkpoint"], "champion")
+    told = ("--init-from", "models:/adaconv@champion", "--train.learning-rate", 1e-5, "--data.crop", 24)
+    model = checkpoint.meta_of(first["checkpoint"])["files"]["model.safetensors"]["sha256"]
+    origin = f"uri {learnt.uri.replace('@champion', '/1')}, step {STEPS}, digest {model}, run_id {first['run_id']}"
+    assert user.train(*told, "--dry-run") == 0
+    assert f"weights of step 0: {origin}\n" in capsys.readouterr().out
+    with monkeypatch.context() as lost:
+        lost.setattr(train_job, "run_train_job", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            user.train(*told)
+    earlier = Path(first["checkpoint"]).with_name(checkpoint.name_of(2))
+    user.register(earlier, "champion")
+    assert user.train(*told) == 0
+    second = user.result()
+    assert second["name"] != first["name"]
+    there = checkpoint.steps_in(f"{second['run']}/checkpoints")
+    assert list(there) == [0, 2, STEPS]
+    assert checkpoint.meta_of(there[0])["files"]["model.safetensors"]["sha256"] == model
+    assert checkpoint.meta_of(there[STEPS])["init_from"] == {
+        "uri": "models:/adaconv/1",
+        "step": STEPS,
+        "digest": model,
+        "run_id": first["run_id"],
+    }
+    data = user.run(second).data
+    assert data.params["init_from"] == "models:/adaconv@champion"
+    assert (data.tags["adaconv.init_from.uri"], data.tags["adaconv.init_from.digest"]) == ("models:/adaconv/1", model)
+    version = user.register(there[STEPS], "tuned")
+    card = user.client().get_model_version("adaconv", version.version).description
+    assert f"Began with the weights of `models:/adaconv/1` (step {STEPS}, `{model}`)." in card
+    trained = user.trained
+    capsys.readouterr()
+    assert user.train(*told) == 0
+    assert (user.trained, user.result()["name"]) == (trained, second["name"])
+
+
+def test_another_beginning_is_another_run(user, first):
+    """The newest checkpoint of a run's folder, and one of its checkpoints, by relative paths."""
+    names = {first["name"]}
+    for model, step in ((f"runs/{first['name']}", STEPS), (f"runs/{first['name']}/checkpoints/step-00000002", 2)):
+        assert user.train("--init-from", model) == 0
+        origin = checkpoint.meta_of(user.result()["checkpoint"])["init_from"]
+        assert origin["uri"] == f"{first['run']}/checkpoints/{checkpoint.name_of(step)}"
+        assert (origin["step"], origin["run_id"]) == (step, first["run_id"])
+        names.add(user.result()["name"])
+    assert len(names) == 3
+
+
+def test_a_beginning_that_cannot_be_leaves_nothing(user, first, capsys):
+    before = sorted((user.folder / "runs").iterdir())
+    for told, words, code in (
+        (("models:/adaconv@nobody",), "models:/adaconv@nobody at sqlite", 1),
+        (("models:/adaconv",), "expected models:/adaconv@ALIAS or models:/adaconv/VERSION", 2),
+        (("nowhere",), "expected a checkpoint, a run or a folder of runs at", 1),
+        (("runs", "--model.descriptor-channels", 16), "model.descriptor_channels (expected 16, found 8)", 2),
+    ):
+        for more in ((), ("--dry-run",)):
+            capsys.readouterr()
+            assert user.train("--init-from", *told, *more) == code
+            assert words in capsys.readouterr().err
+    assert sorted((user.folder / "runs").iterdir()) == before

@@ -3,62 +3,20 @@
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
 
 from adaconv import checkpoint
-from adaconv.config.train import TrainConfig
 from adaconv.data.manifest import open_version
 from adaconv.errors import CheckpointError, NonFiniteError
-from adaconv.tracking.tracker import NullTracker, RecordingTracker
-from adaconv.training.loop import NoControl, train
+from adaconv.tracking.tracker import RecordingTracker
+from adaconv.training.loop import NoControl
 from adaconv.training.probe import Probe, collapse
-
-
-def config_of(content, style, **changes) -> TrainConfig:
-    values = {
-        "content": content.root,
-        "style": style.root,
-        "output": "unused",
-        "encoder": {"weights": "seeded:0", "widths": [4, 8, 8, 16]},
-        "model": {"descriptor_channels": 8, "groups": [16, 4, 2, 1]},
-        "loss": {"identity_weight": 10.0, "tv_weight": 0.1},
-        "data": {"resize": 40, "crop": 32, "loader_workers": 0},
-        "train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-3, "log_every_steps": 1},
-        "checkpoint": {"every_steps": 2, "keep_last": 2},
-        "tracking": {"samples_every_steps": 2, "sample_contents": 2, "sample_styles": 2},
-    }
-    for path, value in changes.items():
-        section, name = path.split("__")
-        values[section] = {**values[section], name: value}
-    return TrainConfig.model_validate(values)
-
-
-def run(content, style, folder, *, control=None, tracker=None, start_from=None, **changes):
-    return train(
-        config_of(content, style, **changes),
-        content=content,
-        style=style,
-        checkpoints=str(folder),
-        device=torch.device("cpu"),
-        tracker=tracker or NullTracker(),
-        control=control,
-        start_from=start_from,
-    )
-
-
-def weights(folder, step):
-    return load_file(Path(folder) / checkpoint.name_of(step) / "model.safetensors")
-
-
-def same_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from tests.training.runs import config_of, run, same_weights, weights
 
 
 @pytest.fixture(scope="module")
