@@ -80,7 +80,7 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _seen_in_training(config: EvaluateConfig, datasets: dict[str, str]) -> dict[str, list[str]]:
+def _seen_in_training(config: EvaluateConfig, datasets: dict[str, list[str]]) -> dict[str, list[str]]:
     """Pictures of the protocol, or near copies, that a model was trained on: its scores flatter."""
     import numpy as np
 
@@ -94,9 +94,9 @@ def _seen_in_training(config: EvaluateConfig, datasets: dict[str, str]) -> dict[
     seen = {}
     for name, items in zip(("content", "style"), choose(config.content, config.style, **wanted), strict=True):
         try:
-            version = open_version(datasets[name])
+            versions = [open_version(spec) for spec in datasets[name]]
             hashes = np.array([perceptual_hash(open_exhibit(item)[0]) for item in items], np.uint64)
-            found = seen_in(version, hashes)
+            found = {place: source for version in versions for place, source in seen_in(version, hashes).items()}
         except (KeyError, AdaConvError, OSError) as error:
             log.info("whether the model was trained on the %s pictures is not known: %r", name, error)
             continue

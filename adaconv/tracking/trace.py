@@ -1,4 +1,4 @@
-"""Which runs were trained on a version of a dataset, and which models came of them."""
+"""Which runs were trained on a version of a dataset, themselves or through a model, and which models came of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from mlflow.exceptions import MlflowException
 
 from adaconv.errors import TrackingError
 from adaconv.tracking.logged_model import DIGEST_TAG, logged_models
-from adaconv.tracking.runs import every, reader_of
+from adaconv.tracking.runs import INITIAL_RUN_TAG, every, reader_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TrainedRun:
 
 
 def runs_trained_on(root_hashes: Iterable[str], *, tracking_uri: str) -> list[TrainedRun]:
-    """Runs whose contents or styles were one of these versions, in any experiment.
+    """Runs whose contents or styles were one of these versions, or that began with a model of such; in any experiment.
 
     Raises:
         TrackingError: the backend cannot be reached.
@@ -31,11 +31,13 @@ def runs_trained_on(root_hashes: Iterable[str], *, tracking_uri: str) -> list[Tr
         client = reader_of(tracking_uri)
         experiments = [one.experiment_id for one in every(client.search_experiments, view_type=ViewType.ALL)]
         found: dict[str, Run] = {}
-        for root_hash in root_hashes:
-            for context in ("content", "style"):
-                wanted = f"tags.`adaconv.{context}_hash` = '{root_hash}'"
-                runs = every(client.search_runs, experiments, wanted, run_view_type=ViewType.ALL)
-                found |= {run.info.run_id: run for run in runs}
+        wanted = [(f"adaconv.{name}_hash", value) for value in root_hashes for name in ("content", "style")]
+        while wanted:
+            tag, value = wanted.pop()
+            runs = every(client.search_runs, experiments, f"tags.`{tag}` = '{value}'", run_view_type=ViewType.ALL)
+            new = {run.info.run_id: run for run in runs if run.info.run_id not in found}
+            found |= new
+            wanted += [(INITIAL_RUN_TAG, run_id) for run_id in new]
         told = []
         for run_id, run in found.items():
             models: dict[str, list[str]] = {}

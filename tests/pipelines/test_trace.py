@@ -14,13 +14,16 @@ from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.stylizer import Stylizer
 from adaconv.tracking.mlflow_tracker import close_run, open_run
 from adaconv.tracking.registry import register
+from adaconv.tracking.runs import INITIAL_RUN_TAG
 from pipelines import trace
 from tests.helpers import build_version, save_checkpoint
 
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory):
-    """Version 1 has cubists and realists, version 2 realists; run 1 was trained on the one, run 2 on the other."""
+    """Version 1 has cubists and realists, version 2 realists alone. Run 1 was trained on the one, runs 2 and 3 on the
+    other, and run 3 began with the weights of run 1.
+    """
     root = tmp_path_factory.mktemp("history")
     generate_paintings(root / "drawn", 6, seed=0, size=300)  # larger than what is stored: their bytes change
     for number, path in enumerate(sorted((root / "drawn").iterdir())):
@@ -34,15 +37,16 @@ def history(tmp_path_factory):
     shutil.rmtree(root / "images" / "Cubism")
     versions.append(build_version(root / "images", data))
     uri = f"sqlite:///{root / 'mlflow.db'}"
-    stylizers = []
-    for number, version in enumerate(versions, start=1):
+    stylizers, first_run = [], ""
+    for number, version in enumerate([*versions, versions[1]], start=1):
         tracker = open_run(
             uri=uri,
             experiment="test",
             identity=f"run-{number}",
             name=f"run-{number}",
             params={},
-            tags={"adaconv.content_hash": "c" * 64, "adaconv.style_hash": version.root_hash},
+            tags={"adaconv.content_hash": "c" * 64, "adaconv.style_hash": version.root_hash}
+            | ({INITIAL_RUN_TAG: first_run} if number == 3 else {}),
             datasets={"style": (data, version.root_hash)},
             config_yaml="",
             spool_directory=root / f"run-{number}" / "spool",
@@ -50,7 +54,9 @@ def history(tmp_path_factory):
         _, checkpoint = save_checkpoint(root / f"run-{number}" / "checkpoints", number, **tracker.reference())
         tracker.checkpoint(checkpoint, step=number)
         assert close_run(tracker, "FINISHED")
-        register(checkpoint, name="m", alias=f"of-{number}", reason="", tracking_uri=uri)
+        first_run = first_run or tracker.run_id
+        if number < 3:
+            register(checkpoint, name="m", alias=f"of-{number}", reason="", tracking_uri=uri)
         stylizers.append(Stylizer.from_folder(checkpoint))
     return root, uri, versions, stored, stylizers
 
@@ -63,7 +69,7 @@ def stylized(history, folder):
     made, rows = {}, []
     for name, data in pictures.items():
         (root / f"{name}.jpg").write_bytes(data)
-    for model, stylizer in enumerate(stylizers, start=1):
+    for model, stylizer in enumerate(stylizers[:2], start=1):
         for content in pictures:
             for style in pictures:
                 path = root / f"{content}.jpg"
@@ -97,8 +103,8 @@ def test_everything_that_came_of_some_images_is_found_and_nothing_else(history, 
     assert result["images"] == 2
     assert [(one["version"], one["images"]) for one in result["versions"]] == [(versions[0].version, 2)]
     assert {name for one in result["versions"] for name in one["shards"]} <= {one.name for one in versions[0].shards}
-    (run,) = result["runs"]
-    assert (run["name"], run["status"]) == ("run-1", "FINISHED")
+    run, tuned = sorted(result["runs"], key=lambda run: run["name"])
+    assert (run["name"], run["status"], tuned["name"], tuned["models"]) == ("run-1", "FINISHED", "run-3", {})
     assert run["models"] == {stylizers[0].info.digest: ["models:/m/1", "models:/m@of-1"]}
     told = (tmp_path / "trace" / "outputs.txt").read_text().splitlines()
     assert sorted(told) == sorted(
@@ -123,7 +129,7 @@ def test_of_what_both_versions_hold_both_runs_are_told(history, tmp_path):
     assert trace.main([*argv, "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert {(one["version"], one["images"]) for one in result["versions"]} == {(one.version, 4) for one in versions}
-    assert {run["name"] for run in result["runs"]} == {"run-1", "run-2"}
+    assert {run["name"] for run in result["runs"]} == {"run-1", "run-2", "run-3"}
     assert result["outputs"] == {}
 
 
