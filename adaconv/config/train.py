@@ -103,8 +103,9 @@ class OptimConfig(Config):
     encoder's pass over contents, which stops at relu4_1, stays as it is on CPUs. A GPU is faster without: its kernels
     between convolutions are not used in compiled code."""
     cuda_graph: bool = True
-    """On a GPU that trains alone, record forward and backward as a CUDA graph and start it as a whole: a small batch
-    is done sooner than its kernels could be started one by one. Nothing else changes."""
+    """On GPUs, record forward and backward as a CUDA graph and start it as a whole: a small batch is done sooner than
+    its kernels could be started one by one. Several ranks then exchange gradients after the backward pass rather than
+    beside it, which over a slow network takes longer: `false` is the other way. Nothing else changes."""
     seed: int = Field(default=0, ge=0)
     """Of the weights, the sample order and the crops."""
     log_every_steps: int = Field(default=10, ge=1)

@@ -1,6 +1,6 @@
 """The few collectives that training needs; without a process group they are what one rank alone would see."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,20 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
     if dist.is_initialized():
         dist.all_reduce(stacked)
     return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def average_gradients(weights: Iterable[nn.Parameter], *, dtype: torch.dtype | None = None) -> None:
+    """Give each weight the mean of the ranks' gradients, by one collective over all of them.
+
+    Args:
+        weights: all have a gradient on every rank.
+        dtype: that the gradients travel in; None leaves them as they are.
+    """
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients]).to(dtype).div_(num_ranks())
+    dist.all_reduce(together)
+    parts = torch.split(together, [gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(one.shape) for part, one in zip(parts, gradients, strict=True)])
 
 
 def largest(value: int, device: torch.device) -> int:

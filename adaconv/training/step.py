@@ -90,7 +90,18 @@ def _accumulate_gradients(state: TrainState, batch: Batch, optim: OptimConfig, l
     pairs = len(batch.content)
     size = min(optim.micro_batch_size or pairs, pairs)
     if size == pairs and _can_record(state, optim):
-        return _recorded(state, batch, optim, loss)
+        losses = _recorded(state, batch, optim, loss)
+    else:
+        losses = _in_parts(state, batch, size, optim, loss)
+    if state.at_once:
+        dtype = torch.bfloat16 if state.gradient_compression == "bfloat16" else None
+        distributed.average_gradients(state.transfer.parameters(), dtype=dtype)
+    return losses
+
+
+def _in_parts(state: TrainState, batch: Batch, size: int, optim: OptimConfig, loss: LossConfig) -> dict[str, Tensor]:
+    """Gradients of so many pairs at a time."""
+    pairs = len(batch.content)
     totals: dict[str, Tensor] = {}
     for first in range(0, pairs, size):
         content, style = (images[first : first + size] for images in (batch.content, batch.style))
@@ -109,13 +120,13 @@ def _gradients(
     share = len(content) / optim.global_batch_size
     content, style = (_to_device(images, device, optim.channels_last) for images in (content, style))
     losses = _losses(state, content, style, optim, loss)
-    # DDP divides the sum of the ranks' gradients by their number; shares may differ by rank.
+    # The sum of the ranks' gradients is divided by their number; shares may differ by rank.
     (losses["loss"] * share * distributed.num_ranks()).backward()  # type: ignore[no-untyped-call]
     return {name: value.detach() * share for name, value in losses.items()}
 
 
 def _can_record(state: TrainState, optim: OptimConfig) -> bool:
-    """Not with DDP, whose reduction is not part of the graph, nor of compiled code, which has its own ways."""
+    """Not with DDP, whose reduction is part of the backward pass, nor of compiled code, which has its own ways."""
     alone = state.transfer is state.network.transfer
     return optim.cuda_graph and alone and not optim.compile and next(state.transfer.parameters()).is_cuda
 
