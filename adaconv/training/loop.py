@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LINE_EVERY_SECONDS = 10.0
+_STARVING_SHARE, _STARVING_WINDOW_SECONDS, _STARVING_SILENCE_SECONDS = 0.1, 60.0, 600.0
 _CALIBRATION_BATCHES, _CALIBRATION_PAIRS = 8, 8  # whatever the batch, so that the encoder does not depend on it
 
 
@@ -142,7 +143,7 @@ def train(
     watch = _Watch(config, content, style, dataset, state, tracker, control) if first_rank else None
     if watch and first_step == 0:
         watch.look()
-    report = _Report(config, first_step)
+    report, hunger = _Report(config, first_step), _Hunger(config)
     word: Word = "go"
     with prefetching(dataset, ahead=config.data.prefetch_shards) as shards, _ledger(config) as note, _ended(writer):
         while state.step < config.train.steps and word != "stop":
@@ -155,6 +156,8 @@ def train(
             note(batch)
             result = train_step(state, batch, optim=config.train, loss=config.loss)
             report.add(result.losses, result.learning_rate, result.gradient_norm, wait_seconds)
+            if first_rank and (trouble := hunger.add(wait_seconds)):
+                control.say(f"WARNING step {state.step}: {trouble}")
 
             last = state.step == config.train.steps
             word = _WORDS[distributed.largest(_WORDS.index(control.word()), device)]
@@ -258,6 +261,37 @@ class _Watch:
             with self._state.averaged() as network:
                 self._seen = (self._state.step, self._probe.look(network, self._config.loss))
         return self._seen[1]
+
+
+class _Hunger:
+    """Looks a minute at a time whether steps wait for data. Not at the first one, in which workers start and caches
+    fill; what it says it repeats after ten minutes at the soonest.
+    """
+
+    def __init__(self, config: TrainConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._config, self._clock = config, clock
+        self._since, self._wait_seconds = clock(), 0.0
+        self._silent_until = self._since + _STARVING_WINDOW_SECONDS
+
+    def add(self, wait_seconds: float) -> str | None:
+        """After each step; the trouble, where there is something to say."""
+        self._wait_seconds += wait_seconds
+        now, began = self._clock(), self._since
+        seconds = now - began
+        if seconds < _STARVING_WINDOW_SECONDS:
+            return None
+        share, self._since, self._wait_seconds = self._wait_seconds / seconds, now, 0.0
+        if share <= _STARVING_SHARE or began < self._silent_until:
+            return None
+        self._silent_until = now + _STARVING_SILENCE_SECONDS
+        data, scaling = self._config.data, self._config.scaling
+        return (
+            f"steps waited for data for {100 * share:.0f} % of the last {seconds:.0f} s, so the loader sets the pace. "
+            f"Raise data.loader_workers (now {data.loader_workers} a rank) where cores are free, with "
+            f"scaling.cpus_per_worker (now {scaling.cpus_per_worker:g}) to keep them so; make shards of a smaller "
+            f"--shard.short-side; read shards on s3:// from a nearer store, or keep them all: data.cache_gb (now "
+            f"{data.cache_gb:g})"
+        )
 
 
 def _resume_or_start(

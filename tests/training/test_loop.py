@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from typing import ClassVar
+import time
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from adaconv import checkpoint
+from adaconv.data.loader import PairDataset
 from adaconv.data.manifest import open_version
 from adaconv.errors import CheckpointError, NonFiniteError
 from adaconv.tracking.tracker import RecordingTracker
+from adaconv.training import loop
 from adaconv.training.loop import NoControl
 from adaconv.training.probe import Probe, collapse
 from tests.training.runs import config_of, run, same_weights, weights
@@ -273,17 +276,52 @@ def test_ranges_to_skip_that_mean_nothing_are_refused(content_version, style_ver
         config_of(content_version, style_version, data__skip_batches=ranges)
 
 
+class Listening(NoControl):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def test_a_loader_that_starves_the_steps_is_told_with_what_to_do(content_version, style_version, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_STARVING_WINDOW_SECONDS", 0.5)
+    decode = PairDataset.__getitem__
+    monkeypatch.setattr(PairDataset, "__getitem__", lambda *given: time.sleep(0.3) or decode(*given))
+    listening = Listening()
+    run(content_version, style_version, tmp_path, control=listening, train__steps=8, tracking__samples_every_steps=9)
+    (told,) = [line for line in listening.lines if "WARNING" in line]
+    step, share = re.match(r"WARNING step (\d+): steps waited for data for (\d+) % of the last", told).groups()
+    assert int(step) > 1
+    assert 10 < int(share) <= 100
+    assert "Raise data.loader_workers (now 0 a rank)" in told
+
+
+@pytest.mark.parametrize(
+    ("waits", "told"),
+    [
+        (lambda minute: 0.11, [2, 13, 24]),  # not of the first minute; again after ten
+        (lambda minute: 0.10, []),
+        (lambda minute: 1.0 if minute in (0, 7, 9) else 0.0, [8]),  # windows 1, 8 and 10
+    ],
+)
+def test_hunger_is_told_a_minute_at_a_time_and_again_after_ten(content_version, style_version, waits, told):
+    now = [0.0]
+    hunger = loop._Hunger(config_of(content_version, style_version), clock=lambda: now[0])
+    said = []
+    for second in range(1, 30 * 60 + 1):
+        now[0] = second
+        if hunger.add(waits((second - 1) // 60)):
+            said.append(second / 60)
+    assert said == told
+
+
 def test_outputs_that_collapse_are_told(content_version, style_version, unbroken, tmp_path):
     """A network whose last layer is zero paints every picture in one colour."""
 
-    class Listening(NoControl):
-        lines: ClassVar[list[str]] = []
-
-        def say(self, line):
-            self.lines.append(line)
-
-    run(content_version, style_version, tmp_path, control=Listening(), train__steps=1, train__learning_rate=1e-9)
-    assert not [line for line in Listening.lines if "WARNING" in line]
+    listening = Listening()
+    run(content_version, style_version, tmp_path, control=listening, train__steps=1, train__learning_rate=1e-9)
+    assert not [line for line in listening.lines if "WARNING" in line]
     network, _ = checkpoint.load_network(tmp_path / checkpoint.name_of(1))
     probe = Probe(content_version, style_version, contents=2, styles=2, side=32)
     loss = config_of(content_version, style_version).loss
