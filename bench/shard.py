@@ -23,7 +23,7 @@ from PIL import Image
 
 from adaconv.config.shard import RecipeConfig, ShardConfig
 from adaconv.data.builds import spill_listing
-from adaconv.data.ingest import stored_size
+from adaconv.data.ingest import recipe_of, stored_size
 from adaconv.data.sources import iter_images
 from adaconv.data.synthetic import generate_paintings
 from adaconv.images import encode_jpeg, scale_down
@@ -74,7 +74,8 @@ def _row(folder: Path, count: int, processes: ProcessPoolExecutor, rounds: int) 
         root = folder / f"ours-{next(made)}"
         config = ShardConfig(source=(str(folder / "raw"),), output=str(root), shard=_RECIPE)
         with tempfile.TemporaryDirectory() as scratch:
-            run_shard_job(config, spill_listing(iter_images(config.source), Path(scratch)))
+            listing = spill_listing(iter_images(config.source), Path(scratch))
+            run_shard_job(config, listing, recipe_of(_RECIPE))
         shutil.rmtree(root)
 
     def in_processes(work: Callable[[Sequence[Path]], None]) -> None:

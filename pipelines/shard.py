@@ -7,37 +7,33 @@ The same images and recipe give the same bytes. The same command again goes on w
 
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from adaconv import cli
 from adaconv.config.shard import ShardConfig
+
+if TYPE_CHECKING:
+    from adaconv.data.builds import Listing
 
 log = logging.getLogger(__name__)
 
 
 def plan(config: ShardConfig) -> str:
-    from adaconv.data.sources import iter_images
-
-    images, megabytes = 0, 0.0
-    for found in iter_images(config.source):
-        images, megabytes = images + 1, megabytes + found.bytes / 1e6
-    sources = ", ".join(config.source)
-    return (
-        f"{images} images, {megabytes:.0f} MB from {sources} to shards of {config.shard.target_mb:g} MB, "
-        f"{megabytes / config.shard.target_mb + 1:.0f} at most, in {config.output}"
-    )
+    with _listed(config) as (listing, recipe):
+        return (
+            f"{_told(config, listing, recipe)} to shards of {config.shard.target_mb:g} MB, "
+            f"{listing.bytes / 1e6 / config.shard.target_mb + 1:.0f} at most, in {config.output}"
+        )
 
 
 def execute(config: ShardConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.data.builds import result_of, spill_listing, whole_version
-    from adaconv.data.ingest import recipe_of
+    from adaconv.data.builds import result_of, whole_version
     from adaconv.data.manifest import split_spec
-    from adaconv.data.sources import iter_images
     from adaconv.errors import UsageError
     from adaconv.orchestration.cluster import connect
-    from adaconv.scratch import scratch_folder
 
     if split_spec(config.output)[1]:
         raise UsageError(
@@ -47,17 +43,36 @@ def execute(config: ShardConfig) -> dict[str, Any]:
         cli.require_writable(config.output, "--output")
     absolute = {"output": storage.absolute(config.output), "source": tuple(map(storage.absolute, config.source))}
     config = config.model_copy(update=absolute)
-    with scratch_folder("listing") as scratch:
-        listing = spill_listing(iter_images(config.source), scratch)
-        log.info("%d images, %.1f MB in %s", listing.images, listing.bytes / 1e6, ", ".join(config.source))
-        finished = whole_version(config.output, listing, recipe_of(config.shard))
+    with _listed(config) as (listing, recipe):
+        log.info("%s", _told(config, listing, recipe))
+        finished = whole_version(config.output, listing, recipe)
         if finished:
             log.info("nothing to do: this build is version %s", finished.version)
             return {**result_of(finished), "made": 0}
         with connect():
             from adaconv.orchestration.shard_job import run_shard_job
 
-            return run_shard_job(config, listing)
+            return run_shard_job(config, listing, recipe)
+
+
+@contextmanager
+def _listed(config: ShardConfig) -> Iterator["tuple[Listing, dict[str, Any]]"]:
+    """The images that are taken, for as long as the block lasts, and the recipe of their version."""
+    from adaconv.data.builds import spill_listing
+    from adaconv.data.ingest import recipe_of
+    from adaconv.data.sources import iter_images
+    from adaconv.data.subset import Subset
+    from adaconv.scratch import scratch_folder
+
+    with scratch_folder("listing") as scratch:
+        subset = Subset(config.subset, scratch)
+        listing = spill_listing(subset.of(iter_images(config.source)), scratch)
+        yield listing, {**recipe_of(config.shard), **subset.recipe()}
+
+
+def _told(config: ShardConfig, listing: "Listing", recipe: dict[str, Any]) -> str:
+    of = f" of {recipe['subset']['of']}" if "subset" in recipe else ""
+    return f"{listing.images}{of} images, {listing.bytes / 1e6:.1f} MB from {', '.join(config.source)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

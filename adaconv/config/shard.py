@@ -32,6 +32,22 @@ class RecipeConfig(Config):
     `wikiart` in folders that have the name of one of WikiArt's styles, else `plain`."""
 
 
+class SubsetConfig(Config):
+    """Which of the images that are found are taken, where not all are to be: part of the build's identity.
+
+    They are those of the lowest hashes of the seed and their path below the source: the same ones wherever that lies.
+    """
+
+    limit: int | None = Field(default=None, ge=1)
+    """Images to take, at most. With the same seed, a smaller number takes some of those that a larger one takes."""
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of the images to take, about."""
+    per_label: int | None = Field(default=None, ge=1)
+    """Images to take of each label, at most: as many of a folder with ten thousand as of one with a hundred."""
+    seed: int = 0
+    """Another one takes others."""
+
+
 class BudgetConfig(Config):
     share: float = Field(default=0.01, ge=0, le=1)
     """Share of the images found that may be quarantined before the job refuses to publish."""
@@ -51,5 +67,6 @@ class ShardConfig(Config):
     output: Location
     """Root of the dataset: a folder or s3://bucket/prefix."""
     shard: RecipeConfig = RecipeConfig()
+    subset: SubsetConfig = SubsetConfig()
     budget: BudgetConfig = BudgetConfig()
     scaling: ShardScalingConfig = ShardScalingConfig()

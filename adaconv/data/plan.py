@@ -4,16 +4,15 @@ Catalog        every image that was found, sorted on disk, so that memory does n
 plan_shards    candidates in the order of their keys -> shards of about the target size, one at a time
 """
 
-import errno
 import json
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from adaconv.config.shard import RecipeConfig
+from adaconv.data.disk_tables import DiskTables
 from adaconv.data.ingest import stored_size
 from adaconv.data.manifest import IN_SHARDS, Row
 from adaconv.data.sources import Found, Member
@@ -94,14 +93,12 @@ class Catalog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows = sqlite3.connect(path, isolation_level=None)
-        self._rows.executescript(
-            "PRAGMA journal_mode = off; PRAGMA synchronous = off; BEGIN;"
+        self._rows = DiskTables(
+            path,
             "CREATE TABLE candidate (key TEXT, source TEXT, json TEXT);"
             "CREATE TABLE outside (source TEXT, sha256 TEXT, json TEXT);"
             "CREATE TABLE known (source TEXT, sha256 TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;"
-            "CREATE TABLE taken (key TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID;"
+            "CREATE TABLE taken (key TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID;",
         )
         self.has_news = False
         self.known = 0  # images that the parent has found already
@@ -111,9 +108,9 @@ class Catalog:
         for row in rows:
             if row["state"] not in IN_SHARDS:
                 self._insert_outside(row)
-            self._execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (row["source"], row["source_sha256"]))
+            self._rows.execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (row["source"], row["source_sha256"]))
             if row["state"] in (*IN_SHARDS, "excluded"):
-                self._execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", (row["key"], row["state"]))
+                self._rows.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", (row["key"], row["state"]))
 
     def add(self, candidate: Candidate) -> None:
         """Enter an image, unless the parent has it: then it is the same file, or a duplicate, or was removed there."""
@@ -121,10 +118,10 @@ class Catalog:
             self.known += 1
             return
         self.has_news = True
-        taken = self._execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
+        taken = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
         if taken is None:
             text = json.dumps(candidate, default=vars)
-            self._execute("INSERT INTO candidate VALUES (?, ?, ?)", (candidate.key, candidate.source, text))
+            self._rows.execute("INSERT INTO candidate VALUES (?, ?, ?)", (candidate.key, candidate.source, text))
         elif taken[0] == "excluded":
             self._insert_outside(row_of(candidate, "excluded", "removed_before"))
         else:
@@ -141,36 +138,30 @@ class Catalog:
 
     def outside_examples(self, count: int) -> list[Row]:
         """Some refused images, for messages."""
-        rows = self._execute("SELECT json FROM outside ORDER BY rowid DESC")
+        rows = self._rows.execute("SELECT json FROM outside ORDER BY rowid DESC")
         refused = (row for (text,) in rows if (row := json.loads(text))["state"] == "quarantined")
         return list(islice(refused, count))
 
     def candidates(self) -> Iterator[Candidate]:
         """By key, then by source."""
-        for (text,) in self._execute("SELECT json FROM candidate ORDER BY key, source, json"):
+        for (text,) in self._rows.execute("SELECT json FROM candidate ORDER BY key, source, json"):
             yield candidate_from(json.loads(text))
 
     def outside(self) -> Iterator[Row]:
         """By source, then by content."""
-        for (text,) in self._execute("SELECT json FROM outside ORDER BY source, sha256, json"):
+        for (text,) in self._rows.execute("SELECT json FROM outside ORDER BY source, sha256, json"):
             yield json.loads(text)
 
     def close(self) -> None:
         self._rows.close()
 
-    def _execute(self, statement: str, values: Sequence[str] = ()) -> sqlite3.Cursor:
-        try:
-            return self._rows.execute(statement, values)
-        except sqlite3.OperationalError as error:
-            raise OSError(
-                errno.ENOSPC, f"{error}: about a kilobyte an image is needed; set TMPDIR", str(self._path)
-            ) from None
-
     def _insert_outside(self, row: Row) -> None:
-        self._execute("INSERT INTO outside VALUES (?, ?, ?)", (row["source"], row["source_sha256"], json.dumps(row)))
+        self._rows.execute(
+            "INSERT INTO outside VALUES (?, ?, ?)", (row["source"], row["source_sha256"], json.dumps(row))
+        )
 
     def _is_known(self, source: str, sha256: str) -> bool:
-        found = self._execute("SELECT 1 FROM known WHERE source = ? AND sha256 = ?", (source, sha256))
+        found = self._rows.execute("SELECT 1 FROM known WHERE source = ? AND sha256 = ?", (source, sha256))
         return found.fetchone() is not None
 
 

@@ -56,7 +56,7 @@ def run_append(config: AppendConfig, listing: Listing) -> dict[str, Any]:
         scaling=config.scaling,
     )
     before = sum(shard.bytes for shard in parent.shards)
-    result = run_shard_job(settings, listing, parent=parent, after=after)
+    result = run_shard_job(settings, listing, dict(parent.recipe), parent=parent, after=after)
     return {**result, "bytes_written": result["bytes"] - before}
 
 

@@ -36,7 +36,6 @@ from adaconv.data.ingest import (
     ingest,
     key_of,
     look,
-    recipe_of,
     refusal_of,
     settings_of,
 )
@@ -63,13 +62,19 @@ log = logging.getLogger(__name__)
 
 
 def run_shard_job(
-    config: ShardConfig, listing: Listing, *, parent: DatasetVersion | None = None, after: str | None = None
+    config: ShardConfig,
+    listing: Listing,
+    recipe: dict[str, Any],
+    *,
+    parent: DatasetVersion | None = None,
+    after: str | None = None,
 ) -> dict[str, Any]:
     """Build the version of these images and this recipe below `config.output`, from where an earlier start stopped.
 
     Args:
         config: of the job.
         listing: of the images of `config.source`.
+        recipe: of the version.
         parent: a version that the images are to be added to; its shards stay as they are.
         after: what LATEST said before the parent was opened.
 
@@ -79,7 +84,6 @@ def run_shard_job(
     """
     if parent is None:
         after = latest_version(config.output)
-    recipe = recipe_of(config.shard)
     build = listing.build(recipe, parent.version if parent else None)
     try:
         return _run(config, listing, recipe, build, after, parent)

@@ -170,6 +170,25 @@ def test_any_number_of_workers_gives_the_same_bytes(cluster, images, undisturbed
     assert hashes_of(tmp_path / "data") == undisturbed[1]
 
 
+def test_a_subset_is_a_version_of_what_was_taken(cluster, images, undisturbed, tmp_path):
+    """The same from a folder and from an archive of it; its number is no part of the books, but of the recipe."""
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", images)
+    flags = ("--subset.limit", 6, "--subset.per-label", 4)
+    for source, root in ((images, "data"), (archive, "zipped")):
+        assert "6 of 62 images" in shard(cluster, source, tmp_path / root, *flags).stdout
+    version = open_version(str(tmp_path / "data"))
+    assert version.recipe["subset"] == {"limit": 6, "per_label": 4, "seed": 0, "of": 62}
+    assert version.books["found"] == 6
+    assert version.version == open_version(str(tmp_path / "zipped")).version
+    assert {row["source"] for row in version.rows()} < {
+        row["source"] for row in open_version(str(undisturbed[0])).rows()
+    }
+    assert "nothing to do" in shard(cluster, images, tmp_path / "data", *flags).stdout
+    dataset(cluster, "append", "--dataset", tmp_path / "data", "--source", images)
+    whole = open_version(str(tmp_path / "data"))
+    assert (whole.recipe, whole.parent, whole.books["found"]) == (version.recipe, version.version, 62)
+
+
 def kill_drivers(cluster, images, undisturbed, root, times, seed):
     """Kill the job at random moments, and start it again; where it finishes first, start over."""
     draw = random.Random(seed)
