@@ -21,11 +21,20 @@ log = logging.getLogger(__name__)
 
 
 def plan(config: ShardConfig) -> str:
+    from adaconv.data.forecast import forecast, serves, shortage
+
     with _listed(config) as (listing, recipe):
-        return (
-            f"{_told(config, listing, recipe)} to shards of {config.shard.target_mb:g} MB, "
-            f"{listing.bytes / 1e6 / config.shard.target_mb + 1:.0f} at most, in {config.output}"
-        )
+        told, coming = _told(config, listing, recipe), forecast(listing, config.shard)
+    if not coming.shards:
+        return f"{told}: the {coming.looked_at} images that were looked at would all be refused"
+    short = shortage(coming.shards, coming.bytes, ranks=config.for_ranks)
+    lines = [
+        f"{told} to about {coming.shards} shards of {config.shard.target_mb:g} MB, {coming.bytes / 1e6:.1f} MB in all "
+        f"(by the headers of {coming.looked_at} images), in {config.output}",
+        serves(coming.shards),
+        *([f"warning: {short}"] if short else []),
+    ]
+    return "\n".join(lines)
 
 
 def execute(config: ShardConfig) -> dict[str, Any]:
@@ -48,11 +57,19 @@ def execute(config: ShardConfig) -> dict[str, Any]:
         finished = whole_version(config.output, listing, recipe)
         if finished:
             log.info("nothing to do: this build is version %s", finished.version)
-            return {**result_of(finished), "made": 0}
+            return _served(config, {**result_of(finished), "made": 0})
         with connect():
             from adaconv.orchestration.shard_job import run_shard_job
 
-            return run_shard_job(config, listing, recipe)
+            return _served(config, run_shard_job(config, listing, recipe))
+
+
+def _served(config: ShardConfig, result: dict[str, Any]) -> dict[str, Any]:
+    from adaconv.data.forecast import serves, shortage
+
+    short = shortage(result["shards"], result["bytes"], ranks=config.for_ranks)
+    log.info("%s", serves(result["shards"]))
+    return {**result, "warning": short} if short else result
 
 
 @contextmanager
