@@ -39,7 +39,9 @@ _TRANSIENT = {errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.EC
 _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
 _READ_BYTES = 2**20
-_local = threading.local()
+_CONNECTIONS = 64  # of a client; botocore's own 10 would be all that threads share
+_clients: dict[tuple[str, int], Any] = {}
+_making = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -467,11 +469,16 @@ def _passes(error: Exception) -> bool:
 
 
 def _filesystem(uri: str) -> Any:
-    """One client a process and thread: s3fs survives neither a fork nor two event loops."""
+    """One client a process, for it survives no fork. Threads share it: all of s3fs runs in one loop of a process, and
+    another client takes a fifth of a second of a core to make.
+    """
     protocol = "file" if is_local(uri) else uri.partition("://")[0]
-    clients = _local.__dict__.setdefault("clients", {})
     key = (protocol, os.getpid())
-    if key not in clients:
+    if key in _clients:
+        return _clients[key]
+    with _making:
+        if key in _clients:
+            return _clients[key]
         if protocol not in ("file", "s3") or uri.startswith("file:"):
             raise UsageError(f"{uri}: expected a local path or s3://bucket/prefix, found {protocol}://")
         options: dict[str, Any] = {}
@@ -479,9 +486,26 @@ def _filesystem(uri: str) -> Any:
             logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # tells where credentials come from, each time
             options = {
                 # One attempt of the client's own: pauses are ours, so that all of them together have one bound.
-                "config_kwargs": {"retries": {"total_max_attempts": 1}, "read_timeout": 30, "connect_timeout": 10},
+                "config_kwargs": {
+                    "retries": {"total_max_attempts": 1},
+                    "read_timeout": 30,
+                    "connect_timeout": 10,
+                    "max_pool_connections": _CONNECTIONS,
+                },
                 "skip_instance_cache": True,
                 "use_listings_cache": False,
             }
-        clients[key] = fsspec.filesystem(protocol, **options)
-    return clients[key]
+        client = fsspec.filesystem(protocol, **options)
+        if protocol == "s3":
+            client.connect()  # else threads that are the first would each do it
+        _clients[key] = client
+    return client
+
+
+def _make_anew() -> None:
+    """In a forked process, where nobody may be left to let go of the lock."""
+    global _making
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_make_anew)

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,13 +31,13 @@ def root(request, tmp_path):
 def bucket(request, s3_server, monkeypatch):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    storage._local.__dict__.clear()
+    storage._clients.clear()
     import boto3
 
     bucket = f"b{abs(hash(request.node.name))}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}/prefix"
-    storage._local.__dict__.clear()
+    storage._clients.clear()
 
 
 def test_bytes_come_back_whole_and_in_ranges(root):
@@ -52,6 +55,27 @@ def test_bytes_come_back_whole_and_in_ranges(root):
     storage.remove(uri)
     storage.remove(uri)
     assert not storage.exists(uri)
+
+
+def test_threads_share_a_client_and_a_fork_has_its_own(bucket):
+    """Though all of them ask for it at once, it is made once; a lock that was held when a process forked holds none."""
+    uri = f"{bucket}/a"
+    with ThreadPoolExecutor(8) as pool:
+        begun = threading.Barrier(8)
+        clients = set(pool.map(lambda _: (begun.wait(), id(storage._filesystem(uri)))[1], range(8)))
+        assert len(clients) == 1
+        for number in range(8):
+            storage.publish_bytes(f"{uri}{number}", bytes([number]))
+        assert list(pool.map(lambda number: storage.read_bytes(f"{uri}{number % 8}")[0], range(64))) == 8 * [*range(8)]
+    with storage._making:
+        child = get_context("fork").Process(target=_read, args=(f"{uri}3",))
+        child.start()
+    child.join(60)
+    assert child.exitcode == 3
+
+
+def _read(uri):
+    os._exit(storage.read_bytes(uri)[0])
 
 
 def test_a_missing_file_is_a_missing_file(root):

@@ -32,14 +32,14 @@ def remote(s3, content_version, monkeypatch, request):
     """The content dataset on S3."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
-    storage._local.__dict__.clear()
+    storage._clients.clear()
     bucket = f"b{abs(hash(request.node.name))}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     root = f"s3://{bucket}/photos"
     for entry in storage.walk(content_version.root):
         storage.publish_bytes(storage.join(root, entry.path), storage.read_bytes(entry.uri))
     yield open_version(root)
-    storage._local.__dict__.clear()
+    storage._clients.clear()
 
 
 def cached(folder):

@@ -170,7 +170,7 @@ def kept(site, monkeypatch):
     """A run with a metric and an artifact, and an object, by the clients alone: the run's id."""
     for name, value in site.environment.items():
         monkeypatch.setenv(name, value)
-    storage._local.__dict__.clear()
+    storage._clients.clear()
     storage.publish_bytes("s3://adaconv/kept", b"kept")
     client = mlflow.MlflowClient(site.environment["MLFLOW_TRACKING_URI"])
     run = client.create_run(client.create_experiment(f"kept-{secrets.token_hex(3)}"))
@@ -178,7 +178,7 @@ def kept(site, monkeypatch):
     client.log_text(run.info.run_id, "a text", "note.txt")
     client.set_terminated(run.info.run_id)
     yield run.info.run_id
-    storage._local.__dict__.clear()
+    storage._clients.clear()
 
 
 def assert_is_kept(run_id):
@@ -255,7 +255,7 @@ def flow(site, photos, paintings):
     with Watch(site.stack) as seen, pytest.MonkeyPatch.context() as patch:
         for name, value in site.environment.items():
             patch.setenv(name, value)
-        storage._local.__dict__.clear()
+        storage._clients.clear()
         for source, name in ((photos, "photos"), (paintings, "paintings")):
             shard = (
                 "pipelines/shard.py",
@@ -277,7 +277,7 @@ def flow(site, photos, paintings):
         inputs = ("--content", photos, "--style", paintings, "--limit-contents", 3, "--limit-styles", 2)
         site.submit("python", *stylize, *inputs, "--output", f"{where}/stylized")
         yield where, seen
-        storage._local.__dict__.clear()
+        storage._clients.clear()
 
 
 def result_of(folder):

@@ -81,8 +81,8 @@ def bucket(s3, monkeypatch, request):
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "4")
-    storage._local.__dict__.clear()
+    storage._clients.clear()
     name = f"b{abs(hash(request.node.name))}"
     boto3.client("s3").create_bucket(Bucket=name)
     yield f"s3://{name}"
-    storage._local.__dict__.clear()
+    storage._clients.clear()
