@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -281,6 +281,8 @@ class Stylizer:
                 takes memory.
         """
         self._check(blend, content)
+        if color not in get_args(Color):
+            raise UsageError(f"color: expected {', '.join(get_args(Color))}, found {color}")
         side = self.tile_of(content.height, content.width, tile)
         if color == "luminance":
             write = partial(self._keep_chroma, content, write)

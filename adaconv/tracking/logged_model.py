@@ -161,7 +161,13 @@ def _save(
         signature=ModelSignature(
             inputs=Schema([ColSpec(anything, "content"), ColSpec(anything, "style")]),
             outputs=Schema([ColSpec(anything, "stylized")]),
-            params=ParamSchema([ParamSpec("style_side", "long", 256)]),
+            params=ParamSchema(
+                [
+                    ParamSpec("style_side", "long", 256),
+                    ParamSpec("alpha", "double", 1.0),
+                    ParamSpec("color", "string", "style"),
+                ]
+            ),
         ),
         input_example=_example(grid, crop),
         pip_requirements=[f"{name}=={_release(name)}" for name in _REQUIREMENTS],

@@ -62,7 +62,8 @@ def render(
         "Data": _table(("dataset", "version", "root hash"), data),
         "Metrics": _table(("metric", "value"), [f"| {k} | {v:.6g} |" for k, v in sorted(metrics.items())]),
         "Use": "Give `content` and `style`: bytes of image files (base64 in JSON) or pixels (n, H, W, 3) uint8; the "
-        "answer, `stylized`, is a PNG or pixels. `style_side` (256): shorter side that a style is scaled to.\n",
+        "answer, `stylized`, is a PNG or pixels. `style_side` (256): shorter side that a style is scaled to; `alpha` "
+        "(1), down to 0, the content in its own style; `color`: `style`, or `luminance` or `coral`, the content's.\n",
         "Limits": _LIMITS.format(crop=params.get("data.crop", "?"), weights=weights, seeded=seeded),
         "Licences": _LICENCES,
         "Configuration": _table(("field", "value"), [f"| {k} | {v} |" for k, v in settings.items()]),

@@ -2,11 +2,13 @@
 
 A row has a `content` and a `style`. Each is the bytes of an image file (in JSON: in base64), or pixels (H, W, 3) uint8;
 a whole column may be an array (n, H, W, 3). The answer is of the kind that the content was: `stylized`, the bytes of a
-PNG, or pixels of the content's size.
+PNG, or pixels of the content's size. Parameters are those of `Stylizer.stylize`. The styles that were read last are at
+hand: a service draws many contents in few styles.
 """
 
 import base64
 import binascii
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -20,28 +22,41 @@ from PIL import Image
 
 from adaconv.errors import UsageError
 from adaconv.images import ImageError, decode
+from adaconv.stylize.style_pack import StylePack
 from adaconv.stylize.stylizer import Stylizer
+
+_PACKS_AT_HAND = 64  # 100 kB each for the paper's network
 
 
 class ServedStylizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.stylizer = Stylizer.from_folder(Path(context.artifacts["model"]), device=device)
+        self.packs: dict[tuple[Any, ...], StylePack] = {}
 
     # Hints would make MLflow check inputs by them instead of by the signature, and it knows none for pictures.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        side = int((params or {}).get("style_side", 256))
+        given = dict(params or {})
+        side = given.pop("style_side", 256)
         contents, styles = (_rows(model_input[name]) for name in ("content", "style"))
         if len(contents) != len(styles):
             raise UsageError(f"expected as many styles as contents, found {len(styles)} and {len(contents)}")
         stylized = [
-            self.stylizer.stylize(picture(c, "content"), self.stylizer.style_pack(picture(s, "style"), side=side))
-            for c, s in zip(contents, styles, strict=True)
+            self.stylizer.stylize(picture(content, "content"), self._pack(picture(style, "style"), side), **given)
+            for content, style in zip(contents, styles, strict=True)
         ]
         if contents and isinstance(contents[0], (bytes, bytearray, str)):
             return pd.DataFrame({"stylized": [_png(image) for image in stylized]})
         pixels: list[NDArray[np.uint8]] = [np.asarray(image) for image in stylized]
         return np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
+
+    def _pack(self, style: Image.Image, side: int) -> StylePack:
+        key = (hashlib.sha256(style.tobytes()).digest(), style.size, side)
+        pack = self.packs.pop(key, None) or self.stylizer.style_pack(style, side=side)
+        self.packs[key] = pack  # the last
+        if len(self.packs) > _PACKS_AT_HAND:
+            del self.packs[next(iter(self.packs))]
+        return pack
 
 
 def _rows(column: Any) -> list[Any]:

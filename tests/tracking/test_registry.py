@@ -127,6 +127,19 @@ def test_a_model_takes_pixels_or_image_files_and_gives_the_same_picture(trained,
     assert by_text == by_bytes
     for found in (by_pixels[0], np.asarray(Image.open(io.BytesIO(by_bytes)))):
         np.testing.assert_array_equal(found, expected)
+    given = {"alpha": 0.5, "color": "luminance", "style_side": 32}
+    faded = model.predict({"content": content, "style": style}, params=given)[0]
+    pack = stylizer.style_pack(Image.fromarray(style[0]), side=given.pop("style_side"))
+    np.testing.assert_array_equal(faded, stylizer.stylize(content[0], pack, **given))
+    served = model.unwrap_python_model()
+    kept = list(served.packs)
+    assert [side for _, _, side in kept] == [256, 32]  # though three calls had the first
+    for other in range(33, 33 + 63):
+        served._pack(Image.fromarray(style[0]), other)
+    assert len(served.packs) == 64
+    assert kept[0] not in served.packs
+    with pytest.raises(UsageError, match="color: expected style, luminance, coral, found sepia"):
+        model.predict({"content": content, "style": style}, params={"color": "sepia"})
     example = model.predict(model.input_example)["stylized"][0]
     assert Image.open(io.BytesIO(example)).size == (64, 64)
     for wrong, words in (
