@@ -194,6 +194,22 @@ def test_a_lost_rank_changes_nothing(training, unbroken):
 
 
 @pytest.mark.slow
+def test_ranks_of_a_new_run_begin_again_with_the_weights_of_another(training, unbroken, tmp_path):
+    """Before it has a checkpoint of its own, where a restart at random would not be noticed."""
+    whole = Training(training.cluster, training.content, training.style, tmp_path / "whole")
+    whole.folder.mkdir()
+    told = ("--init-from", unbroken.output, "--train.learning-rate", 5e-5, "--checkpoint.every-steps", STEPS)
+    assert whole.start(*told).finish() == 0, whole.text()[-3000:]
+    training.start(*told).wait_for_step(9)
+    kill(training.cluster.workers("RayTrainWorker")[1])
+    assert training.finish() == 0, training.text()[-3000:]
+    assert [line["step"] for line in training.lines()].count(0) == 4  # two ranks, twice
+    first = load(storage.read_bytes(storage.join(training.checkpoints, checkpoint.name_of(0), "model.safetensors")))
+    assert all(torch.equal(first[name], unbroken.weights()[name]) for name in first)
+    compare(training, whole, same_ranks=True)
+
+
+@pytest.mark.slow
 def test_a_lost_driver_and_another_number_of_ranks_change_no_batch(training, unbroken):
     training.start(workers=3).wait_for_step(9)
     kill(training.process)
