@@ -1,4 +1,4 @@
-"""One status line every few seconds for long work: how far, how fast, how long still. A job log is no terminal."""
+"""Status lines of long work, more and more seldom: how far, how fast, how long still. A job log is no terminal."""
 
 import logging
 import time
@@ -6,9 +6,30 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
+_SHORTEST_SECONDS, _LONGEST_SECONDS = 5.0, 40.0
+
+
+class Due:
+    """When a line is due: after 5 s, then when the work has lasted twice as long, in the end every 40 s.
+
+    So somebody who watches soon sees something, and ten minutes have 18 lines at most, which leaves room for others.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started = clock, clock()
+        self._next = self._started + _SHORTEST_SECONDS
+
+    def __call__(self) -> bool:
+        """Whether one is due now; then the next one is later."""
+        now = self._clock()
+        if now < self._next:
+            return False
+        self._next = now + min(now - self._started, _LONGEST_SECONDS)
+        return True
+
 
 class Progress:
-    """Counts work done and says so, at most every `interval_seconds`.
+    """Counts work done and says so when a line is due.
 
     The line reads `stylize 120/1000 | 12 % | 8.3 images/s | 1 failed | eta 1.8 min`.
     """
@@ -20,26 +41,24 @@ class Progress:
         total: int | None = None,
         unit: str = "images",
         done: int = 0,
-        interval_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
         emit: Callable[[str], None] = log.info,
     ) -> None:
         self._what, self.total, self._unit = what, total, unit
-        self._interval_seconds, self._clock, self._emit = interval_seconds, clock, emit
+        self._clock, self._emit, self._is_due = clock, emit, Due(clock)
         self.done = self._done_at_start = done
-        self._started = self._last_line = clock()
+        self._started = clock()
         self._notes: dict[str, str] = {}
 
     def advance(self, count: int = 1, **notes: object) -> None:
         """Add `count` units of work; `notes` stay on the line until they change (`failed=3` reads `3 failed`)."""
         self.done += count
         self._notes.update({name: str(value) for name, value in notes.items()})
-        if self._clock() - self._last_line >= self._interval_seconds:
-            self._last_line = self._clock()
+        if self._is_due():
             self._emit(self.line())
 
     def close(self) -> None:
-        """Emit the last line, whatever the interval."""
+        """Emit the last line, due or not."""
         self._emit(self.line())
 
     def line(self) -> str:

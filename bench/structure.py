@@ -96,7 +96,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=options.steps)
     last: list[dict[str, float]] = []
     told = partial(print, file=sys.stderr, flush=True)
-    progress = Progress(architecture, total=options.steps, unit="steps", interval_seconds=30.0, emit=told)
+    progress = Progress(architecture, total=options.steps, unit="steps", emit=told)
     for step in range(options.steps):
         content = _crops(contents, options.batch, options.side, draw)
         style = _crops(styles, options.batch, options.side, draw)

@@ -1,11 +1,30 @@
-"""One status line every few seconds."""
+"""Status lines: when, and what they say."""
 
-from adaconv.progress import Progress, duration
+from itertools import pairwise
+
+import pytest
+
+from adaconv.progress import Due, Progress, duration
 
 
-def test_lines_come_at_most_every_interval_and_say_rate_and_eta():
+@pytest.mark.parametrize("tick", [1, 4, 7])
+def test_ten_minutes_have_less_than_twenty_lines_whenever_they_begin(tick):
+    now, due = [0.0], []
+    is_due = Due(clock=lambda: now[0])
+    for second in range(tick, 3600, tick):
+        now[0] = second
+        if is_due():
+            due.append(second)
+    if tick == 1:
+        assert due[:7] == [5, 10, 20, 40, 80, 120, 160]
+    assert due[0] < 5 + tick
+    assert max(later - one for one, later in pairwise(due)) < 40 + tick
+    assert max(sum(first <= second < first + 600 for second in due) for first in due) < 20
+
+
+def test_a_line_says_rate_and_eta():
     now, lines = [0.0], []
-    progress = Progress("shard", total=100, interval_seconds=5, clock=lambda: now[0], emit=lines.append)
+    progress = Progress("shard", total=100, clock=lambda: now[0], emit=lines.append)
     for second in range(1, 11):
         now[0] = second
         progress.advance(5, quarantined=second // 4)

@@ -35,7 +35,7 @@ def run_tasks(
     num_workers: int | None = None,
     **shared: Any,
 ) -> Generator[dict[str, Any], None, None]:
-    """One Ray Data task a job; answers come as they are ready, and a status line every few seconds.
+    """One Ray Data task a job; answers come as they are ready, and status lines say how far it is.
 
     Args:
         function: (job, board, **shared) -> a small answer. Of a module, so that workers import it.

@@ -26,7 +26,7 @@ from adaconv.data.shard_cache import ShardCache, default_cache_dir
 from adaconv.errors import CheckpointError
 from adaconv.model.encoder_weights import fingerprint, load_encoder, normalise_encoder
 from adaconv.model.network import build_network
-from adaconv.progress import duration
+from adaconv.progress import Due, duration
 from adaconv.training import distributed
 from adaconv.training.probe import Look, Probe, collapse
 from adaconv.training.saving import CheckpointWriter
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LINE_EVERY_SECONDS = 10.0
 _STARVING_SHARE, _STARVING_WINDOW_SECONDS, _STARVING_SILENCE_SECONDS = 0.1, 60.0, 600.0
 _CALIBRATION_BATCHES, _CALIBRATION_PAIRS = 8, 8  # whatever the batch, so that the encoder does not depend on it
 
@@ -143,7 +142,7 @@ def train(
     watch = _Watch(config, content, style, dataset, state, tracker, control) if first_rank else None
     if watch and first_step == 0:
         watch.look()
-    report, hunger = _Report(config, first_step), _Hunger(config)
+    report, hunger, line_is_due = _Report(config, first_step), _Hunger(config), Due()
     word: Word = "go"
     with prefetching(dataset, ahead=config.data.prefetch_shards) as shards, _ledger(config) as note, _ended(writer):
         while state.step < config.train.steps and word != "stop":
@@ -165,7 +164,7 @@ def train(
                 metrics = report.metrics()  # a collective: every rank takes part
                 if first_rank:
                     tracker.metrics(metrics, step=state.step)
-                    if report.line_is_due() or last or word == "stop":
+                    if line_is_due() or last or word == "stop":
                         control.say(report.line(state.step, metrics))
             if watch and (state.step % config.tracking.samples_every_steps == 0 or last):
                 watch.look()
@@ -373,7 +372,7 @@ class _Report:
     _norm: float = 0.0
 
     def __post_init__(self) -> None:
-        self._since = self._line_at = self._started = time.perf_counter()
+        self._since = self._started = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], rate: float, norm: float, wait_seconds: float) -> None:
         for name, value in losses.items():
@@ -394,12 +393,6 @@ class _Report:
         values["data/wait_share"] = self._wait_seconds / seconds
         self._losses, self._steps, self._wait_seconds, self._since = {}, 0, 0.0, time.perf_counter()
         return values
-
-    def line_is_due(self) -> bool:
-        if time.perf_counter() - self._line_at < _LINE_EVERY_SECONDS:
-            return False
-        self._line_at = time.perf_counter()
-        return True
 
     def line(self, step: int, metrics: dict[str, float]) -> str:
         steps = self.config.train.steps
