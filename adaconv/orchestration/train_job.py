@@ -6,6 +6,7 @@ a new group of ranks of any size, which starts from the newest one. A group that
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -38,6 +39,7 @@ from adaconv.training.loop import Word, train
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS, _RESIZE_SECONDS = 1.0, 30.0
+_NOTICED_SAVE_SECONDS = 3.0  # and the time that one takes is what a node that was given notice can lose
 # What gloo and NCCL say, as plain RuntimeErrors, when somebody else died.
 _LOST_PEER = ("Connection closed by peer", "Connection reset", "gloo", "NCCL")
 
@@ -49,7 +51,7 @@ class _Desk:
         self._max_restarts = max_restarts
         self._stop, self._lines = False, list[str]()
         self._error: tuple[str, int | None] | None = None
-        self._nodes, self._notices = set[str](), set[str]()
+        self._node_of_rank = dict[int, str]()
         self._starts_in_vain, self._furthest, self._ranks = 0, -1, 0
         self._trouble: str | None = None  # of this start
         self._trouble_before: str | None = None
@@ -57,19 +59,22 @@ class _Desk:
     def request_stop(self) -> None:
         self._stop = True
 
-    def word(self) -> tuple[bool, int]:
-        """Whether to stop, and how many of the ranks' nodes have been given notice so far."""
+    def word(self) -> tuple[bool, float | None]:
+        """Whether to stop; and when a node of the ranks is to go, if one is: seconds since 1970, infinite if open."""
         # Not ray.train.get_preemption_info: it is a barrier of all ranks, too slow to ask at every step.
+        draining: dict[str, int] = {}
         with contextlib.suppress(Exception):
-            self._notices |= self._nodes & set(ray._private.state.state.get_draining_nodes())
-        return self._stop, len(self._notices)
+            draining = ray._private.state.state.get_draining_nodes()  # to milliseconds, 0 if open
+        nodes = {node for rank, node in self._node_of_rank.items() if rank < self._ranks}
+        ends = [draining[node] / 1000 or math.inf for node in nodes & draining.keys()]
+        return self._stop, min(ends, default=None)
 
-    def start(self, node: str, ranks: int, first_rank: bool) -> None:
+    def start(self, node: str, rank: int, ranks: int) -> None:
         """A rank begins. Until a newer checkpoint is found the start is in vain, unless there are more ranks than
         before: then the cluster grew, and nothing was lost.
         """
-        self._nodes.add(node)
-        if first_rank:
+        self._node_of_rank[rank] = node
+        if rank == 0:
             self._starts_in_vain += ranks <= self._ranks
             self._ranks, self._trouble_before, self._trouble = ranks, self._trouble, None
 
@@ -121,31 +126,38 @@ class _Desk:
 
 
 class _DeskControl:
-    """A rank's side of the desk. A thread asks, so that a step never waits for an answer."""
+    """The first rank's side of the desk. A thread asks, so that a step never waits for an answer."""
 
     def __init__(self, desk: Any) -> None:
-        self._desk, self._stop, self._notices = desk, False, 0
-        self._heeded = 0
+        self._desk, self._stop = desk, False
+        self._node_ends: float | None = None
+        self._save_from, self._saving = 0.0, False
         threading.Thread(target=self._ask, name="desk", daemon=True).start()
 
     def word(self) -> Word:
+        """While a node of the ranks has notice, `checkpoint` again and again, but not before the last one is there."""
         if self._stop:
             return "stop"
-        if self._notices > self._heeded:
-            self._heeded = self._notices
-            return "checkpoint"
-        return "go"
+        if self._node_ends is None or self._saving or time.monotonic() < self._save_from:
+            return "go"
+        self._saving, self._save_from = True, time.monotonic() + _NOTICED_SAVE_SECONDS
+        return "checkpoint"
 
     def say(self, line: str) -> None:
         self._desk.say.remote(line)
 
     def published(self, step: int) -> None:
+        self._saving = False
         self._desk.published.remote(step)
 
     def _ask(self) -> None:
         while not self._stop:
+            before = self._node_ends
             with contextlib.suppress(ray.exceptions.RayError):
-                self._stop, self._notices = ray.get(self._desk.word.remote())
+                self._stop, self._node_ends = ray.get(self._desk.word.remote())
+            if self._node_ends is not None and before is None:
+                when = f"in {self._node_ends - time.time():.0f} s" if math.isfinite(self._node_ends) else "soon"
+                self.say(f"a node goes {when}: a checkpoint every {_NOTICED_SAVE_SECONDS:.0f} s until then")
             time.sleep(_POLL_SECONDS)
 
 
@@ -222,7 +234,7 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
     desk, context = job["desk"], ray.train.get_context()
     first_rank = context.get_world_rank() == 0
     node = ray.get_runtime_context().get_node_id()
-    ray.get(desk.start.remote(node, context.get_world_size(), first_rank))
+    ray.get(desk.start.remote(node, context.get_world_rank(), context.get_world_size()))
     try:
         if first_rank and ray.get(desk.error.remote()) is None:
             ray.get(desk.found.remote(max(checkpoint.steps_in(job["checkpoints"]), default=0)))
@@ -250,7 +262,7 @@ def _train(job: dict[str, Any], desk: Any, first_rank: bool) -> dict[str, Any]:
             checkpoints=job["checkpoints"],
             device=ray.train.torch.get_device(),
             tracker=MeteredTracker(tracker) if first_rank else tracker,
-            control=_DeskControl(desk),
+            control=_DeskControl(desk) if first_rank else None,  # its word is all ranks' word
             start_from=None if config.resume in ("auto", "none") else config.resume,
             meta=job["meta"],
         )

@@ -53,9 +53,9 @@ class Control(Protocol):
     """What the outside says to a run, and hears of it."""
 
     def word(self) -> Word:
-        """`stop`: checkpoint and end; `checkpoint`: a node is about to go, checkpoint and go on.
+        """`stop`: checkpoint and end; `checkpoint`: checkpoint and go on, for a node is about to go.
 
-        Asked at every step; must not wait. `checkpoint` is said once for each occasion.
+        Asked at every step; must not wait. What one rank is told counts for all.
         """
 
     def say(self, line: str) -> None:
@@ -168,14 +168,10 @@ def train(
                         control.say(report.line(state.step, metrics))
             if watch and (state.step % config.tracking.samples_every_steps == 0 or last):
                 watch.look()
-            if state.step % config.checkpoint.every_steps == 0 or last or word != "go":
-                if watch:
-                    state_meta = {**(meta or {}), "metrics": watch.metrics()}
-                    samples_seen = state.step * config.train.global_batch_size
-                    writer.save(state, data={**data, "samples_seen": samples_seen}, meta=state_meta)
-                if word == "checkpoint":
-                    writer.wait()
-                    control.say(f"step {state.step}: checkpoint before a node goes")
+            if watch and (state.step % config.checkpoint.every_steps == 0 or last or word != "go"):
+                state_meta = {**(meta or {}), "metrics": watch.metrics()}
+                samples_seen = state.step * config.train.global_batch_size
+                writer.save(state, data={**data, "samples_seen": samples_seen}, meta=state_meta)
             _tell_published(writer, tracker, control)
     _tell_published(writer, tracker, control)
     distributed.barrier(device)  # nobody ends before the last one is published

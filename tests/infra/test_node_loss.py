@@ -21,6 +21,7 @@ from tests.servers import REPO
 
 RUNS = int(os.environ.get("ADACONV_NODE_LOSS_RUNS", "3"))
 STEPS = 60
+NOTICE = 20  # seconds from SIGTERM to the end of a node
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,7 +41,8 @@ def shared():
 
 @pytest.fixture(scope="module")
 def site(shared):
-    site = Site(shared, {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"})
+    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE)}
+    site = Site(shared, environment)
     yield site
     site.close()
 
@@ -98,13 +100,13 @@ def data(shared, photos, paintings):
     return [build_version(folder, str(shared / folder.name)).root for folder in (photos, paintings)]
 
 
-def train(site, data, output, log):
+def train(site, data, output, log, *flags):
     content, style = data
     command = [sys.executable, str(REPO / "pipelines" / "train.py"), "--config", str(REPO / "conf/train/smoke.yaml")]
     command += ["--content", content, "--style", style, "--output", str(output), "--train.steps", str(STEPS)]
     command += ["--scaling.num-workers", "2", "--scaling.threads-per-worker", "1"]
     command += ["--checkpoint.every-steps", "10", "--train.log-every-steps", "5"]
-    return site.drive(*command, log=log)
+    return site.drive(*command, *flags, log=log)
 
 
 def weights(output):
@@ -141,6 +143,48 @@ def test_training_survives_a_lost_node_to_the_bit(site, data, trained, shared, h
         bring_back(site, lost, how)
     assert weights(output) == trained
     print(f"training, {how}: node{lost}, {seconds:.0f} s")
+
+
+def groups(ledger):
+    """Of each start of the ranks, in order: the steps that its first rank began."""
+    files = sorted(ledger.glob("*-rank-0-of-2.jsonl"))
+    return [[json.loads(line)["step"] for line in file.read_text().splitlines() if line[-1] == "}"] for file in files]
+
+
+def test_a_node_that_is_given_notice_costs_seconds_of_training(site, data, shared):
+    """As Kubernetes gives it: SIGTERM to `ray start --block`. No other checkpoint is due."""
+    output, log, ledger = shared / "notice", shared / "notice.log", shared / "ledger"
+    flags = ("--train.steps", "100000", "--checkpoint.every-steps", "100000", "--train.ledger", str(ledger))
+    driver = train(site, data, output, log, *flags)
+    wait_for(lambda: ledger.exists() and groups(ledger) and len(groups(ledger)[0]) > 20, driver, log)
+    lost = random.choice(busy(site, "RayTrainWorker"))
+    (node,) = (one for one in psutil.Process(site.hosts[lost].process.pid).children(recursive=True) if is_node(one))
+    node.terminate()
+    told, began = time.monotonic(), {}
+
+    def is_taken_up():
+        found = groups(ledger)
+        began.setdefault(found[0][-1], time.monotonic())
+        return len(found) > 1 and found[1]
+
+    wait_for(lambda: is_taken_up() or not node.is_running(), driver, log)
+    there = time.monotonic() - told
+    wait_for(is_taken_up, driver, log)
+    try:
+        old, new = groups(ledger)
+        seconds = began[old[-1]] - began[min(step for step in began if step >= new[0])]
+        print(f"node{lost} went after {there:.0f} s, steps {new[0]} to {old[-1]} were lost: {seconds:.1f} s")
+        assert NOTICE - 5 < there < NOTICE + 15
+        assert seconds < 5
+        assert log.read_text().count("a node goes in ") == 1
+    finally:
+        psutil.Process(driver.pid).children()[0].terminate()
+        assert driver.wait(120) == 143, log.read_text()[-3000:]
+        site.wait_for_nodes(len(site.hosts))
+
+
+def is_node(process):
+    return process.name() == "ray" and "--block" in process.cmdline()
 
 
 # Sharding
