@@ -3,6 +3,8 @@
     python pipelines/dataset.py append --dataset data/photos --source more/       new shards, a new version
     python pipelines/dataset.py remove --dataset data/paintings --artist NAME     by key, label, artist or source
     python pipelines/dataset.py diff --dataset data/photos --against data/photos@VERSION
+    python pipelines/dataset.py versions --dataset data/photos                    lists them, and which is LATEST
+    python pipelines/dataset.py rollback --dataset data/photos --to VERSION       LATEST names an earlier one again
     python pipelines/dataset.py verify --dataset data/photos                      every byte; locates what is damaged
     python pipelines/dataset.py similar --dataset data/photos --against data/evaluation   what both hold
     python pipelines/dataset.py report --dataset data/photos --output report/     one HTML page
@@ -25,11 +27,18 @@ from adaconv.config.dataset import (
     GcConfig,
     RemoveConfig,
     ReportConfig,
+    RollbackConfig,
     SimilarConfig,
     VerifyConfig,
+    VersionsConfig,
 )
 
 log = logging.getLogger(__name__)
+
+_OTHERS_STAY = (
+    "the other versions stay, and LATEST names one again by another rollback, or by the command that made it; "
+    "pipelines/dataset.py gc --keep-last deletes those that LATEST does not descend from"
+)
 
 
 def append(config: AppendConfig) -> dict[str, Any]:
@@ -70,6 +79,24 @@ def diff(config: DiffConfig) -> dict[str, Any]:
     from adaconv.data.manifest import open_version
 
     return diff(open_version(config.dataset), open_version(config.against))
+
+
+def versions(config: VersionsConfig) -> dict[str, Any]:
+    from adaconv.data.changes import describe_versions
+
+    described = describe_versions(config.dataset)
+    for told in described:
+        log.info("%s", _line(told))
+    return {"versions": described}
+
+
+def rollback(config: RollbackConfig) -> dict[str, Any]:
+    from adaconv.data.builds import result_of
+    from adaconv.data.changes import roll_back
+    from adaconv.data.manifest import open_version
+
+    before = roll_back(config.dataset, config.to)
+    return {**result_of(open_version(config.dataset)), "before": before, "note": _OTHERS_STAY}
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
@@ -162,6 +189,29 @@ def plan_version(config: Any) -> str:
     return f"version {version.version} of {version.root}: {version.books['found']} images, {len(version.shards)} shards"
 
 
+def plan_versions(config: VersionsConfig) -> str:
+    from adaconv.data.changes import describe_versions
+
+    return "\n".join(map(_line, describe_versions(config.dataset)))
+
+
+def _line(told: dict[str, Any]) -> str:
+    """A version, as `describe_versions` tells of it."""
+    what = told.get("error") or (
+        f"parent {told['parent'] or 'none'} | {told['images']} images | {told['shards']} shards | "
+        f"{told['bytes'] / 1e6:.1f} MB"
+    )
+    return f"{told['version']} | {told['written']} | {what}{' | LATEST' if told['latest'] else ''}"
+
+
+def plan_rollback(config: RollbackConfig) -> str:
+    from adaconv.data.changes import require_whole
+    from adaconv.data.manifest import latest_version
+
+    version = require_whole(config.dataset, config.to)
+    return f"LATEST of {version.root}: from {latest_version(version.root) or 'none'} to {config.to}; {_OTHERS_STAY}"
+
+
 class Command(NamedTuple):
     config: type[Config]
     execute: Callable[[Any], dict[str, Any]]
@@ -173,6 +223,8 @@ COMMANDS = {
     "append": Command(AppendConfig, append, plan_version, True),
     "remove": Command(RemoveConfig, remove, plan_remove, True),
     "diff": Command(DiffConfig, diff, plan_version, False),
+    "versions": Command(VersionsConfig, versions, plan_versions, False),
+    "rollback": Command(RollbackConfig, rollback, plan_rollback, True),
     "verify": Command(VerifyConfig, verify, plan_version, False),
     "similar": Command(SimilarConfig, similar, plan_version, False),
     "report": Command(ReportConfig, report, plan_version, False),

@@ -70,6 +70,15 @@ def build_version(folder: Path, root: str, recipe: RecipeConfig = RECIPE) -> Dat
     return publish_version(root, recipe=recipe_of(recipe), shards=shards, rows=rows, after=latest_version(root))
 
 
+def child_of(version: DatasetVersion, keep: int) -> DatasetVersion:
+    """A version of some of the shards of another, with it as parent."""
+    shards = version.shards[:keep]
+    rows = [r for r in version.rows() if r["shard"] in {shard.name for shard in shards}]
+    return publish_version(
+        version.root, recipe=version.recipe, shards=shards, rows=rows, after=version.version, parent=version
+    )
+
+
 def look_at(found: Iterable[Found], recipe: RecipeConfig = RECIPE) -> list[Candidate]:
     """Candidates of images whose headers are good, sorted as plans want them."""
     candidates = []

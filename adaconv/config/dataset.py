@@ -54,6 +54,20 @@ class VerifyConfig(Config):
     scaling: ShardScalingConfig = ShardScalingConfig()
 
 
+class VersionsConfig(Config):
+    dataset: Location
+    """Root of a dataset, a folder or s3://."""
+    output: Location | None = None
+    """Folder for result.json; None writes none."""
+
+
+class RollbackConfig(Config):
+    dataset: Location
+    """Root of a dataset, a folder or s3://."""
+    to: str = Field(pattern="^[0-9a-f]+$")
+    """Version that LATEST is to name, as `dataset.py versions` lists them: all of it must be there."""
+
+
 class GcConfig(Config):
     dataset: Location
     """Root of a dataset, a folder or s3://."""

@@ -12,6 +12,7 @@ from adaconv import storage
 from adaconv.data.ingest import MENDABLE
 from adaconv.data.manifest import (
     DatasetVersion,
+    absent_shards,
     latest_uri,
     latest_version,
     lineage,
@@ -101,10 +102,7 @@ def built_version(root: str, build: str) -> DatasetVersion | None:
 def finished_version(root: str, build: str) -> DatasetVersion | None:
     """The version that a build gave, if all of it is there. LATEST is moved to it, unless it descends from it."""
     version = built_version(root, build)
-    if version is None:
-        return None
-    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))} if version.shards else {}
-    if any(sizes.get(shard.name) != shard.bytes for shard in version.shards):
+    if version is None or absent_shards(root, version.shards):
         return None
     latest = latest_version(root)
     newest = open_version(f"{root}@{latest}") if latest and storage.exists(version_uri(root, latest)) else None

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
@@ -20,13 +21,16 @@ from adaconv.data.manifest import (
     IN_SHARDS,
     DatasetVersion,
     Row,
+    absent_shards,
     latest_version,
     lineage,
     list_versions,
+    move_latest,
     open_version,
     split_spec,
 )
-from adaconv.errors import UsageError
+from adaconv.data.verify import verify_manifest
+from adaconv.errors import AdaConvError, DatasetError, UsageError
 
 _FEW_VALUES = ("label", "artist")  # so that the nearest is found; of keys and sources there are as many as images
 _TOLD = 5  # criteria that a message names
@@ -144,6 +148,74 @@ def diff(new: DatasetVersion, old: DatasetVersion, *, examples: int = 20) -> dic
     }
 
 
+def describe_versions(root: str) -> list[dict[str, Any]]:
+    """What there is of each version, in the order of their files' times.
+
+    Raises:
+        UsageError: there is none.
+    """
+    root = _whole(root, "versions")
+    latest = latest_version(root)
+    files = sorted(storage.walk(storage.join(root, "versions")), key=lambda entry: (entry.changed, entry.path))
+    if not files:
+        raise UsageError(f"expected a dataset at {root}, found no version in it")
+    described = []
+    for file in files:
+        name = file.path.removesuffix(".json")
+        written = datetime.fromtimestamp(file.changed, UTC).isoformat(timespec="seconds")
+        told = {"version": name, "written": written, "latest": name == latest}
+        try:
+            version = open_version(f"{root}@{name}")
+        except AdaConvError as error:
+            described.append({**told, "error": str(error)})
+            continue
+        images = sum(version.books[state] for state in IN_SHARDS)
+        size = sum(shard.bytes for shard in version.shards)
+        described.append(
+            {**told, "parent": version.parent, "images": images, "shards": len(version.shards), "bytes": size}
+        )
+    return described
+
+
+def roll_back(root: str, to: str) -> str | None:
+    """Let LATEST name a version that is there, all of it, and return what it named before. No version is touched.
+
+    Raises:
+        UsageError, DatasetError: as `require_whole`, or another job published meanwhile.
+    """
+    before = latest_version(split_spec(root)[0])
+    version = require_whole(root, to)
+    move_latest(version.root, to, after=before)
+    return before
+
+
+def require_whole(root: str, name: str) -> DatasetVersion:
+    """A version of which every file is there.
+
+    Raises:
+        UsageError: there is no such version.
+        DatasetError: a file is missing, or is not as long as it was written.
+    """
+    version = open_version(f"{_whole(root, 'rollback')}@{name}")
+    wrong = [str(damage) for damage in verify_manifest(version)]
+    wrong += [
+        f"shards/{shard.name}: it is not there, or was cut" for shard in absent_shards(version.root, version.shards)
+    ]
+    if wrong:
+        raise DatasetError(
+            f"{version.root}@{name} is not whole: {len(wrong)} of {len(version.shards) + 1} files, the first is "
+            f"{wrong[0]}. The commands that led to it, with the same sources, make what is missing again"
+        )
+    return version
+
+
+def _whole(root: str, command: str) -> str:
+    root, named = split_spec(root)
+    if named:
+        raise UsageError(f"{command} works on a whole dataset: give --dataset {root}, without @{named}")
+    return root
+
+
 # Versions first, so that none is left half there; notes of shards before the shards, so that no job trusts them.
 _ORDER = ("versions", "manifests", "builds", "work", "shards")
 
@@ -171,9 +243,7 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
         UsageError: there is no dataset.
         DatasetError: a version's file is damaged: what it needs is not known, so nothing is garbage.
     """
-    root, named = split_spec(root)
-    if named:
-        raise UsageError(f"gc works on a whole dataset: give --dataset {root}, without @{named}")
+    root = _whole(root, "gc")
     latest = latest_version(root)
     if latest is None:
         raise UsageError(f"expected a dataset at {root}, found no LATEST in it")

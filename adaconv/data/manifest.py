@@ -287,6 +287,22 @@ def publish_version(
     return open_version(f"{root}@{version}")
 
 
+def move_latest(root: str, version: str, *, after: str | None) -> None:
+    """Let LATEST name another version that is there, if it still says what it did when this was decided.
+
+    Raises:
+        DatasetError: another job published meanwhile.
+    """
+    _refuse_overtaken(root, after, version)
+    storage.publish_bytes(latest_uri(root), version.encode())
+
+
+def absent_shards(root: str, shards: Iterable[Shard]) -> list[Shard]:
+    """Those that are not there, or not as long as they were written."""
+    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))}
+    return [shard for shard in shards if sizes.get(shard.name) != shard.bytes]
+
+
 def _refuse_overtaken(root: str, after: str | None, version: str) -> None:
     """Two jobs that add to the same version would each leave out what the other added."""
     latest = latest_version(root)
@@ -299,12 +315,11 @@ def _refuse_overtaken(root: str, after: str | None, version: str) -> None:
 
 def _refuse_absent(root: str, shards: Sequence[Shard]) -> None:
     """Whatever was deleted while a job ran, such as a parent's shards, is in no version that is published."""
-    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))}
-    absent = [shard.name for shard in shards if sizes.get(shard.name) != shard.bytes]
+    absent = absent_shards(root, shards)
     if absent:
         raise DatasetError(
-            f"{len(absent)} of {len(shards)} shards are not below {root} any more, the first {absent[0]}: they were "
-            "deleted while this job ran. Nothing was published; the same command makes its own again"
+            f"{len(absent)} of {len(shards)} shards are not below {root} any more, the first {absent[0].name}: they "
+            "were deleted while this job ran. Nothing was published; the same command makes its own again"
         )
 
 

@@ -13,15 +13,16 @@ import pytest
 
 from adaconv import storage
 from adaconv.config.dataset import SimilarConfig
-from adaconv.data.changes import Criterion, by_shard, collect, diff, find_garbage, keys_to_remove
-from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, list_versions, open_version, publish_version
+from adaconv.data import changes
+from adaconv.data.changes import Criterion, by_shard, collect, diff, find_garbage, keys_to_remove, roll_back
+from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, list_versions, manifest_uri, open_version
 from adaconv.data.report import render
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import verify_manifest, verify_shard
 from adaconv.errors import AdaConvError, DatasetError, UsageError
 from adaconv.stylize.inputs import list_items
 from pipelines.dataset import similar
-from tests.helpers import RECIPE, build_version
+from tests.helpers import RECIPE, build_version, child_of
 
 
 @pytest.fixture
@@ -201,15 +202,6 @@ def test_a_long_list_of_keys_is_looked_up_and_what_none_has_is_told_in_short(mon
     assert len(compared) < 10 * len(criteria)
 
 
-def child_of(version, keep):
-    """A version of some of the shards of another, with it as parent."""
-    shards = version.shards[:keep]
-    rows = [r for r in version.rows() if r["shard"] in {shard.name for shard in shards}]
-    return publish_version(
-        version.root, recipe=version.recipe, shards=shards, rows=rows, after=version.version, parent=version
-    )
-
-
 def test_a_job_that_was_overtaken_publishes_nothing(version):
     child = child_of(version, 3)
     with pytest.raises(DatasetError, match=f"another job published version {child.version}.*expected LATEST to be"):
@@ -217,6 +209,49 @@ def test_a_job_that_was_overtaken_publishes_nothing(version):
     assert open_version(version.root).version == child.version
     assert list_versions(version.root) == sorted([child.version, version.version])
     assert child_of(version, 3).version == child.version  # the same job, started twice
+
+
+def test_a_rollback_names_a_version_that_is_whole(version):
+    child = child_of(version, 1)
+    lost = Path(version.shard_uri(version.shards[2].name))
+    manifest = Path(manifest_uri(version.root, version.version))
+    for path, left in ((lost, None), (lost, 100), (manifest, 100)):
+        whole = path.read_bytes()
+        path.unlink()
+        if left:
+            path.write_bytes(whole[:left])
+        with pytest.raises(
+            DatasetError, match=f"is not whole: 1 of {len(version.shards) + 1} files, the first is .*{path.name}"
+        ):
+            roll_back(version.root, version.version)
+        assert open_version(version.root) == child
+        path.write_bytes(whole)
+    assert roll_back(version.root, version.version) == child.version
+    assert open_version(version.root) == version
+    Path(latest_uri(version.root)).unlink()  # lost: a rollback is how to have it again
+    assert roll_back(version.root, child.version) is None
+    assert open_version(version.root) == child
+
+
+def test_a_rollback_that_was_overtaken_moves_nothing(version, monkeypatch):
+    child = child_of(version, 2)
+    checked, others = changes.require_whole, []
+
+    def publish_meanwhile(root, name):
+        others.append(child_of(child, 1))
+        return checked(root, name)
+
+    monkeypatch.setattr(changes, "require_whole", publish_meanwhile)
+    with pytest.raises(DatasetError, match="another job published version"):
+        roll_back(version.root, version.version)
+    assert open_version(version.root) == others[0]
+
+
+def test_a_job_that_began_before_a_rollback_publishes_nothing(version):
+    child = child_of(version, 2)
+    roll_back(version.root, version.version)
+    with pytest.raises(DatasetError, match="another job published version"):
+        child_of(child, 1)
 
 
 def test_versions_know_where_they_come_from(version):

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from adaconv import storage
+from adaconv.data.changes import describe_versions, roll_back
 from adaconv.data.manifest import open_version
 from adaconv.data.synthetic import generate_photos
+from adaconv.errors import DatasetError
+from tests.helpers import build_version, child_of
 from tests.orchestration.runs import dataset, hashes_of, run, shard
 
 pytestmark = pytest.mark.ray
@@ -86,6 +90,20 @@ def test_verify_names_what_is_damaged(cluster, root, tmp_path):
     assert row["source"] in done.stderr
     (damage,) = result_of(tmp_path / "out")["damages"]
     assert (damage["key"], damage["what"]) == (row["key"], "its bytes have changed")
+
+
+def test_versions_on_an_object_store_are_listed_and_rolled_back(photos, bucket):
+    root = f"{bucket}/data"
+    first = build_version(photos, root)
+    second = child_of(first, 2)
+    told = describe_versions(root)
+    assert {(one["version"], one["latest"]) for one in told} == {(first.version, False), (second.version, True)}
+    assert roll_back(root, first.version) == second.version
+    assert open_version(root) == first
+    storage.remove(first.shard_uri(second.shards[0].name))
+    with pytest.raises(DatasetError, match="is not whole: 1 of 3 files"):
+        roll_back(root, second.version)
+    assert open_version(root) == first
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from adaconv.data.manifest import open_version
 from pipelines import dataset
-from tests.helpers import build_version
+from tests.helpers import build_version, child_of
 
 
 def answer(capsys, *argv):
@@ -31,7 +31,11 @@ def root(content_version, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        ((), 2, "expected a command, one of append, remove, diff, verify, similar, report, gc; found none"),
+        (
+            (),
+            2,
+            "expected a command, one of append, remove, diff, versions, rollback, verify, similar, report, gc; found",
+        ),
         (("verfy",), 2, "found 'verfy'"),
         (("verify",), 2, "--dataset"),
         (("verify", "--dataset", "{}/nothing"), 2, "found no LATEST in it; pipelines/shard.py makes one"),
@@ -42,6 +46,10 @@ def root(content_version, tmp_path):
         (("append", "--dataset", "{}/data", "--source", "{}/nothing"), 2, "found nothing there"),
         (("similar", "--dataset", "{}/data", "--distance", "9"), 2, "distance"),
         (("gc", "--dataset", "{}/nothing"), 2, "found no LATEST in it"),
+        (("versions", "--dataset", "{}/nothing"), 2, "found no version in it"),
+        (("rollback", "--dataset", "{}/data", "--to", "abc"), 2, "has no version abc; it has"),
+        (("rollback", "--dataset", "{}/data", "--to", "../x"), 2, "to: string should match"),
+        (("rollback", "--dataset", "{}/data@abc", "--to", "abc"), 2, "without @abc"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else None,
 )
@@ -104,6 +112,29 @@ def test_a_difference_is_told(capsys, root, tmp_path):
     assert answer(capsys, "diff", *flags)[0] == 0
     told = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (told["added"], told["removed"], told["kept"]) == (0, 0, 24)
+
+
+def test_versions_are_listed_and_a_rollback_moves_latest(capsys, root, tmp_path):
+    first = open_version(str(root))
+    second = child_of(first, 2)
+    out = tmp_path / "out"
+    assert answer(capsys, "versions", "--dataset", root, "--output", out)[0] == 0
+    told = json.loads((out / "result.json").read_text())["versions"]
+    assert [(v["version"], v["parent"], v["latest"]) for v in told] == [
+        (first.version, None, False),
+        (second.version, first.version, True),
+    ]
+    assert [(v["images"], v["shards"]) for v in told] == [(24, 5), (sum(s.rows for s in second.shards), 2)]
+    flags = ("rollback", "--dataset", root, "--to", first.version)
+    assert f"from {second.version} to {first.version}" in answer(capsys, *flags, "--dry-run")[1]
+    assert open_version(str(root)) == second
+    assert answer(capsys, *flags)[0] == 0
+    assert open_version(str(root)) == first
+    assert json.loads((root / "result.json").read_text())["before"] == second.version
+    (root / "versions" / f"{second.version}.json").write_text("{")
+    _, listed, _ = answer(capsys, "versions", "--dataset", root, "--dry-run")
+    assert re.search(rf"{first.version} .* 24 images \| 5 shards .* LATEST", listed)
+    assert re.search(rf"{second.version} .* found damage\n", listed)
 
 
 def test_garbage_is_planned_then_deleted(capsys, root):
