@@ -44,15 +44,15 @@ _OTHERS_STAY = (
 def append(config: AppendConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.data.builds import result_of, spill_listing, whole_version
+    from adaconv.data.layouts import iter_artworks
     from adaconv.data.manifest import open_version
-    from adaconv.data.sources import iter_images
     from adaconv.orchestration.cluster import connect
     from adaconv.scratch import scratch_folder
 
     parent = open_version(config.dataset)
     config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
     with scratch_folder("listing") as scratch:
-        listing = spill_listing(iter_images(config.source), scratch)
+        listing = spill_listing(iter_artworks(config.source, parent.recipe["layout"]), scratch)
         finished = whole_version(parent.root, listing, parent.recipe, parent.version)
         if finished:
             log.info("nothing to do: these images are in version %s", finished.version)

@@ -77,13 +77,13 @@ def _listed(config: ShardConfig) -> Iterator["tuple[Listing, dict[str, Any]]"]:
     """The images that are taken, for as long as the block lasts, and the recipe of their version."""
     from adaconv.data.builds import spill_listing
     from adaconv.data.ingest import recipe_of
-    from adaconv.data.sources import iter_images
+    from adaconv.data.layouts import iter_artworks
     from adaconv.data.subset import Subset
     from adaconv.scratch import scratch_folder
 
     with scratch_folder("listing") as scratch:
         subset = Subset(config.subset, scratch)
-        listing = spill_listing(subset.of(iter_images(config.source)), scratch)
+        listing = spill_listing(subset.of(iter_artworks(config.source, config.shard.layout)), scratch)
         yield listing, {**recipe_of(config.shard), **subset.recipe()}
 
 

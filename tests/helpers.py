@@ -87,7 +87,7 @@ def look_at(found: Iterable[Found], recipe: RecipeConfig = RECIPE) -> list[Candi
         header = look(data, recipe)
         assert isinstance(header, Header)
         sha256 = hashlib.sha256(data).hexdigest()
-        candidates.append(Candidate(key_of(sha256), sha256, one, one.label, "", "", header.width, header.height))
+        candidates.append(Candidate(key_of(sha256), sha256, one, header.width, header.height))
     return sorted(candidates, key=lambda candidate: (candidate.key, candidate.source))
 
 

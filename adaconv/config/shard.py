@@ -27,9 +27,11 @@ class RecipeConfig(Config):
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of images that are encoded anew (4:4:4); one that needs no change keeps its bytes."""
 
-    layout: Literal["auto", "wikiart", "plain"] = "auto"
-    """What paths tell besides the label: `wikiart` reads `Style/artist_title.jpg`, `plain` reads nothing; `auto` is
-    `wikiart` in folders that have the name of one of WikiArt's styles, else `plain`."""
+    layout: Literal["auto", "wikiart", "artist", "csv", "plain"] = "auto"
+    """Where artists and styles are read. `wikiart`: names `Style/artist_title.jpg`; `artist`: folders of artists;
+    `csv`: all_data_info.csv or train_info.csv of Painter by Numbers, in the source or beside it; `plain`: nowhere;
+    `auto`: csv if there is one, and wikiart in folders that are called like one of WikiArt's styles. The log says which
+    was recognised."""
 
 
 class SubsetConfig(Config):
@@ -43,7 +45,8 @@ class SubsetConfig(Config):
     fraction: float | None = Field(default=None, gt=0, le=1)
     """Share of the images to take, about."""
     per_label: int | None = Field(default=None, ge=1)
-    """Images to take of each label, at most: as many of a folder with ten thousand as of one with a hundred."""
+    """Images to take of each style where the layout tells styles, else of each folder, at most: as many of one with ten
+    thousand as of one with a hundred."""
     seed: int = 0
     """Another one takes others."""
 

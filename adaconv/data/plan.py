@@ -28,9 +28,6 @@ class Candidate:
     key: str
     sha256: str
     found: Found
-    label: str
-    artist: str
-    style: str
     width: int
     height: int
 
@@ -71,9 +68,9 @@ def row_of(candidate: Candidate, state: str, reason: str = "") -> Row:
         "source": candidate.source,
         "source_sha256": candidate.sha256,
         "source_bytes": candidate.found.bytes,
-        "label": candidate.label,
-        "artist": candidate.artist,
-        "style": candidate.style,
+        "label": candidate.found.label,
+        "artist": candidate.found.artist,
+        "style": candidate.found.style,
         "width": candidate.width,
         "height": candidate.height,
         "phash": None,

@@ -169,9 +169,9 @@ def _write_sample(tar: _Tar, candidate: Candidate, data: bytes | ImageError, ing
     described = {
         "source": candidate.source,
         "source_sha256": candidate.sha256,
-        "label": candidate.label,
-        "artist": candidate.artist,
-        "style": candidate.style,
+        "label": candidate.found.label,
+        "artist": candidate.found.artist,
+        "style": candidate.found.style,
         "source_size": [candidate.width, candidate.height],
     }
     start = tar.size

@@ -15,7 +15,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from adaconv import storage
 from adaconv.errors import UsageError
@@ -23,40 +22,6 @@ from adaconv.images import EXTENSIONS, ImageError
 
 log = logging.getLogger(__name__)
 
-Layout = Literal["auto", "wikiart", "plain"]
-
-# The folders of WikiArt as it is downloaded, each with files named artist_title.jpg.
-WIKIART_STYLES = frozenset(
-    (
-        "Abstract_Expressionism",
-        "Action_painting",
-        "Analytical_Cubism",
-        "Art_Nouveau_Modern",
-        "Baroque",
-        "Color_Field_Painting",
-        "Contemporary_Realism",
-        "Cubism",
-        "Early_Renaissance",
-        "Expressionism",
-        "Fauvism",
-        "High_Renaissance",
-        "Impressionism",
-        "Mannerism_Late_Renaissance",
-        "Minimalism",
-        "Naive_Art_Primitivism",
-        "New_Realism",
-        "Northern_Renaissance",
-        "Pointillism",
-        "Pop_Art",
-        "Post_Impressionism",
-        "Realism",
-        "Rococo",
-        "Romanticism",
-        "Symbolism",
-        "Synthetic_Cubism",
-        "Ukiyo_e",
-    )
-)
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _OF_ONE_FILE = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # links in a circle and the like
@@ -77,7 +42,7 @@ class Member:
 class Found:
     """`uri` to read from, the archive's for a member; `source`: path below what was given, with forward slashes.
 
-    `stamp` changes when the file does.
+    `stamp` changes when the file does; `artist` and `style` as `layouts` reads them.
     """
 
     uri: str
@@ -85,24 +50,13 @@ class Found:
     bytes: int = 0
     stamp: str = ""
     member: Member | None = None
+    artist: str = ""
+    style: str = ""
 
     @property
     def label(self) -> str:
         """The folders between the source and the file: `Impressionism/monet`, or nothing."""
         return posixpath.dirname(self.source)
-
-
-def artist_and_style(source: str, layout: Layout) -> tuple[str, str]:
-    """What a path tells in WikiArt's layout, `Style/artist_title.jpg`; nothing elsewhere.
-
-    `auto` takes for WikiArt what lies in a folder with the name of one of its styles.
-    """
-    folder, name = posixpath.split(source)
-    style = posixpath.basename(folder)
-    if layout == "plain" or (layout == "auto" and style not in WIKIART_STYLES):
-        return "", ""
-    artist, mark, _ = posixpath.splitext(name)[0].partition("_")
-    return (artist if mark else ""), style
 
 
 def iter_images(sources: Iterable[str], *, flag: str = "--source") -> Iterator[Found]:
@@ -170,11 +124,11 @@ def read_found(found: Found, *, max_bytes: int | None = None) -> bytes:
 
 
 def fingerprint(found: Iterable[Found]) -> str:
-    """64 hex digits for a set of files as they are listed, whatever the order: paths, sizes and stamps."""
+    """64 hex digits for a set of files as they are listed, whatever the order: all that is known but where they lie."""
     total = 0
     for one in found:
-        text = f"{one.source}\0{one.bytes}\0{one.stamp}".encode("utf-8", "surrogatepass")
-        total += int.from_bytes(hashlib.sha256(text).digest())
+        text = "\0".join((one.source, str(one.bytes), one.stamp, one.artist, one.style))
+        total += int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return f"{total % 2**256:064x}"
 
 

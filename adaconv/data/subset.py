@@ -75,7 +75,7 @@ class Subset:
             return
         with closing(DiskTables(self._path, "CREATE TABLE found (rank INTEGER, label TEXT, json TEXT);")) as tables:
             for rank, one in ranked:
-                row = (rank, one.label, json.dumps(one, default=vars))
+                row = (rank, one.style or one.label, json.dumps(one, default=vars))
                 tables.execute("INSERT INTO found VALUES (?, ?, ?)", row)
             # A path may be there twice, in two sources: then the rest of what is known of a file tells which is first.
             taken = tables.execute(

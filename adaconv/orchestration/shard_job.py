@@ -52,7 +52,7 @@ from adaconv.data.manifest import (
 )
 from adaconv.data.plan import Candidate, Catalog, candidate_from, found_from, plan_from, plan_shards, row_of
 from adaconv.data.shard_writer import Ingest, read_ahead, refused_row, write_shard
-from adaconv.data.sources import Found, Layout, artist_and_style
+from adaconv.data.sources import Found
 from adaconv.errors import QuarantineBudgetError
 from adaconv.orchestration.board import Teller
 from adaconv.orchestration.tasks import run_tasks
@@ -178,7 +178,7 @@ def scan_chunk(
         read = read_ahead(files, max_bytes=int(recipe["max_megabytes"] * 1e6))
         for found, data in zip(files, read, strict=True):
             answer = look_at(data) if isinstance(data, bytes) else refusal_of(data)
-            candidate = _candidate(found, data if isinstance(data, bytes) else b"", answer, recipe["layout"])
+            candidate = _candidate(found, data if isinstance(data, bytes) else b"", answer)
             refused = refused_row(candidate, answer) if isinstance(answer, Refusal) else None
             refusal = {k: refused[k] for k in ("reason", "detail", "thumbnail")} if refused else None
             answers.append(json.dumps({"candidate": candidate, "refusal": refusal}, default=vars) + "\n")
@@ -188,16 +188,12 @@ def scan_chunk(
     return {"name": name, "memory": _peak_megabytes()}
 
 
-def _candidate(found: Found, data: bytes, answer: Header | Refusal, layout: Layout) -> Candidate:
-    artist, style = artist_and_style(found.source, layout)
+def _candidate(found: Found, data: bytes, answer: Header | Refusal) -> Candidate:
     sha256 = hashlib.sha256(data).hexdigest()
     return Candidate(
         key=key_of(sha256),
         sha256=sha256,
         found=found,
-        label=found.label,
-        artist=artist,
-        style=style,
         width=answer.width if isinstance(answer, Header) else 0,
         height=answer.height if isinstance(answer, Header) else 0,
     )

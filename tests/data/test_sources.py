@@ -10,7 +10,7 @@ import pytest
 
 from adaconv import storage
 from adaconv.data.builds import spill_listing
-from adaconv.data.sources import artist_and_style, fingerprint, iter_images, list_images, read_found
+from adaconv.data.sources import fingerprint, iter_images, list_images, read_found
 from adaconv.errors import UsageError
 from adaconv.images import ImageError
 
@@ -195,22 +195,6 @@ def test_a_damaged_or_missing_archive_is_answered(tmp_path, make, words):
         path.write_bytes(make)
     with pytest.raises(UsageError, match=words):
         next(iter_images((str(path),)))
-
-
-@pytest.mark.parametrize(
-    ("source", "layout", "wanted"),
-    [
-        ("Impressionism/claude-monet_water-lilies.jpg", "auto", ("claude-monet", "Impressionism")),
-        ("wikiart/Ukiyo_e/hokusai_the_great_wave.jpg", "auto", ("hokusai", "Ukiyo_e")),
-        ("Pop_Art/untitled.jpg", "auto", ("", "Pop_Art")),
-        ("train2017/000000000009.jpg", "auto", ("", "")),
-        ("my_own/claude-monet_water-lilies.jpg", "auto", ("", "")),
-        ("my_own/claude-monet_water-lilies.jpg", "wikiart", ("claude-monet", "my_own")),
-        ("Impressionism/claude-monet_water-lilies.jpg", "plain", ("", "")),
-    ],
-)
-def test_artist_and_style_are_read_off_the_path(source, layout, wanted):
-    assert artist_and_style(source, layout) == wanted
 
 
 def test_names_survive_whatever_they_are(tmp_path):
