@@ -4,7 +4,7 @@
     python pipelines/dataset.py remove --dataset data/paintings --artist NAME     by key, label, artist or source
     python pipelines/dataset.py diff --dataset data/photos --against data/photos@VERSION
     python pipelines/dataset.py versions --dataset data/photos                    lists them, and which is LATEST
-    python pipelines/dataset.py rollback --dataset data/photos --to VERSION       LATEST names an earlier one again
+    python pipelines/dataset.py rollback --dataset data/photos --to 3a9ab581035ede6e   LATEST names an earlier one again
     python pipelines/dataset.py verify --dataset data/photos                      every byte; locates what is damaged
     python pipelines/dataset.py similar --dataset data/photos --against data/evaluation   what both hold
     python pipelines/dataset.py report --dataset data/photos --output report/     one HTML page
