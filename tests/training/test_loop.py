@@ -84,7 +84,6 @@ def test_micro_batches_and_workers_do_not_change_the_result(content_version, sty
     found, wanted = series[1], series[0]
     assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-5)
     assert found["train/gradient_norm"] == pytest.approx(wanted["train/gradient_norm"], rel=1e-3)
-    assert found["train/gradient_norm"][1] == pytest.approx(wanted["train/gradient_norm"][1], rel=1e-4)
 
 
 def _rank(rank, world, port_file, folder, content, style):
