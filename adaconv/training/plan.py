@@ -1,6 +1,6 @@
 """How long a run will take on given hardware, what limits it first, and whether it can be at all: arithmetic alone.
 
-    step = max(computing + what is left of the exchange, decoding, fetching)
+    step = max(max(computing, launching) + what is left of the exchange, decoding, fetching)
 
 Counted: FLOP (model/work.py), bytes of gradients, images. Taken from the configuration's `hardware` or measured on this
 machine: rates. docs/design/scaling.md derives the terms and compares them with runs.
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,9 @@ _OVERLAPPED = 0.3
 # GiB of activations a pair of 256 px keeps for its gradient: upper bounds of what `train_step/...` of bench/ took.
 _ACTIVATION_GIB = {"float32": 0.36, "bfloat16": 0.30}
 _PROCESS_GIB = 0.5
-_H200_TFLOPS = 0.4 * 790
+# Of an H200, through what was measured of it (docs/design/0007-network.md): 8.7 ms with 8 pairs and 25.0 with 32 in
+# bfloat16, 72.5 with 32 in float32. The fixed part is a step's whatever its pairs.
+_H200_TFLOPS, _H200_FIXED_SECONDS = {"bfloat16": 352.0, "float32": 110.0}, 3.3e-3
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,25 @@ class StepPlan:
 
     ranks: int
     computing: float
+    launching: float  # by Python, of a GPU's kernels, beside the computing; none where they are recorded
     exchanging: float  # what is left of it beside the backward pass
     decoding: float
     fetching: float
+    gpu: bool = False
 
     @property
     def seconds(self) -> float:
-        return max(self.computing + self.exchanging, self.decoding, self.fetching)
+        return max(max(self.computing, self.launching) + self.exchanging, self.decoding, self.fetching)
 
     @property
     def limit(self) -> str:
         """What takes longest, and the setting that moves it."""
+        faster = " while each computes for longer than launching takes" if self.gpu else ", train.compile"
         parts = {
-            "computing: more ranks, train.precision bfloat16, train.compile": self.computing,
+            f"computing: train.precision bfloat16, more ranks{faster}": self.computing,
+            "launching kernels: a larger global batch, or one rank, which records its step (train.cuda_graph)": (
+                self.launching
+            ),
             "exchanging gradients: scaling.gradient_compression bfloat16, a larger global batch": self.exchanging,
             "decoding: data.loader_workers, more cores a rank, shards of a smaller side": self.decoding,
             "fetching shards: data.cache_gb for the whole dataset, a faster store": self.fetching,
@@ -65,7 +74,14 @@ class StepPlan:
 
 
 def plan_step(
-    config: TrainConfig, ranks: int, *, tflops: float, image_bytes: float, dataset_gb: float, cores: float
+    config: TrainConfig,
+    ranks: int,
+    *,
+    tflops: float,
+    image_bytes: float,
+    dataset_gb: float,
+    cores: float,
+    fixed_seconds: float = 0.0,
 ) -> StepPlan:
     """The step of a run on so many ranks.
 
@@ -73,13 +89,18 @@ def plan_step(
         config: of the run.
         ranks: DDP ranks, filled node by node.
         tflops: 10^12 operations a second that a rank attains.
+        fixed_seconds: that computing takes besides, however few the pairs.
         image_bytes: mean size of a stored image.
         dataset_gb: of both datasets, 10^9 bytes; 0 where they lie on a disk and nothing is fetched.
         cores: that decode for a rank.
     """
     hardware, size = config.hardware, size_of(config)
     pairs = -(-config.train.global_batch_size // ranks)
-    computing = pairs * work.train_flops(size) / (tflops * 1e12)
+    computing = fixed_seconds + pairs * work.train_flops(size) / (tflops * 1e12)
+    gpu, at_once = config.scaling.gpus_per_worker > 0, min(config.train.micro_batch_size or pairs, pairs)
+    # As training/step.py decides it.
+    recorded = ranks == 1 and config.train.cuda_graph and not config.train.compile and at_once == pairs
+    launching = hardware.launch_ms / 1e3 * -(-pairs // at_once) if gpu and not recorded else 0.0
     bytes_of_gradients = work.trained_weights(size) * (2 if config.scaling.gradient_compression == "bfloat16" else 4)
     nodes = -(-ranks // hardware.ranks_per_node)
     bandwidth = hardware.network_gbit * 1e9 / 8 if nodes > 1 else hardware.nvlink_gbyte * 1e9
@@ -90,9 +111,11 @@ def plan_step(
     return StepPlan(
         ranks=ranks,
         computing=computing,
-        exchanging=max(0.0, exchange - _OVERLAPPED * computing),
+        launching=launching,
+        exchanging=max(0.0, exchange - _OVERLAPPED * max(computing, launching)),
         decoding=decoding,
         fetching=fetched / (hardware.storage_mbyte * 1e6),
+        gpu=gpu,
     )
 
 
@@ -125,7 +148,7 @@ def memory_gib(config: TrainConfig, ranks: int) -> float:
 
 
 def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, ranks: Sequence[int]) -> str:
-    """The plan as lines: a row for each number of ranks, the run's own first.
+    """The plan as lines: a row for each number of ranks, the run's own first; and whether one alone would be faster.
 
     Raises:
         UsageError: the run is impossible: fewer shards than ranks, a cache that the shards in use do not fit, no disk
@@ -134,7 +157,14 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     """
     hardware, scaling = config.hardware, config.scaling
     gpu = scaling.gpus_per_worker > 0
-    tflops = hardware.tflops or (_H200_TFLOPS if gpu else measured_tflops())
+    fixed_seconds = 0.0
+    if hardware.tflops:
+        tflops, source = hardware.tflops, "given"
+    elif gpu:
+        tflops, fixed_seconds = _H200_TFLOPS[config.train.precision], _H200_FIXED_SECONDS
+        source = f"an H200's, and {fixed_seconds * 1e3:g} ms a step"
+    else:
+        tflops, source = measured_tflops(), "measured here"
     shards = (*content.shards, *style.shards)
     rows = sum(shard.rows for shard in shards)
     stored = sum(shard.bytes for shard in shards)
@@ -143,28 +173,39 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     _refuse(config, content, style)
 
     size = size_of(config)
-    source = "given" if hardware.tflops else "an H200 at 40 %" if gpu else "measured here"
+    launching = f", {hardware.launch_ms:g} ms to launch a step that is not recorded" if gpu else ""
     lines = [
         f"reckoned with {tflops:.3g} TFLOP/s a rank ({source}), {hardware.decode_per_core:.0f} images/s a core x "
-        f"{cores:g}, {hardware.ranks_per_node} ranks a node",
+        f"{cores:g}, {hardware.ranks_per_node} ranks a node{launching}",
         f"a step: {config.train.global_batch_size * work.train_flops(size) / 1e9:.0f} GFLOP, "
         f"{work.trained_weights(size) * 4 / 1e6:.0f} MB of gradients; "
         f"a rank needs about {memory_gib(config, scaling.least_workers):.1f} GiB",
         "ranks  step      images/s  whole run  limit",
     ]
+    step_of = partial(
+        plan_step,
+        config,
+        tflops=tflops,
+        image_bytes=stored / max(1, rows),
+        dataset_gb=_gb(remote),
+        cores=cores,
+        fixed_seconds=fixed_seconds,
+    )
     counts = [n for n in dict.fromkeys([scaling.most_workers, *ranks]) if n <= config.train.global_batch_size]
     for number in counts:
-        step = plan_step(
-            config,
-            number,
-            tflops=tflops,
-            image_bytes=stored / max(1, rows),
-            dataset_gb=_gb(remote),
-            cores=cores,
-        )
+        step = step_of(number)
         lines.append(
             f"{number:5d}  {step.seconds * 1e3:6.1f} ms {config.train.global_batch_size / step.seconds:9.1f}  "
             f"{duration(step.seconds * config.train.steps):>9}  {step.limit}"
+        )
+    own, alone = step_of(scaling.most_workers), step_of(1)
+    if own.seconds > alone.seconds:
+        what = own.limit.partition(":")[0]
+        why = ", which a rank alone records" if what.startswith("launching") else ""
+        lines.append(
+            f"{own.ranks} ranks would take longer than one, {own.seconds * 1e3:.1f} ms a step against "
+            f"{alone.seconds * 1e3:.1f}, because of {what}{why}: take a larger global batch or one "
+            + ("GPU" if gpu else "rank")
         )
     return "\n".join(lines)
 

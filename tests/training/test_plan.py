@@ -21,8 +21,16 @@ def config_of(**sections):
     return TrainConfig.model_validate(values)
 
 
-def step(config, ranks, *, tflops=300.0, image_bytes=1e5, dataset_gb=50.0, cores=8.0):
-    return plan_step(config, ranks, tflops=tflops, image_bytes=image_bytes, dataset_gb=dataset_gb, cores=cores)
+def step(config, ranks, *, tflops=300.0, image_bytes=1e5, dataset_gb=50.0, cores=8.0, **how):
+    return plan_step(config, ranks, tflops=tflops, image_bytes=image_bytes, dataset_gb=dataset_gb, cores=cores, **how)
+
+
+def on_h200s(config, ranks):
+    rates = {"tflops": plan._H200_TFLOPS[config.train.precision], "fixed_seconds": plan._H200_FIXED_SECONDS}
+    return step(config, ranks, **rates, cores=16)
+
+
+GPUS = {"gpus_per_worker": 1}
 
 
 @pytest.mark.parametrize(
@@ -49,26 +57,55 @@ def test_the_counts_are_the_network_s(sections):
 
 
 @pytest.mark.parametrize(
-    ("batch", "ranks", "gbit", "computing", "exchanging", "seconds"),
+    ("batch", "ranks", "gbit", "computing", "launching", "exchanging", "seconds"),
     [
-        (8, 1, 25, 6.1, 0, 6.1),
-        (8, 2, 25, 3.0, 0, 3.0),
-        (8, 3, 25, 2.3, 0.4, 2.6),  # one of three has three pairs; not in the note
-        (8, 4, 25, 1.5, 0.7, 2.2),
-        (8, 8, 25, 0.8, 1.2, 1.9),
-        (64, 16, 25, 3.0, 141, 144),
-        (64, 64, 25, 0.8, 149, 150),
-        (512, 8, 25, 48, 0, 48),
-        (512, 64, 25, 6.1, 148, 154),
-        (512, 64, 100, 6.1, 35.6, 42),
+        (8, 1, 25, 8.7, 0, 0, 8.7),
+        (8, 2, 25, 6.0, 25, 0, 25),
+        (8, 3, 25, 5.3, 25, 0, 25),  # one of three has three pairs; not in the note
+        (8, 8, 25, 4.0, 25, 0, 25),
+        (64, 1, 25, 46.7, 0, 0, 46.7),
+        (64, 8, 25, 8.7, 25, 0, 25),
+        (256, 1, 25, 177, 0, 0, 177),
+        (256, 8, 25, 25.0, 25, 0, 25.0),
+        (256, 16, 25, 14.2, 25, 135, 160),
+        (512, 8, 25, 46.7, 25, 0, 46.7),
+        (512, 64, 25, 8.7, 25, 142, 167),
+        (512, 64, 100, 8.7, 25, 29.9, 54.9),
+        (512, 64, 400, 8.7, 25, 1.8, 26.8),
     ],
 )
-def test_the_tables_of_the_note_are_what_it_reckons(batch, ranks, gbit, computing, exchanging, seconds):
+def test_the_tables_of_the_note_are_what_it_reckons(batch, ranks, gbit, computing, launching, exchanging, seconds):
     """docs/design/scaling.md; in milliseconds, to the digits that it has."""
-    config = config_of(train={"global_batch_size": batch}, hardware={"network_gbit": gbit})
-    plan = step(config, ranks, tflops=316, cores=16)
-    for found, wanted in ((plan.computing, computing), (plan.exchanging, exchanging), (plan.seconds, seconds)):
-        assert found * 1e3 == pytest.approx(wanted, abs=0.06, rel=0.012)
+    config = config_of(
+        train={"global_batch_size": batch, "precision": "bfloat16"}, hardware={"network_gbit": gbit}, scaling=GPUS
+    )
+    found = on_h200s(config, ranks)
+    terms = (found.computing, found.launching, found.exchanging, found.seconds)
+    for term, wanted in zip(terms, (computing, launching, exchanging, seconds), strict=True):
+        assert term * 1e3 == pytest.approx(wanted, abs=0.06, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "precision", "seconds"), [(8, "bfloat16", 8.7), (32, "bfloat16", 25.0), (32, "float32", 72.5)]
+)
+def test_one_gpu_takes_what_was_measured(pairs, precision, seconds):
+    """docs/design/0007-network.md."""
+    config = config_of(train={"global_batch_size": pairs, "precision": precision}, scaling=GPUS)
+    assert on_h200s(config, 1).seconds * 1e3 == pytest.approx(seconds, rel=0.005)
+
+
+def test_python_launches_what_is_not_recorded():
+    """As training/step.py has it: several ranks, micro-batches, compiled code, and who forbids it; never on CPUs."""
+
+    def launching(ranks, *, scaling=GPUS, launch_ms=10, **optim):
+        return step(config_of(train=optim, scaling=scaling, hardware={"launch_ms": launch_ms}), ranks).launching
+
+    assert (
+        launching(1) == launching(1, micro_batch_size=8) == launching(8, scaling={}) == launching(2, launch_ms=0) == 0
+    )
+    assert launching(2) == launching(8) == launching(1, compile=True) == launching(1, cuda_graph=False) == 0.01
+    assert launching(1, micro_batch_size=3) == pytest.approx(0.03)  # 3, 3 and 2 pairs
+    assert launching(4, micro_batch_size=1) == pytest.approx(0.02)
 
 
 def test_decoding_and_fetching_are_shared_by_cores_and_nodes():
@@ -99,7 +136,10 @@ def test_more_ranks_compute_less_each_and_exchange_more():
 def test_what_saturates_first_is_named_with_its_setting():
     config = config_of(train={"global_batch_size": 8})
     assert step(config, 1, cores=1).limit.startswith("decoding: data.loader_workers")
-    assert step(config, 1, tflops=1.0).limit.startswith("computing")
+    assert step(config, 1, tflops=1.0).limit == "computing: train.precision bfloat16, more ranks, train.compile"
+    on_gpus = config_of(train={"global_batch_size": 8}, scaling=GPUS)
+    assert step(on_gpus, 1, tflops=1.0).limit.startswith("computing: train.precision bfloat16, more ranks while each")
+    assert step(on_gpus, 8).limit.startswith("launching kernels: a larger global batch, or one rank")
     slow = config_of(train={"global_batch_size": 64}, hardware={"network_gbit": 1})
     assert step(slow, 64, cores=64).limit.startswith("exchanging gradients")
     assert step(config_of(hardware={"storage_mbyte": 1}, data={"cache_gb": 1}), 1).limit.startswith("fetching")
@@ -240,10 +280,29 @@ def test_a_row_reckons_with_what_is_given(content_version, style_version):
     assert "fetching" in row
     on_disk = [dataclasses.replace(version, root="/data") for version in versions]
     assert describe(config, *on_disk, ranks=()).splitlines()[3].split()[:4] == ["2", "1.5", "ms", "5481.9"]
-    for given, source in ({"gpus_per_worker": 1}, "316 TFLOP/s a rank (an H200 at 40 %)"), ({}, "(measured here)"):
+    for given, source in (GPUS, "110 TFLOP/s a rank (an H200's, and 3.3 ms a step)"), ({}, "(measured here)"):
         lines = describe(config_of(scaling=given, hardware={"memory_gb": 80}), *on_disk, ranks=())
         assert source in lines
         assert "images/s a core x 1," in lines
+        assert ("25 ms to launch a step that is not recorded" in lines) == (given == GPUS)
+
+
+def test_it_is_said_plainly_where_one_rank_is_faster(content_version, style_version):
+    def said(workers, batch, **hardware):
+        config = config_of(
+            train={"global_batch_size": batch, "precision": "bfloat16"},
+            scaling={"num_workers": workers, **GPUS},
+            hardware={"cores_per_rank": 32, **hardware},
+        )
+        lines = describe(config, content_version, style_version, ranks=()).splitlines()
+        return lines[-1] if len(lines) > 4 else None
+
+    assert said(8, 8) == (
+        "8 ranks would take longer than one, 25.0 ms a step against 8.7, because of launching kernels, which a rank "
+        "alone records: take a larger global batch or one GPU"
+    )
+    assert said(1, 8) is said(8, 64) is said(8, 8, launch_ms=1) is None
+    assert "16 ranks would take longer than one, 159.8 ms a step against 46.7, because of exch" in said(16, 64)
 
 
 def test_gradients_are_compressed_between_gpus_alone():
