@@ -168,7 +168,7 @@ class HardwareConfig(Config):
     to (352 in bfloat16, 110 in float32, and 3.3 ms a step), else what this machine's matrix products give."""
     launch_ms: float = Field(default=25, ge=0)
     """Milliseconds that Python needs to start a step's kernels one by one, on GPUs whose step is not recorded as a CUDA
-    graph, which is so with several ranks (25: measured beside an H200, docs/design/0007-network.md)."""
+    graph (25: measured beside an H200, docs/design/0007-network.md)."""
     decode_per_core: float = Field(default=350, gt=0)
     """Images a second that one core decodes and crops (`python bench/run.py load`: 350 of 682x512 px)."""
     cores_per_rank: float | None = Field(default=None, gt=0)

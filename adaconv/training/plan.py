@@ -60,12 +60,9 @@ class StepPlan:
     @property
     def limit(self) -> str:
         """What takes longest, and the setting that moves it."""
-        faster = " while each computes for longer than launching takes" if self.gpu else ", train.compile"
         parts = {
-            f"computing: train.precision bfloat16, more ranks{faster}": self.computing,
-            "launching kernels: a larger global batch, or one rank, which records its step (train.cuda_graph)": (
-                self.launching
-            ),
+            f"computing: train.precision bfloat16, more ranks{'' if self.gpu else ', train.compile'}": self.computing,
+            "launching kernels: train.cuda_graph without micro-batches and train.compile": self.launching,
             "exchanging gradients: scaling.gradient_compression bfloat16, a larger global batch": self.exchanging,
             "decoding: data.loader_workers, more cores a rank, shards of a smaller side": self.decoding,
             "fetching shards: data.cache_gb for the whole dataset, a faster store": self.fetching,
@@ -97,10 +94,10 @@ def plan_step(
     hardware, size = config.hardware, size_of(config)
     pairs = -(-config.train.global_batch_size // ranks)
     computing = fixed_seconds + pairs * work.train_flops(size) / (tflops * 1e12)
-    gpu, at_once = config.scaling.gpus_per_worker > 0, min(config.train.micro_batch_size or pairs, pairs)
-    # As training/step.py decides it.
-    recorded = ranks == 1 and config.train.cuda_graph and not config.train.compile and at_once == pairs
-    launching = hardware.launch_ms / 1e3 * -(-pairs // at_once) if gpu and not recorded else 0.0
+    gpu, part = config.scaling.gpus_per_worker > 0, min(config.train.micro_batch_size or pairs, pairs)
+    # As training/state.py and step.py decide it: such ranks exchange behind the backward pass, recorded if it is whole.
+    recording = gpu and config.train.cuda_graph and not config.train.compile
+    launching = hardware.launch_ms / 1e3 * -(-pairs // part) if gpu and not (recording and part == pairs) else 0.0
     bytes_of_gradients = work.trained_weights(size) * (2 if config.scaling.gradient_compression == "bfloat16" else 4)
     nodes = -(-ranks // hardware.ranks_per_node)
     bandwidth = hardware.network_gbit * 1e9 / 8 if nodes > 1 else hardware.nvlink_gbyte * 1e9
@@ -112,7 +109,7 @@ def plan_step(
         ranks=ranks,
         computing=computing,
         launching=launching,
-        exchanging=max(0.0, exchange - _OVERLAPPED * max(computing, launching)),
+        exchanging=exchange if recording else max(0.0, exchange - _OVERLAPPED * max(computing, launching)),
         decoding=decoding,
         fetching=fetched / (hardware.storage_mbyte * 1e6),
         gpu=gpu,
@@ -201,10 +198,9 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     own, alone = step_of(scaling.most_workers), step_of(1)
     if own.seconds > alone.seconds:
         what = own.limit.partition(":")[0]
-        why = ", which a rank alone records" if what.startswith("launching") else ""
         lines.append(
             f"{own.ranks} ranks would take longer than one, {own.seconds * 1e3:.1f} ms a step against "
-            f"{alone.seconds * 1e3:.1f}, because of {what}{why}: take a larger global batch or one "
+            f"{alone.seconds * 1e3:.1f}, because of {what}: take a larger global batch or one "
             + ("GPU" if gpu else "rank")
         )
     return "\n".join(lines)
