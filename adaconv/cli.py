@@ -29,7 +29,7 @@ C = TypeVar("C", bound=Config)
 
 _PATHS = (
     *("source", "content", "style", "dataset", "against", "output", "model", "runs", "replay", "stylized"),
-    *("init_from", "data.cache_dir", "train.ledger", "tile.scratch"),
+    *("exclude", "init_from", "data.cache_dir", "train.ledger", "tile.scratch"),
 )
 _TRACKING = ("tracking.uri", "tracking_uri")
 _PATHS_OR_WORDS = (

@@ -46,21 +46,29 @@ def append(config: AppendConfig) -> dict[str, Any]:
     from adaconv.data.builds import result_of, spill_listing, whole_version
     from adaconv.data.layouts import iter_artworks
     from adaconv.data.manifest import open_version
+    from adaconv.data.selection import read_exclusions, without
+    from adaconv.errors import UsageError
     from adaconv.orchestration.cluster import connect
     from adaconv.scratch import scratch_folder
 
     parent = open_version(config.dataset)
+    exclusions = read_exclusions(config.exclude)
+    if "exclude" in parent.recipe and config.exclude is None:
+        raise UsageError(
+            f"version {parent.version} was made with a list of what is to get into no shard: give it, or a later one, "
+            "by --exclude; an empty file excludes nothing"
+        )
     config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
     with scratch_folder("listing") as scratch:
         listing = spill_listing(iter_artworks(config.source, parent.recipe["layout"]), scratch)
-        finished = whole_version(parent.root, listing, parent.recipe, parent.version)
+        finished = whole_version(parent.root, listing, without(parent.recipe, exclusions), parent.version)
         if finished:
             log.info("nothing to do: these images are in version %s", finished.version)
             return {**result_of(finished), "made": 0}
         with connect():
             from adaconv.orchestration.dataset_job import run_append
 
-            return run_append(config, listing)
+            return run_append(config, listing, exclusions)
 
 
 def remove(config: RemoveConfig) -> dict[str, Any]:
@@ -171,8 +179,9 @@ def plan_gc(config: GcConfig) -> str:
 
 
 def plan_remove(config: RemoveConfig) -> str:
-    from adaconv.data.changes import by_shard, criteria_of, keys_to_remove
+    from adaconv.data.changes import by_shard
     from adaconv.data.manifest import open_version
+    from adaconv.data.selection import criteria_of, keys_to_remove
 
     version = open_version(config.dataset)
     keys = keys_to_remove(version.rows(), criteria_of(config))

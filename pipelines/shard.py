@@ -9,22 +9,31 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaconv import cli
 from adaconv.config.shard import ShardConfig
 
 if TYPE_CHECKING:
     from adaconv.data.builds import Listing
+    from adaconv.data.selection import Criterion
 
 log = logging.getLogger(__name__)
+
+
+class Listed(NamedTuple):
+    """What the listing came to: images, the recipe of their version, and what is to get into none of its shards."""
+
+    listing: "Listing"
+    recipe: dict[str, Any]
+    exclusions: "list[Criterion]"
 
 
 def plan(config: ShardConfig) -> str:
     from adaconv.data.forecast import forecast, serves, shortage
 
-    with _listed(config) as (listing, recipe):
-        told, coming = _told(config, listing, recipe), forecast(listing, config.shard)
+    with _listed(config) as listed:
+        told, coming = _told(config, listed), forecast(listed.listing, config.shard)
     if not coming.shards:
         return f"{told}: the {coming.looked_at} images that were looked at would all be refused"
     short = shortage(coming.shards, coming.bytes, ranks=config.for_ranks)
@@ -52,16 +61,17 @@ def execute(config: ShardConfig) -> dict[str, Any]:
         cli.require_writable(config.output, "--output")
     absolute = {"output": storage.absolute(config.output), "source": tuple(map(storage.absolute, config.source))}
     config = config.model_copy(update=absolute)
-    with _listed(config) as (listing, recipe):
-        log.info("%s", _told(config, listing, recipe))
-        finished = whole_version(config.output, listing, recipe)
+    with _listed(config) as listed:
+        log.info("%s", _told(config, listed))
+        finished = whole_version(config.output, listed.listing, listed.recipe)
         if finished:
             log.info("nothing to do: this build is version %s", finished.version)
             return _served(config, {**result_of(finished), "made": 0})
         with connect():
             from adaconv.orchestration.shard_job import run_shard_job
 
-            return _served(config, run_shard_job(config, listing, recipe))
+            result = run_shard_job(config, listed.listing, listed.recipe, exclusions=listed.exclusions)
+            return _served(config, result)
 
 
 def _served(config: ShardConfig, result: dict[str, Any]) -> dict[str, Any]:
@@ -73,23 +83,28 @@ def _served(config: ShardConfig, result: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _listed(config: ShardConfig) -> Iterator["tuple[Listing, dict[str, Any]]"]:
-    """The images that are taken, for as long as the block lasts, and the recipe of their version."""
+def _listed(config: ShardConfig) -> Iterator[Listed]:
+    """For as long as the block lasts."""
     from adaconv.data.builds import spill_listing
     from adaconv.data.ingest import recipe_of
     from adaconv.data.layouts import iter_artworks
+    from adaconv.data.selection import read_exclusions, without
     from adaconv.data.subset import Subset
     from adaconv.scratch import scratch_folder
 
+    exclusions = read_exclusions(config.exclude)
     with scratch_folder("listing") as scratch:
         subset = Subset(config.subset, scratch)
         listing = spill_listing(subset.of(iter_artworks(config.source, config.shard.layout)), scratch)
-        yield listing, {**recipe_of(config.shard), **subset.recipe()}
+        yield Listed(listing, without({**recipe_of(config.shard), **subset.recipe()}, exclusions), exclusions)
 
 
-def _told(config: ShardConfig, listing: "Listing", recipe: dict[str, Any]) -> str:
-    of = f" of {recipe['subset']['of']}" if "subset" in recipe else ""
-    return f"{listing.images}{of} images, {listing.bytes / 1e6:.1f} MB from {', '.join(config.source)}"
+def _told(config: ShardConfig, listed: Listed) -> str:
+    of = f" of {listed.recipe['subset']['of']}" if "subset" in listed.recipe else ""
+    told = f"{listed.listing.images}{of} images, {listed.listing.bytes / 1e6:.1f} MB from {', '.join(config.source)}"
+    if config.exclude is not None:
+        told += f" (but for what the {len(listed.exclusions)} lines of {config.exclude} name)"
+    return told
 
 
 def main(argv: Sequence[str] | None = None) -> int:

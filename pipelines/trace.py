@@ -29,8 +29,8 @@ def plan(config: TraceConfig) -> str:
 
 def execute(config: TraceConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.data.changes import criteria_of
     from adaconv.data.manifest import split_spec
+    from adaconv.data.selection import criteria_of
     from adaconv.data.trace import trace
     from adaconv.stylize.trace import trace_outputs
     from adaconv.tracking.runs import default_uri

@@ -11,6 +11,9 @@ class AppendConfig(Config):
     """Dataset to add to: ROOT or ROOT@VERSION, a folder or s3://. Its recipe is used; its shards stay as they are."""
     source: tuple[Location, ...] = Field(min_length=1)
     """Folders or zip archives of images; what the dataset has found before is not found again."""
+    exclude: Location | None = None
+    """File that lists what is to get into no shard, as pipelines/shard.py takes it. It is not remembered: where the
+    dataset was made with one, it has to be given again, or a later one, or an empty file."""
     budget: BudgetConfig = BudgetConfig()
     scaling: ShardScalingConfig = ShardScalingConfig()
 

@@ -1,9 +1,6 @@
-"""From one version to another: what a removal takes away, how two versions differ, what no version needs."""
+"""From one version to another: what a removal leaves, how two versions differ, what no version needs."""
 
-import difflib
-import fnmatch
 import heapq
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adaconv import storage
-from adaconv.config.dataset import RemoveConfig
-from adaconv.config.trace import TraceConfig
 from adaconv.data.manifest import (
     IN_SHARDS,
     DatasetVersion,
@@ -31,69 +26,6 @@ from adaconv.data.manifest import (
 )
 from adaconv.data.verify import verify_manifest
 from adaconv.errors import AdaConvError, DatasetError, UsageError
-
-_FEW_VALUES = ("label", "artist")  # so that the nearest is found; of keys and sources there are as many as images
-_TOLD = 5  # criteria that a message names
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One thing that rows are chosen by: `field` of removal (key, label, artist, source_pattern) and its value."""
-
-    field: str
-    value: str
-
-
-def criteria_of(config: RemoveConfig | TraceConfig) -> list[Criterion]:
-    fields = ("key", "label", "artist", "source_pattern")
-    return [Criterion(field, value) for field in fields for value in getattr(config, field)]
-
-
-def keys_to_remove(rows: Iterable[Row], criteria: Sequence[Criterion]) -> dict[str, str]:
-    """Key -> reason of each image that a criterion names, whichever of its copies it admits; none if all are gone.
-
-    Raises:
-        UsageError: a criterion admits nothing, with the nearest label or artist there is.
-    """
-    keys: dict[str, str] = {}
-    used: set[Criterion] = set()
-    known: dict[str, set[str]] = {criterion.field: set() for criterion in criteria if criterion.field in _FEW_VALUES}
-    place = {criterion: number for number, criterion in enumerate(dict.fromkeys(criteria))}
-    # A list of what is to go may have thousands of keys: they are looked up, only patterns are tried one by one.
-    named = {(criterion.field, criterion.value): criterion for criterion in place}
-    patterns = [(re.compile(fnmatch.translate(one.value)), one) for one in place if one.field == "source_pattern"]
-    for row in rows:
-        if row["state"] == "quarantined":
-            continue
-        for field, values in known.items():
-            values.add(row[field])
-        admitted = [named[name] for name in _names_of(row) if name in named]
-        admitted += [criterion for pattern, criterion in patterns if pattern.match(row["source"])]
-        used.update(admitted)
-        if admitted and row["state"] != "excluded":  # else it was removed before
-            first = min(admitted, key=lambda criterion: place[criterion])
-            keys.setdefault(row["key"], f"removed_by_{first.field}")
-    unused = [criterion for criterion in place if criterion not in used]
-    if unused:
-        told = [_nothing_has(criterion, known.get(criterion.field, ())) for criterion in unused[:_TOLD]]
-        raise UsageError("; ".join(told) + (f"; and {len(unused) - _TOLD} more" if len(unused) > _TOLD else ""))
-    return keys
-
-
-def _names_of(row: Row) -> Iterator[tuple[str, str]]:
-    """What a row is named by, but for patterns: field and value."""
-    yield "key", row["key"]
-    yield "key", row["source_sha256"]
-    yield "artist", row["artist"]
-    parts = row["label"].split("/")
-    yield from (("label", "/".join(parts[:depth])) for depth in range(1, len(parts) + 1))
-
-
-def _nothing_has(criterion: Criterion, known: Iterable[str]) -> str:
-    flag = criterion.field.replace("_", "-")
-    near = difflib.get_close_matches(criterion.value, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"--{flag} {criterion.value}: no image of the version is of this {flag}{hint}"
 
 
 def excluded(row: Row, reason: str, why: str) -> Row:

@@ -95,10 +95,12 @@ class Catalog:
             "CREATE TABLE candidate (key TEXT, source TEXT, json TEXT);"
             "CREATE TABLE outside (source TEXT, sha256 TEXT, json TEXT);"
             "CREATE TABLE known (source TEXT, sha256 TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;"
-            "CREATE TABLE taken (key TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID;",
+            "CREATE TABLE taken (key TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID;"
+            "CREATE TABLE unwanted (key TEXT, source TEXT, PRIMARY KEY (key, source)) WITHOUT ROWID;",
         )
         self.has_news = False
         self.known = 0  # images that the parent has found already
+        self.left_in_parent = 0  # excluded images that lie in a shard of the parent
 
     def add_parent(self, rows: Iterable[Row]) -> None:
         """Take over what a version has found: its images are not found again, and what it removed stays removed."""
@@ -123,6 +125,24 @@ class Catalog:
             self._insert_outside(row_of(candidate, "excluded", "removed_before"))
         else:
             self._insert_outside(row_of(candidate, "duplicate", "same_bytes"))
+
+    def exclude(self, candidate: Candidate, reason: str, detail: str) -> None:
+        """Enter an image that is to get into no shard, whatever else is to be said of it."""
+        taken = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
+        self.left_in_parent += taken is not None and taken[0] in IN_SHARDS
+        if self.set_outside({**row_of(candidate, "excluded", reason), "detail": detail}):
+            self._rows.execute("INSERT OR IGNORE INTO unwanted VALUES (?, ?)", (candidate.key, candidate.source))
+
+    def exclude_copies(self) -> None:
+        """Once all images are entered: those that have the bytes of an excluded one are excluded with it."""
+        copies = self._rows.execute(
+            "SELECT json, (SELECT min(source) FROM unwanted WHERE unwanted.key = candidate.key) AS named"
+            " FROM candidate WHERE named IS NOT NULL"
+        )
+        for text, named in copies:
+            row = row_of(candidate_from(json.loads(text)), "excluded", "excluded_with_a_copy")
+            self._insert_outside({**row, "detail": f"it has the bytes of {named}"})
+        self._rows.execute("DELETE FROM candidate WHERE key IN (SELECT key FROM unwanted)")
 
     def set_outside(self, row: Row) -> bool:
         """Enter the manifest row of an image that no shard holds; whether it is news to the parent."""

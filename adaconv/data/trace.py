@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from adaconv import storage
-from adaconv.data.changes import Criterion, keys_to_remove
 from adaconv.data.manifest import IN_SHARDS, DatasetVersion, Row, list_versions, open_version
+from adaconv.data.selection import Criterion, keys_to_remove
 from adaconv.errors import UsageError
 
 

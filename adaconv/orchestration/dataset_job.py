@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from adaconv import storage
 from adaconv.config.dataset import AppendConfig, RemoveConfig, VerifyConfig
 from adaconv.config.shard import ShardConfig
 from adaconv.data.builds import Listing, result_of
-from adaconv.data.changes import by_shard, criteria_of, excluded, keys_to_remove
+from adaconv.data.changes import by_shard, excluded
 from adaconv.data.ingest import check_codecs, settings_of
 from adaconv.data.manifest import (
     IN_SHARDS,
@@ -27,6 +27,7 @@ from adaconv.data.manifest import (
     rows_of,
     split_spec,
 )
+from adaconv.data.selection import Criterion, criteria_of, keys_to_remove, without
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import Damage, verify_manifest, verify_shard
 from adaconv.orchestration.board import Teller
@@ -38,8 +39,9 @@ log = logging.getLogger(__name__)
 _SHOWN = 100  # damages that result.json lists
 
 
-def run_append(config: AppendConfig, listing: Listing) -> dict[str, Any]:
-    """Add images: new shards, and a version whose parent is the one that was given. Nothing new makes no version.
+def run_append(config: AppendConfig, listing: Listing, exclusions: Sequence[Criterion]) -> dict[str, Any]:
+    """Add images, but for those that are to get into no shard: new shards, and a version whose parent is the one that
+    was given. Nothing new makes no version.
 
     Raises:
         DatasetError: the codecs here are not those that the dataset was made with.
@@ -56,7 +58,9 @@ def run_append(config: AppendConfig, listing: Listing) -> dict[str, Any]:
         scaling=config.scaling,
     )
     before = sum(shard.bytes for shard in parent.shards)
-    result = run_shard_job(settings, listing, dict(parent.recipe), parent=parent, after=after)
+    result = run_shard_job(
+        settings, listing, without(parent.recipe, exclusions), exclusions=exclusions, parent=parent, after=after
+    )
     return {**result, "bytes_written": result["bytes"] - before}
 
 

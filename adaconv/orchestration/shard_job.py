@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -51,6 +51,7 @@ from adaconv.data.manifest import (
     table_of,
 )
 from adaconv.data.plan import Candidate, Catalog, candidate_from, found_from, plan_from, plan_shards, row_of
+from adaconv.data.selection import Criterion, Selector
 from adaconv.data.shard_writer import Ingest, read_ahead, refused_row, write_shard
 from adaconv.data.sources import Found
 from adaconv.errors import QuarantineBudgetError
@@ -60,12 +61,15 @@ from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
+_TOLD = 5  # criteria that the log counts
+
 
 def run_shard_job(
     config: ShardConfig,
     listing: Listing,
     recipe: dict[str, Any],
     *,
+    exclusions: Sequence[Criterion] = (),
     parent: DatasetVersion | None = None,
     after: str | None = None,
 ) -> dict[str, Any]:
@@ -75,6 +79,7 @@ def run_shard_job(
         config: of the job.
         listing: of the images of `config.source`.
         recipe: of the version.
+        exclusions: what is to get into no shard; the recipe tells of them.
         parent: a version that the images are to be added to; its shards stay as they are.
         after: what LATEST said before the parent was opened.
 
@@ -86,7 +91,7 @@ def run_shard_job(
         after = latest_version(config.output)
     build = listing.build(recipe, parent.version if parent else None)
     try:
-        return _run(config, listing, recipe, build, after, parent)
+        return _run(config, listing, recipe, Selector(exclusions), build, after, parent)
     except FileNotFoundError:
         version = finished_version(config.output, build)
         if version is None:
@@ -99,6 +104,7 @@ def _run(
     config: ShardConfig,
     listing: Listing,
     recipe: dict[str, Any],
+    unwanted: Selector,
     build: str,
     after: str | None,
     parent: DatasetVersion | None,
@@ -108,7 +114,8 @@ def _run(
         catalog = Catalog(scratch / "catalog.sqlite")
         if parent:
             catalog.add_parent(parent.rows())
-        memory, refused = _scan(listing, catalog, work, config, recipe)
+        memory, refused = _scan(listing, catalog, work, config, recipe, unwanted)
+        _tell_excluded(unwanted, catalog)
         plans = [_publish_plan(plan, work) for plan in _plans(catalog, config.shard)]
         earlier = built_version(config.output, build)
         if earlier:
@@ -120,11 +127,22 @@ def _run(
     note_build(config.output, build, version)
     storage.remove_directory(work)
     peak = {"driver_mb": _peak_megabytes(), "worker_mb": memory}
-    return {**result_of(version), "made": made, "peak_memory": peak}
+    excluded = {criterion.as_line(): count for criterion, count in unwanted.counts.items() if count}
+    return {
+        **result_of(version),
+        **({"excluded": excluded} if unwanted.counts else {}),
+        "made": made,
+        "peak_memory": peak,
+    }
 
 
 def _scan(
-    listing: Listing, catalog: Catalog, work: str, config: ShardConfig, recipe: dict[str, Any]
+    listing: Listing,
+    catalog: Catalog,
+    work: str,
+    config: ShardConfig,
+    recipe: dict[str, Any],
+    unwanted: Selector,
 ) -> tuple[float, int]:
     """Read every file once: its key and size, or why it is refused.
 
@@ -151,12 +169,32 @@ def _scan(
         for line in storage.read_bytes(storage.join(work, "scan", f"{name}.jsonl")).splitlines():
             answer = json.loads(line)
             candidate = candidate_from(answer["candidate"])
-            if answer["refusal"] is None:
+            criterion = unwanted.first(row_of(candidate, "excluded")) if unwanted.counts else None
+            if criterion:
+                reason, _, _ = criterion.as_line().partition(":")
+                catalog.exclude(candidate, f"excluded_by_{reason}", criterion.as_line())
+            elif answer["refusal"] is None:
                 catalog.add(candidate)
             elif catalog.set_outside({**row_of(candidate, "quarantined"), **answer["refusal"]}):
                 refused += 1
+    catalog.exclude_copies()
     _refuse_over_budget(refused, catalog, listing.images, config.budget)
     return memory, refused
+
+
+def _tell_excluded(unwanted: Selector, catalog: Catalog) -> None:
+    if not unwanted.counts:
+        return
+    most = sorted(unwanted.counts.items(), key=lambda item: -item[1])[:_TOLD]
+    told = ", ".join(f"{count} by {criterion.as_line()}" for criterion, count in most if count)
+    log.info("images that are excluded: %s", told or "none")
+    if unused := unwanted.unused(Criterion.as_line):
+        log.warning("warning: %s", unused)
+    if catalog.left_in_parent:
+        log.warning(
+            "warning: %d of them lie in the dataset's shards already: pipelines/dataset.py remove takes them out",
+            catalog.left_in_parent,
+        )
 
 
 def _may_be_mended(work: str, name: str) -> bool:
@@ -367,7 +405,9 @@ def _publish(
         log.info("everything is in version %s already", parent.version)
         return parent
     if not shards:
-        raise QuarantineBudgetError(f"all {images} images were refused{_examples(catalog)}. Nothing was published")
+        raise QuarantineBudgetError(
+            f"all {images} images were refused or excluded{_examples(catalog)}. Nothing was published"
+        )
     return publish_version(
         config.output,
         recipe=recipe,

@@ -14,7 +14,7 @@ import pytest
 from adaconv import storage
 from adaconv.config.dataset import SimilarConfig
 from adaconv.data import changes
-from adaconv.data.changes import Criterion, by_shard, collect, diff, find_garbage, keys_to_remove, roll_back
+from adaconv.data.changes import by_shard, collect, diff, find_garbage, roll_back
 from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, list_versions, manifest_uri, open_version
 from adaconv.data.report import render
 from adaconv.data.shard_writer import rewrite_shard
@@ -152,54 +152,6 @@ def test_a_damaged_shard_is_not_rewritten(version):
     path.write_bytes(data)
     with pytest.raises(DatasetError, match=f"sample {rows[0]['key']}.*verify"):
         rewrite_shard(version.root, rows)
-
-
-def row(key, state="kept", **values):
-    told = {"key": key, "state": state, "source": f"{key}.jpg", "source_sha256": key * 2, "label": "", "artist": ""}
-    return told | values
-
-
-ROWS = [
-    row("a", label="Impressionism", artist="monet"),
-    row("b", label="Impressionism/late", artist="monet"),
-    row("c", label="Impressionism2", artist="manet"),
-    row("c", state="duplicate", label="Cubism", artist="picasso", source="copy.jpg"),
-    row("d", state="quarantined", artist="monet"),
-    row("e", state="excluded", artist="gone"),
-]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "keys"),
-    [
-        ("key", "a", {"a"}),
-        ("key", "bb", {"b"}),
-        ("label", "Impressionism", {"a", "b"}),
-        ("artist", "monet", {"a", "b"}),
-        ("artist", "picasso", {"c"}),  # a copy of what another path keeps: the content goes
-        ("source_pattern", "[ab].jpg", {"a", "b"}),
-        ("artist", "gone", set()),
-    ],
-)
-def test_what_a_criterion_takes(field, value, keys):
-    assert keys_to_remove(ROWS, [Criterion(field, value)]) == dict.fromkeys(keys, f"removed_by_{field}")
-
-
-def test_a_criterion_that_takes_nothing_is_answered_with_the_nearest():
-    with pytest.raises(UsageError, match=r"--artist mone: no image.*did you mean 'monet'"):
-        keys_to_remove(ROWS, [Criterion("artist", "mone"), Criterion("key", "a")])
-
-
-def test_a_long_list_of_keys_is_looked_up_and_what_none_has_is_told_in_short(monkeypatch):
-    rows = [row(f"{number:032x}") for number in range(2000)]
-    criteria = [Criterion("key", f"{number:032x}") for number in range(0, 4000, 2)]
-    compared = []
-    monkeypatch.setattr(Criterion, "__eq__", lambda one, other: compared.append(1) or vars(one) == vars(other))
-    monkeypatch.setattr("difflib.get_close_matches", lambda word, known, n: compared.extend(known) or [])
-    assert len(keys_to_remove(rows, criteria[:1000])) == 1000
-    with pytest.raises(UsageError, match=f"--key {2000:032x}: no image.*; and 995 more$"):
-        keys_to_remove(rows, criteria)
-    assert len(compared) < 10 * len(criteria)
 
 
 def test_a_job_that_was_overtaken_publishes_nothing(version):

@@ -187,6 +187,28 @@ def test_a_catalog_takes_over_what_the_parent_found(tmp_path):
     catalog.close()
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(6)))
+def test_what_is_excluded_takes_its_copies_with_it_whatever_the_order(order):
+    """Images 0 and 1 are excluded; 2 has the bytes of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        catalog = Catalog(Path(folder) / "catalog.sqlite")
+        for number in order:
+            one = candidate(number, key="ab" * 16 if number < 3 else None)
+            if number < 2:
+                catalog.exclude(one, "excluded_by_artist", "artist:a")
+            else:
+                catalog.add(one)
+        catalog.exclude_copies()
+        assert sorted(one.source for one in catalog.candidates()) == ["3.jpg", "4.jpg", "5.jpg"]
+        assert [(row["source"], row["state"], row["reason"], row["detail"]) for row in catalog.outside()] == [
+            ("0.jpg", "excluded", "excluded_by_artist", "artist:a"),
+            ("1.jpg", "excluded", "excluded_by_artist", "artist:a"),
+            ("2.jpg", "excluded", "excluded_with_a_copy", "it has the bytes of 0.jpg"),
+        ]
+        catalog.close()
+
+
 def test_a_plan_travels():
     """As the driver writes it and the task that writes its shard reads it."""
     member = replace(candidate(1), found=replace(candidate(1).found, member=Member(1, 2, 8, 0, 3)))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from adaconv import storage
-from adaconv.data.changes import Criterion, by_shard, excluded
+from adaconv.data.changes import by_shard, excluded
 from adaconv.data.manifest import latest_version, manifest_uri, publish_version, version_uri
+from adaconv.data.selection import Criterion
 from adaconv.data.trace import trace
 from adaconv.errors import UsageError
 from tests.helpers import build_version

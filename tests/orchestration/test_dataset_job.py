@@ -1,5 +1,6 @@
 """Adding to a dataset, taking away from it, reading all of it: on a real Ray cluster, as commands."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -76,6 +77,45 @@ def test_removing_rewrites_the_shards_concerned_alone(cluster, images, root):
     # What was removed stays removed, though its files are still in the source.
     dataset(cluster, "append", "--dataset", root, "--source", images)
     assert open_version(str(root)).version == child.version
+
+
+def test_what_a_list_excludes_gets_into_no_shard(cluster, images, undisturbed, root, tmp_path):
+    """Not when a version is made, nor by what is added to it."""
+    twice = hashlib.sha256((images / "again.jpg").read_bytes()).hexdigest()
+    listed, renamed = tmp_path / "listed.txt", tmp_path / "renamed.txt"
+    listed.write_text(f"label:more\nsha256:{twice}\nsource:photo_0003?.jpg\nsource:cut.*\nartist:nobody\n")
+    renamed.write_text(f"# sorted\nartist:nobody\n{listed.read_text()}")
+    done = shard(cluster, images, tmp_path / "made", "--exclude", listed)
+    assert "artist:nobody: no image has it" in done.stdout
+    made = open_version(str(tmp_path / "made"))
+    assert made.books["reasons"] == {"excluded_by_label": 10, "excluded_by_sha256": 2, "excluded_by_source": 11}
+    assert (made.books["excluded"], made.books["quarantined"], made.books["found"]) == (23, 0, 62)
+    counts = {"label:more": 10, f"sha256:{twice}": 2, "source:photo_0003?.jpg": 10, "source:cut.*": 1}
+    assert result_of(tmp_path / "made")["excluded"] == counts
+    whole = open_version(str(undisturbed[0]))
+    unwanted = {row["key"] for row in made.rows() if row["state"] == "excluded"}
+    assert set(made.samples()["key"].to_pylist()) == set(whole.samples()["key"].to_pylist()) - unwanted
+    assert len(unwanted & set(whole.samples()["key"].to_pylist())) == 21
+    assert "nothing to do" in shard(cluster, images, tmp_path / "made", "--exclude", renamed).stdout
+
+    more = tmp_path / "more_of_it"
+    generate_photos(more / "more", 2, seed=9, size=144)
+    generate_photos(more / "other", 1, seed=10, size=144)
+    shutil.copy(images / "photo_00030.jpg", more / "other" / "renamed.jpg")
+    added = ("append", "--dataset", tmp_path / "made", "--source", more)
+    assert "made with a list" in dataset(cluster, *added, code=2).stderr
+    dataset(cluster, *added, "--exclude", listed)
+    child = open_version(str(tmp_path / "made"))
+    news = {row["source"]: row["reason"] for row in child.rows() if row["source"].startswith(("more/photo", "other/"))}
+    assert sorted(news.items()) == [
+        ("more/photo_00000.jpg", "excluded_by_label"),
+        ("more/photo_00001.jpg", "excluded_by_label"),
+        ("other/photo_00000.jpg", ""),
+        ("other/renamed.jpg", "removed_before"),
+    ]
+    there = dataset(cluster, "append", "--dataset", root, "--source", images, "--exclude", listed)
+    assert "22 of them lie in the dataset's shards already" in there.stdout
+    assert open_version(str(root)).version == whole.version
 
 
 def test_verify_names_what_is_damaged(cluster, root, tmp_path):
