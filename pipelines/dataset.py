@@ -1,7 +1,7 @@
 """What is done with a dataset version that is there.
 
     python pipelines/dataset.py append --dataset data/photos --source more/       new shards, a new version
-    python pipelines/dataset.py remove --dataset data/paintings --artist NAME     by key, label, artist or source
+    python pipelines/dataset.py remove --dataset data/paintings --artist NAME     by key, label, artist, source or list
     python pipelines/dataset.py diff --dataset data/photos --against data/photos@VERSION
     python pipelines/dataset.py versions --dataset data/photos                    lists them, and which is LATEST
     python pipelines/dataset.py rollback --dataset data/photos --to 3a9ab581035ede6e   LATEST names an earlier one again
@@ -181,10 +181,10 @@ def plan_gc(config: GcConfig) -> str:
 def plan_remove(config: RemoveConfig) -> str:
     from adaconv.data.changes import by_shard
     from adaconv.data.manifest import open_version
-    from adaconv.data.selection import criteria_of, keys_to_remove
+    from adaconv.data.selection import criteria_of, keys_to_remove, read_exclusions
 
     version = open_version(config.dataset)
-    keys = keys_to_remove(version.rows(), criteria_of(config))
+    keys = keys_to_remove(version.rows(), criteria_of(config), read_exclusions(config.exclude))
     touched = {name for name, rows in by_shard(version.rows()) if any(row["key"] in keys for row in rows)}
     size = sum(shard.bytes for shard in version.shards if shard.name in touched)
     shards = f"{len(touched)} of {len(version.shards)} shards, {size / 1e6:.1f} MB"

@@ -29,14 +29,16 @@ class RemoveConfig(Config):
     """Samples by artist."""
     source_pattern: tuple[Name, ...] = ()
     """Samples by source, with * and ? as in a shell: `Impressionism/claude-monet_*`."""
+    exclude: Location | None = None
+    """Samples by a list, as pipelines/shard.py takes it: it may name what is not there."""
     why: str = ""
     """Kept in the manifest with each of them."""
     scaling: ShardScalingConfig = ShardScalingConfig()
 
     @model_validator(mode="after")
     def _names_something(self) -> "RemoveConfig":
-        if not (self.key or self.label or self.artist or self.source_pattern):
-            raise ValueError("name what to remove: --key, --label, --artist or --source-pattern")
+        if not (self.key or self.label or self.artist or self.source_pattern or self.exclude):
+            raise ValueError("name what to remove: --key, --label, --artist, --source-pattern or --exclude")
         return self
 
 

@@ -12,6 +12,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from adaconv.config.dataset import RemoveConfig
 from adaconv.config.trace import TraceConfig
 from adaconv.data.manifest import Row
 from adaconv.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 _FEW_VALUES = ("label", "artist")  # so that the nearest is found; of keys and sources there are as many as images
 _TOLD = 5  # criteria, or lines, that a message names
@@ -70,9 +73,9 @@ class Selector:
             self.counts[criterion] += 1
         return min(admitted, key=lambda criterion: self._place[criterion], default=None)
 
-    def unused(self, said: Callable[[Criterion], str]) -> str:
-        """Of criteria that admitted nothing, with the nearest label or artist there is; empty if there is none."""
-        unused = [criterion for criterion, count in self.counts.items() if not count]
+    def unused(self, said: Callable[[Criterion], str], among: Iterable[Criterion]) -> str:
+        """Those that admitted nothing, with the nearest label or artist there is; empty if there is none."""
+        unused = [criterion for criterion in dict.fromkeys(among) if not self.counts[criterion]]
         told = [f"{said(one)}: no image has it{self._nearest(one)}" for one in unused[:_TOLD]]
         return "; ".join(told) + (f"; and {len(unused) - _TOLD} more" if len(unused) > _TOLD else "")
 
@@ -95,20 +98,29 @@ def criteria_of(config: RemoveConfig | TraceConfig) -> list[Criterion]:
     return [Criterion(field, value) for field in fields for value in getattr(config, field)]
 
 
-def keys_to_remove(rows: Iterable[Row], criteria: Iterable[Criterion]) -> dict[str, str]:
+def keys_to_remove(
+    rows: Iterable[Row], criteria: Sequence[Criterion], exclusions: Sequence[Criterion] = ()
+) -> dict[str, str]:
     """Key -> reason of each image that a criterion names, whichever of its copies it admits; none if all are gone.
+
+    Args:
+        rows: of the version.
+        criteria: each has to name something.
+        exclusions: of a list, which may name what is not there.
 
     Raises:
         UsageError: a criterion admits nothing, with the nearest label or artist there is.
     """
     keys: dict[str, str] = {}
-    selector = Selector(criteria)
+    selector = Selector([*criteria, *exclusions])
     for row in rows:
         first = selector.first(row) if row["state"] != "quarantined" else None
         if first and row["state"] != "excluded":  # else it was removed before
             keys.setdefault(row["key"], f"removed_by_{first.field}")
-    if unused := selector.unused(Criterion.as_flag):
+    if unused := selector.unused(Criterion.as_flag, criteria):
         raise UsageError(unused)
+    if unused := selector.unused(Criterion.as_line, exclusions):
+        log.warning("warning: %s", unused)
     return keys
 
 

@@ -27,7 +27,7 @@ from adaconv.data.manifest import (
     rows_of,
     split_spec,
 )
-from adaconv.data.selection import Criterion, criteria_of, keys_to_remove, without
+from adaconv.data.selection import Criterion, criteria_of, keys_to_remove, read_exclusions, without
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import Damage, verify_manifest, verify_shard
 from adaconv.orchestration.board import Teller
@@ -73,7 +73,8 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
     """
     after = latest_version(split_spec(config.dataset)[0])
     parent = open_version(config.dataset)
-    reasons = keys_to_remove(parent.rows(), criteria_of(config))
+    exclusions = read_exclusions(config.exclude)
+    reasons = keys_to_remove(parent.rows(), criteria_of(config), exclusions)
     if not reasons:
         log.info("nothing to do: they are not in version %s", parent.version)
         return {**result_of(parent), "removed": 0, "shards_rewritten": 0, "bytes_written": 0}
@@ -126,7 +127,7 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
 
     version = publish_version(
         parent.root,
-        recipe=parent.recipe,
+        recipe=without(parent.recipe, exclusions) if exclusions else parent.recipe,
         shards=shards,
         rows=rows_in_order(),
         found=parent.books["found"],

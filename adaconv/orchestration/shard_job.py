@@ -188,11 +188,11 @@ def _tell_excluded(unwanted: Selector, catalog: Catalog) -> None:
     most = sorted(unwanted.counts.items(), key=lambda item: -item[1])[:_TOLD]
     told = ", ".join(f"{count} by {criterion.as_line()}" for criterion, count in most if count)
     log.info("images that are excluded: %s", told or "none")
-    if unused := unwanted.unused(Criterion.as_line):
+    if unused := unwanted.unused(Criterion.as_line, unwanted.counts):
         log.warning("warning: %s", unused)
     if catalog.left_in_parent:
         log.warning(
-            "warning: %d of them lie in the dataset's shards already: pipelines/dataset.py remove takes them out",
+            "warning: %d of them lie in the dataset's shards already: dataset.py remove --exclude takes them out",
             catalog.left_in_parent,
         )
 

@@ -42,6 +42,12 @@ def test_a_criterion_that_takes_nothing_is_answered_with_the_nearest():
         keys_to_remove(ROWS, [Criterion("artist", "mone"), Criterion("key", "a")])
 
 
+def test_a_list_may_name_what_is_not_there(caplog):
+    listed = [Criterion("artist", "monett"), Criterion("label", "Cubism")]
+    assert keys_to_remove(ROWS, [Criterion("key", "a")], listed) == {"a": "removed_by_key", "c": "removed_by_label"}
+    assert "artist:monett: no image has it; did you mean 'monet'?" in caplog.text
+
+
 def test_a_long_list_of_keys_is_looked_up_and_what_none_has_is_told_in_short(monkeypatch):
     rows = [row(f"{number:032x}") for number in range(2000)]
     criteria = [Criterion("key", f"{number:032x}") for number in range(0, 4000, 2)]
@@ -115,4 +121,4 @@ def test_criteria_are_counted_and_the_first_is_given():
         "None"
     ]
     assert list(selector.counts.values()) == [2, 2, 0]
-    assert selector.unused(Criterion.as_line) == "sha256:zz: no image has it"
+    assert selector.unused(Criterion.as_line, selector.counts) == "sha256:zz: no image has it"

@@ -116,6 +116,11 @@ def test_what_a_list_excludes_gets_into_no_shard(cluster, images, undisturbed, r
     there = dataset(cluster, "append", "--dataset", root, "--source", images, "--exclude", listed)
     assert "22 of them lie in the dataset's shards already" in there.stdout
     assert open_version(str(root)).version == whole.version
+    dataset(cluster, "remove", "--dataset", root, "--exclude", listed)
+    left = open_version(str(root))
+    assert set(left.samples()["key"].to_pylist()) == set(made.samples()["key"].to_pylist())
+    assert left.recipe == made.recipe
+    assert "made with a list" in dataset(cluster, "append", "--dataset", root, "--source", images, code=2).stderr
 
 
 def test_verify_names_what_is_damaged(cluster, root, tmp_path):

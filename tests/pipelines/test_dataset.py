@@ -40,7 +40,11 @@ def root(content_version, tmp_path):
         (("verify",), 2, "--dataset"),
         (("verify", "--dataset", "{}/nothing"), 2, "found no LATEST in it; pipelines/shard.py makes one"),
         (("verify", "--dataset", "{}/data@abc"), 2, "has no version abc; it has"),
-        (("remove", "--dataset", "{}/data"), 2, "name what to remove: --key, --label, --artist or --source-pattern"),
+        (
+            ("remove", "--dataset", "{}/data"),
+            2,
+            "--key, --label, --artist, --source-pattern or --exclude",
+        ),
         (("remove", "--dataset", "{}/data", "--artist", "monet", "--dry-run"), 2, "--artist monet: no image"),
         (("remove", "--dataset", "{}/data", "--artist", ""), 2, "artist.0: string should have"),
         (("append", "--dataset", "{}/data", "--source", "{}/nothing"), 2, "found nothing there"),
