@@ -445,7 +445,8 @@ def _refuse_over_budget(refused: int, catalog: Catalog, images: int, budget: Bud
 
 
 def _examples(catalog: Catalog) -> str:
-    return "; among them: " + ", ".join(f"{row['source']} ({row['reason']})" for row in catalog.outside_examples(5))
+    refused = ", ".join(f"{row['source']} ({row['reason']})" for row in catalog.outside_examples(5))
+    return f"; among them: {refused}" if refused else ""  # all may be excluded
 
 
 def _names(folder: str) -> set[str]:

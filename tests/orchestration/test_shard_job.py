@@ -136,7 +136,10 @@ def test_a_version_without_an_image_is_refused(cluster, tmp_path):
     for number in range(3):
         (tmp_path / "images" / f"{number}.jpg").write_text(f"text {number}")
     done = shard(cluster, tmp_path / "images", tmp_path / "data", code=1)
-    assert "all 3 images were refused; among them: " in done.stderr
+    assert "all 3 images were refused or excluded; among them: " in done.stderr
+    (tmp_path / "list.txt").write_text("source:*")
+    done = shard(cluster, tmp_path / "images", tmp_path / "data", "--exclude", tmp_path / "list.txt", code=1)
+    assert "all 3 images were refused or excluded. Nothing was published" in done.stderr
     assert not (tmp_path / "data" / "LATEST").exists()
 
 
