@@ -36,7 +36,7 @@ def plan(config: ShardConfig) -> str:
         told, coming = _told(config, listed), forecast(listed.listing, config.shard)
     if not coming.shards:
         return f"{told}: the {coming.looked_at} images that were looked at would all be refused"
-    short = shortage(coming.shards, coming.bytes, ranks=config.for_ranks)
+    short = shortage(coming.shards, coming.bytes, nodes=config.for_nodes)
     lines = [
         f"{told} to about {coming.shards} shards of {config.shard.target_mb:g} MB, {coming.bytes / 1e6:.1f} MB in all "
         f"(by the headers of {coming.looked_at} images), in {config.output}",
@@ -77,7 +77,7 @@ def execute(config: ShardConfig) -> dict[str, Any]:
 def _served(config: ShardConfig, result: dict[str, Any]) -> dict[str, Any]:
     from adaconv.data.forecast import serves, shortage
 
-    short = shortage(result["shards"], result["bytes"], ranks=config.for_ranks)
+    short = shortage(result["shards"], result["bytes"], nodes=config.for_nodes)
     log.info("%s", serves(result["shards"]))
     return {**result, "warning": short} if short else result
 

@@ -74,8 +74,8 @@ class ShardConfig(Config):
     exclude: Location | None = None
     """File that lists what is to get into no shard: lines `artist:NAME`, `label:NAME`, `sha256:HEX` or
     `source:PATTERN`."""
-    for_ranks: int | None = Field(default=None, ge=1)
-    """Ranks that a training from an object store is to have: a warning is given where fewer shards than that come out.
+    for_nodes: int | None = Field(default=None, ge=1)
+    """Nodes that a training from an object store is to have: a warning is given where fewer shards than that come out.
     The result does not depend on it."""
     budget: BudgetConfig = BudgetConfig()
     scaling: ShardScalingConfig = ShardScalingConfig()

@@ -1,4 +1,4 @@
-"""What a listing will come to, before anything is written, and how many ranks of a training its shards serve."""
+"""What a listing will come to, before anything is written, and how many nodes of a training its shards serve."""
 
 import heapq
 import math
@@ -41,15 +41,15 @@ def forecast(listing: Listing, recipe: RecipeConfig) -> Forecast:
 
 
 def serves(shards: int) -> str:
-    return f"{shards} shards serve up to {shards} ranks of a training from an object store, any number from a disk"
+    return f"{shards} shards serve up to {shards} nodes of a training from an object store, any number from a disk"
 
 
-def shortage(shards: int, stored_bytes: float, *, ranks: int | None) -> str | None:
-    """Why so many shards are too few for so many ranks, and what to do; None if they are enough."""
-    if ranks is None or shards >= ranks:
+def shortage(shards: int, stored_bytes: float, *, nodes: int | None) -> str | None:
+    """Why so many shards are too few for so many nodes, and what to do; None if they are enough."""
+    if nodes is None or shards >= nodes:
         return None
-    target = stored_bytes / 1e6 / ranks * _TO_BE_SURE
+    target = stored_bytes / 1e6 / nodes * _TO_BE_SURE
     return (
-        f"{shards} shards are too few for {ranks} ranks: pipelines/train.py refuses a dataset on an object store that "
-        f"has fewer shards than ranks. --shard.target-mb {float(f'{target:.2g}'):g} makes enough of as many images"
+        f"{shards} shards are too few for {nodes} nodes: pipelines/train.py refuses a dataset on an object store that "
+        f"has fewer shards than nodes. --shard.target-mb {float(f'{target:.2g}'):g} makes enough of as many images"
     )

@@ -1,14 +1,13 @@
 """Which versions of a dataset hold some images, and what these images' bytes are."""
 
-import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaconv import storage
-from adaconv.data.manifest import IN_SHARDS, DatasetVersion, Row, list_versions, open_version
-from adaconv.data.selection import Criterion, keys_to_remove
+from adaconv.data.manifest import IN_SHARDS, DatasetVersion, list_versions, open_version
+from adaconv.data.selection import Criterion, Selector
 from adaconv.errors import UsageError
 
 
@@ -37,14 +36,12 @@ def trace(roots: Sequence[str], criteria: Sequence[Criterion]) -> Traced:
         UsageError: a criterion names no image of any of them.
         DatasetError: a version cannot be read.
     """
-    keys, digests, holdings = set[str](), set[str](), list[Holding]()
-    unfound = dict.fromkeys(criteria)
+    keys, digests, holdings, read = set[str](), set[str](), list[Holding](), set[tuple[str, str]]()
+    selector = Selector(criteria)
     for version in [open_version(f"{root}@{name}") for root in roots for name in sorted(list_versions(root))]:
-        mine = set[str]()
-        for criterion in criteria:
-            with contextlib.suppress(UsageError):  # of this version; another one may have it
-                mine |= keys_to_remove(_none_gone(version), [criterion]).keys()
-                unfound.pop(criterion, None)
+        # What was removed counts as well: outputs and models of it are there all the same.
+        named = (row for row in version.rows() if row["state"] != "quarantined" and selector.first(row))
+        mine = {row["key"] for row in named}
         held = Counter[str]()
         for row in version.rows():
             if row["key"] not in mine:
@@ -53,18 +50,13 @@ def trace(roots: Sequence[str], criteria: Sequence[Criterion]) -> Traced:
             if row["state"] not in IN_SHARDS:
                 continue
             held[row["shard"]] += 1
-            if row["key"] not in keys:  # in another version it has the same bytes, of the same recipe
-                shard = storage.join(version.root, "shards", row["shard"])
-                digests.add(hashlib.sha256(storage.read_range(shard, row["offset"], row["size"])).hexdigest())
+            if (row["shard"], row["key"]) not in read:  # versions share shards
+                read.add((row["shard"], row["key"]))
+                image = storage.read_range(version.shard_uri(row["shard"]), row["offset"], row["size"])
+                digests.add(hashlib.sha256(image).hexdigest())
         keys |= mine
         if held:
             holdings.append(Holding(version, held.total(), tuple(held)))
-    if unfound:
-        told = ", ".join(f"--{one.field.replace('_', '-')} {one.value}" for one in unfound)
-        raise UsageError(f"{told}: no version of {', '.join(roots)} has such an image")
+    if unused := selector.unused(Criterion.as_flag, criteria):
+        raise UsageError(f"in no version of {', '.join(roots)}: {unused}")
     return Traced(frozenset(keys), frozenset(digests), tuple(holdings))
-
-
-def _none_gone(version: DatasetVersion) -> Iterator[Row]:
-    """What was removed counts as well: outputs and models of it are there all the same."""
-    return ({**row, "state": "kept"} if row["state"] == "excluded" else row for row in version.rows())

@@ -148,7 +148,7 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     """The plan as lines: a row for each number of ranks, the run's own first; and whether one alone would be faster.
 
     Raises:
-        UsageError: the run is impossible: fewer shards than ranks, a cache that the shards in use do not fit, no disk
+        UsageError: the run is impossible: fewer shards than nodes, a cache that the shards in use do not fit, no disk
             for the cache, partitions that the shards do not admit, or more memory than a rank has, be they few or many.
             All problems at once.
     """
@@ -209,6 +209,7 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
 def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> None:
     hardware, scaling, data = config.hardware, config.scaling, config.data
     problems, remote = [], []
+    nodes = -(-scaling.most_workers // hardware.ranks_per_node)  # whose ranks share a cache
     for name, version in (("content", content), ("style", style)):
         rows = [shard.rows for shard in version.shards]
         try:
@@ -218,11 +219,11 @@ def _refuse(config: TrainConfig, content: DatasetVersion, style: DatasetVersion)
         if storage.is_local(version.root):
             continue
         remote.append(version)
-        if len(version.shards) < scaling.most_workers:
+        if len(version.shards) < nodes:
             problems.append(
-                f"the {name} dataset has {len(version.shards)} shards, fewer than scaling.num_workers "
-                f"({scaling.most_workers}), so every node would fetch all of it: shard it with a smaller "
-                "--shard.target-mb, or lower scaling.num_workers"
+                f"the {name} dataset has {len(version.shards)} shards, fewer than the {nodes} nodes of "
+                f"{scaling.most_workers} ranks, {hardware.ranks_per_node} a node, so every node would fetch all of it: "
+                "shard it with a smaller --shard.target-mb, or lower scaling.num_workers"
             )
     if remote:
         largest = max(shard.bytes for version in remote for shard in version.shards) / 1e9

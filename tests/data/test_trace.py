@@ -38,5 +38,5 @@ def test_what_was_removed_is_known_though_the_version_that_had_it_is_gone(painti
     assert (found.keys, found.sha256, found.holdings) == ({rows[0]["key"]}, {rows[0]["source_sha256"]}, ())
     kept = others[0][1][0]["key"]
     assert [one.version for one in trace([root], [Criterion("key", kept)]).holdings] == [after]
-    with pytest.raises(UsageError, match=r"--key ff: no version of .* has such an image"):
+    with pytest.raises(UsageError, match=r"in no version of .*: --key ff: no image has it"):
         trace([root], [criterion, Criterion("key", "ff")])

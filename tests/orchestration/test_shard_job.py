@@ -51,9 +51,9 @@ def test_nothing_but_the_version_is_left(undisturbed):
 def test_a_rerun_changes_nothing_and_starts_no_cluster(cluster, images, undisturbed):
     root, hashes = undisturbed[:2]
     before = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*.*") if path.name != "result.json"}
-    done = shard(cluster, images, root, "--for-ranks", 999)
+    done = shard(cluster, images, root, "--for-nodes", 999)
     assert "nothing to do" in done.stdout
-    assert "are too few for 999 ranks" in json.loads((root / "result.json").read_text())["warning"]
+    assert "are too few for 999 nodes" in json.loads((root / "result.json").read_text())["warning"]
     assert "CPUs" not in done.stdout
     assert hashes_of(root) == hashes
     after = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*.*") if path.name != "result.json"}

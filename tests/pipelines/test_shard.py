@@ -44,12 +44,12 @@ def test_a_forecast_is_what_comes_out(photos, tmp_path, recipe):
     assert abs(coming.shards - made) <= 1
 
 
-def test_a_plan_warns_of_fewer_shards_than_ranks_and_its_advice_mends_it(capsys, photos):
+def test_a_plan_warns_of_fewer_shards_than_nodes_and_its_advice_mends_it(capsys, photos):
     told = planned(capsys, photos, "--shard.target-mb", 0.2)
     assert "warning" not in told
-    shards = int(re.search(r"(\d+) shards serve up to \1 ranks", told)[1])
-    assert "warning" not in planned(capsys, photos, "--shard.target-mb", 0.2, "--for-ranks", shards)
-    told = planned(capsys, photos, "--shard.target-mb", 0.2, "--for-ranks", 3 * shards)
-    target = re.search(rf"are too few for {3 * shards} ranks: .* --shard.target-mb (\S+) makes enough", told)[1]
-    assert "warning" not in planned(capsys, photos, "--shard.target-mb", target, "--for-ranks", 3 * shards)
+    shards = int(re.search(r"(\d+) shards serve up to \1 nodes", told)[1])
+    assert "warning" not in planned(capsys, photos, "--shard.target-mb", 0.2, "--for-nodes", shards)
+    told = planned(capsys, photos, "--shard.target-mb", 0.2, "--for-nodes", 3 * shards)
+    target = re.search(rf"are too few for {3 * shards} nodes: .* --shard.target-mb (\S+) makes enough", told)[1]
+    assert "warning" not in planned(capsys, photos, "--shard.target-mb", target, "--for-nodes", 3 * shards)
     assert "would all be refused" in planned(capsys, photos, "--shard.min-side", 999)

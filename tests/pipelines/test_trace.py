@@ -137,7 +137,7 @@ def test_what_nobody_has_and_where_nothing_is_are_said(history, tmp_path, capsys
     root, uri, *_ = history
     argv = ["--dataset", f"{root}/data", "--tracking-uri", uri]
     assert trace.main([*argv, "--label", "Cubism", "Fauvism"]) == 2
-    assert "--label Fauvism: no version of" in capsys.readouterr().err
+    assert "--label Fauvism: no image has it" in capsys.readouterr().err
     assert trace.main([*argv, "--label", "Cubism", "--stylized", str(tmp_path)]) == 2
     assert "expected the output folder of pipelines/stylize.py" in capsys.readouterr().err
     assert trace.main(["--dataset", f"{root}/data"]) == 2

@@ -184,8 +184,10 @@ def refusals(content, style, **sections):
 def test_what_just_fits_is_not_refused(content_version, style_version):
     near = dataclasses.replace(content_version, shards=content_version.shards[:3])
     far = remote(content_version), remote(style_version, count=4)
-    assert refusals(*far, scaling={"num_workers": 3}) == []
-    assert refusals(*far, scaling={"num_workers": [2, 4]}) == ["the content dataset has"]
+    alone = {"ranks_per_node": 1}
+    assert refusals(*far, scaling={"num_workers": 3}, hardware=alone) == []
+    assert refusals(*far, scaling={"num_workers": [2, 4]}, hardware=alone) == ["the content dataset has"]
+    assert refusals(*far, scaling={"num_workers": [2, 4]}) == []  # of one node, where one fetches for all
     assert refusals(near, style_version, scaling={"num_workers": 4}) == []  # a disk is read by whoever wants
     assert refusals(near, far[1], scaling={"num_workers": 4}) == []
     shards = ["the shards that are read"]  # three of content and four of style, or fewer where blocks are
@@ -221,12 +223,12 @@ def test_the_impossible_is_refused_all_at_once(content_version, style_version):
     config = config_of(
         scaling={"num_workers": 4},
         data={"cache_gb": 0.5},
-        hardware={"memory_gb": 1, "disk_gb": 0.1, "tflops": 1},
+        hardware={"memory_gb": 1, "disk_gb": 0.1, "tflops": 1, "ranks_per_node": 1},
     )
     with pytest.raises(UsageError) as refused:
         describe(config, remote(content_version), remote(style_version), ranks=())
     message = str(refused.value)
-    assert "the content dataset has 3 shards, fewer than scaling.num_workers (4)" in message
+    assert "the content dataset has 3 shards, fewer than the 4 nodes of 4 ranks, 1 a node" in message
     assert "the style dataset has 3 shards" in message
     assert "take 0.6 GB, data.cache_gb is 0.5" in message
     assert "0.1 GB are free" in message
