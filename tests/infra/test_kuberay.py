@@ -229,6 +229,18 @@ def test_jobs_run_pipelines_that_take_their_flags(objects):
         assert sum(asked) == 0 or any("nvidia.com/gpu" in one for one in limits)
 
 
+def test_a_worker_drains_for_nearly_as_long_as_its_pod_has(objects):
+    """Ray's own 30 seconds would give away the rest, and more than the pod has is cut off in the middle."""
+    for name, group in groups(objects):
+        spec = group["template"]["spec"]
+        environment = {entry["name"]: entry.get("value") for entry in spec["containers"][0]["env"]}
+        seconds = environment.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+        if name == "head":  # has no ranks, and its jobs keep it from ever being idle
+            assert seconds is None
+        else:
+            assert 10 <= spec["terminationGracePeriodSeconds"] - int(seconds) <= 30
+
+
 def test_gpu_groups_prefer_spot(objects):
     cluster = clusters(objects)["train"]
     gpus = {
