@@ -224,9 +224,13 @@ def test_jobs_run_pipelines_that_take_their_flags(objects):
         assert name == "train" or config.budget.share > 0
         groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
-        asked = [value for key, value in config.scaling.model_dump().items() if key.startswith("gpus_per")]
-        # A job that asks for a GPU where no group has one is refused, try by try.
-        assert sum(asked) == 0 or any("nvidia.com/gpu" in one for one in limits)
+        told = config.scaling.model_dump()
+        cpus, gpus = (sum(told[key] for key in told if key.startswith(f"{kind}s_per")) for kind in ("cpu", "gpu"))
+        # A job that asks for a GPU where no group has one, or for more CPUs with it, is refused, try by try.
+        limits = [(float(one["cpu"]), float(one.get("nvidia.com/gpu", 0))) for one in limits]
+        assert any(cpus <= node_cpus and gpus <= node_gpus for node_cpus, node_gpus in limits)
+        if name == "stylize" and gpus:  # outputs are encoded by as many threads as actors have CPUs
+            assert any(0.75 <= (node_gpus / gpus) * cpus / node_cpus <= 1 for node_cpus, node_gpus in limits)
 
 
 def test_a_worker_drains_for_nearly_as_long_as_its_pod_has(objects):
