@@ -122,9 +122,10 @@ def test_a_run_of_a_dead_process_is_ended(home):
     run = {"experiment": "test", "params": {}, "tags": {}, "datasets": {}, "config_yaml": ""}
     tracker = open_run(uri=uri, identity="a", name="a", spool_directory=home / "a" / "spool", **run)
     tracker.stop_heartbeat()
-    assert found(doctor.tracking, output="~") == [("ok", f"tracking: {uri} answers, 2 experiments")]
+    # By name: MLflow's own setting is a global, which threads of runs that other tests left may change.
+    assert found(doctor.tracking, tracking_uri=uri) == [("ok", f"tracking: {uri} answers, 2 experiments")]
     client_of(uri).set_tag(tracker.run_id, PROCESS_TAG, process_here().replace(f" {os.getpid()} ", " 999999999 "))
-    (_, ended) = found(doctor.tracking, output="~")
+    (_, ended) = found(doctor.tracking, tracking_uri=uri)
     assert ended[0] == "note"
     assert f"run a ({tracker.run_id}) was left RUNNING and is FAILED now" in ended[1]
     assert client_of(uri).get_run(tracker.run_id).info.status == "FAILED"
