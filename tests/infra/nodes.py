@@ -115,9 +115,9 @@ class Site:
         }
         self.driver_environment = {**self.environment, "RAY_ADDRESS": f"{self.head.address}:{PORT}"}
         try:
-            for number in range(len(self.hosts)):
+            for number in range(len(self.hosts)):  # one by one: Ray gives each half a minute, on a busy machine too
                 self.switch_on(number)
-            self.wait_for_nodes(workers + 1)
+                self.wait_for_nodes(number + 1)
         except BaseException:
             self.close()
             raise
@@ -149,21 +149,24 @@ class Site:
     def nodes(self) -> int:
         """How many the cluster takes for alive; 0 while it does not answer."""
         code = "import ray; ray.init(log_to_driver=False); print('alive', sum(n['Alive'] for n in ray.nodes()))"
-        done = subprocess.run(
-            self.head.inside(sys.executable, "-c", code),
-            env=self.driver_environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        try:
+            done = subprocess.run(
+                self.head.inside(sys.executable, "-c", code),
+                env=self.driver_environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+        except subprocess.TimeoutExpired:
+            return 0
         found = re.search(r"alive (\d+)", done.stdout)  # Ray's own lines may follow it
         return int(found[1]) if found else 0
 
-    def wait_for_nodes(self, number: int, *, seconds: float = 90) -> None:
+    def wait_for_nodes(self, number: int, *, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while (found := self.nodes()) != number:
-            logs = "\n".join(host.log.read_text()[-1500:] for host in self.hosts)
+            logs = "\n".join(host.log.read_text()[-1500:] for host in self.hosts if host.log.exists())
             assert time.monotonic() < deadline, f"{found} of {number} nodes\n{logs}"
             time.sleep(0.5)
 

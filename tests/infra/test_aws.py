@@ -2,16 +2,27 @@
 
 import copy
 import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import Mock
 
 import boto3
 import botocore.session
 import jsonschema
+import psutil
 import pytest
 import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
+
+from infra.docker import spot_notice
+from tests.infra.ec2_metadata import Ec2Metadata
 
 FILE = Path(__file__).parents[2] / "infra" / "aws" / "cluster.yaml"
 
@@ -98,6 +109,50 @@ def test_ray_up_reaches_the_head_from_outside(config, aws):
     head = _configure_subnet(validated(config))["available_node_types"]["head"]["node_config"]
     assert head["SubnetIds"]
     assert private not in head["SubnetIds"]
+
+
+def test_the_notice_of_a_spot_instance_is_read(tmp_path, monkeypatch):
+    notice = tmp_path / "notice.json"
+    with Ec2Metadata(0, notice) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(spot_notice, "_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not asked
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            spot_notice._ask("GET", "meta-data/spot/instance-action", {})
+        assert spot_notice.ends_at() is None
+        notice.write_text('{"action": "terminate", "time": "2026-09-18T08:22:00Z"}')
+        assert spot_notice.ends_at() == datetime(2026, 9, 18, 8, 22, tzinfo=UTC)
+        notice.write_text("<html>")
+        with pytest.raises(ValueError, match="Expecting value"):
+            spot_notice.ends_at()
+        server.shutdown()
+    with pytest.raises(OSError, match="refused"):
+        spot_notice.ends_at()
+
+
+def test_every_worker_watches_for_notices_beside_ray(config, tmp_path):
+    """As Ray's launcher runs the line, which it does again on each `ray up`: it ends at once, one watcher stays."""
+    watcher = tmp_path / "watcher.py"
+    watcher.write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    line = config["worker_start_ray_commands"][-1].replace("/opt/adaconv-secrets/secrets.env", "/dev/null")
+    line = line.replace("/tmp/", f"{tmp_path}/").replace("/opt/adaconv/infra/docker/spot_notice.py", str(watcher))
+    command = ["bash", "-c", f"ray() {{ echo ray $1 $2; }}; export RAY_HEAD_IP=head; ({line})"]
+    log, pids = tmp_path / "spot-notice.log", []
+    try:
+        for _ in range(2):
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+            assert done.stdout.strip() == "ray start --address=head:6379"
+            deadline = time.monotonic() + 20
+            while not pids and time.monotonic() < deadline:
+                time.sleep(0.05)
+                pids = [int(word) for word in log.read_text().split()]
+        time.sleep(0.5)
+        lines = {one.pid: one.info["cmdline"] or [""] for one in psutil.process_iter(["cmdline"])}
+        programs = {pid: Path(line[0]).name for pid, line in lines.items() if line[-1] == str(watcher)}
+        assert [pid for pid, name in programs.items() if name.startswith("python")] == pids
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_spot_is_spot_and_the_head_is_not(config):

@@ -143,6 +143,7 @@ def test_a_node_runs_without_rights_and_with_the_pins(image):
         run(name, "python", "pipelines/train.py", "--help")
         run(name, "python", "pipelines/shard.py", "--config", "conf/shard/coco.yaml", "--help")
         run(name, *config["Cmd"])  # the doctor, which ends with 1 where something is wrong
+        run(name, "bash", "--login", "-c", "flock --version && ray --version")  # as Ray's cluster launcher has it
         run(name, "sh", "-c", "test -x /usr/bin/tini && test -x /usr/bin/wget && test -w /tmp/ray && ray --version")
 
 
