@@ -16,7 +16,7 @@ from PIL import Image
 from adaconv.data.manifest import open_version
 
 REPO = Path(__file__).parents[2]
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 def pipeline(name, *arguments, cwd=REPO, check=True):
@@ -27,7 +27,7 @@ def pipeline(name, *arguments, cwd=REPO, check=True):
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=900,  # five pipelines, each with a Ray of its own, beside whatever else runs here
     )
     if check:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
