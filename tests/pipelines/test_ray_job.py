@@ -23,7 +23,7 @@ from adaconv.tracking import provenance
 
 REPO = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 def free_port():
@@ -114,7 +114,7 @@ def submit(cluster, *entrypoint, environment=None, flags=()):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
 
 
