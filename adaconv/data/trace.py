@@ -33,12 +33,12 @@ def trace(roots: Sequence[str], criteria: Sequence[Criterion]) -> Traced:
     """Look for images in all versions of some datasets.
 
     Raises:
-        UsageError: a criterion names no image of any of them.
+        UsageError: there is no dataset, or a criterion names no image of any of them.
         DatasetError: a version cannot be read.
     """
     keys, digests, holdings, read = set[str](), set[str](), list[Holding](), set[tuple[str, str]]()
     selector = Selector(criteria)
-    for version in [open_version(f"{root}@{name}") for root in roots for name in sorted(list_versions(root))]:
+    for version in [version for root in roots for version in _versions(root)]:
         # What was removed counts as well: outputs and models of it are there all the same.
         named = (row for row in version.rows() if row["state"] != "quarantined" and selector.first(row))
         mine = {row["key"] for row in named}
@@ -60,3 +60,10 @@ def trace(roots: Sequence[str], criteria: Sequence[Criterion]) -> Traced:
     if unused := selector.unused(Criterion.as_flag, criteria):
         raise UsageError(f"in no version of {', '.join(roots)}: {unused}")
     return Traced(frozenset(keys), frozenset(digests), tuple(holdings))
+
+
+def _versions(root: str) -> list[DatasetVersion]:
+    names = sorted(list_versions(root))
+    if not names:
+        raise UsageError(f"--dataset {root}: expected a dataset, found no version in it; pipelines/shard.py makes one")
+    return [open_version(f"{root}@{name}") for name in names]

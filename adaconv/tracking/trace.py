@@ -42,7 +42,7 @@ def runs_trained_on(root_hashes: Iterable[str], *, tracking_uri: str) -> list[Tr
         for run_id, run in found.items():
             models: dict[str, list[str]] = {}
             versions = every(client.search_model_versions, f"run_id = '{run_id}'")
-            for model in logged_models(client, run):
+            for model in (one for one in logged_models(client, run) if DIGEST_TAG in one.tags):  # others log models too
                 names = [
                     f"models:/{version.name}{kind}"
                     for version in versions

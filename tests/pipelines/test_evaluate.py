@@ -19,22 +19,17 @@ SMALL |= {"judge.weights": "seeded:0", "judge.widths": "8 16 16 32"}
 ANYTHING = {f"gate.{name}": 1000 for name in ("content", "structure", "style", "gram", "colour", "identity")}
 
 
+def opened(uri, root, datasets=None):
+    told = {"experiment": "test", "identity": "run-1", "name": "run-1", "params": {}, "tags": {}, "config_yaml": ""}
+    return open_run(uri=uri, datasets=datasets or {}, spool_directory=root / "spool", **told)
+
+
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     """A run with two checkpoints: uri, their folders."""
     root = tmp_path_factory.mktemp("registry")
     uri = f"sqlite:///{root / 'mlflow.db'}"
-    tracker = open_run(
-        uri=uri,
-        experiment="test",
-        identity="run-1",
-        name="run-1",
-        params={},
-        tags={},
-        datasets={},
-        config_yaml="",
-        spool_directory=root / "spool",
-    )
+    tracker = opened(uri, root)
     saved = []
     for step in (11, 13):  # random networks that happen to be nearer to the styles than the contents are
         tracker.metrics({"train/loss": 1.0}, step=step)
@@ -138,17 +133,7 @@ def test_pictures_that_it_was_trained_on_are_told(content_version, paintings, ru
     caplog.set_level("INFO")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     datasets = {"content": (f"{content_version.root}@{content_version.version}", content_version.root_hash)}
-    tracker = open_run(
-        uri=uri,
-        experiment="test",
-        identity="run-1",
-        name="run-1",
-        params={},
-        tags={},
-        datasets=datasets | {"style": (f"{tmp_path}/gone@0123456789abcdef", "5" * 64)},
-        config_yaml="",
-        spool_directory=tmp_path / "spool",
-    )
+    tracker = opened(uri, tmp_path, datasets | {"style": (f"{tmp_path}/gone@0123456789abcdef", "5" * 64)})
     _, model = save_checkpoint(tmp_path / "run-1" / "checkpoints", 11, **tracker.reference())
     tracker.checkpoint(model, step=11)
     assert close_run(tracker, "FINISHED")

@@ -142,4 +142,5 @@ def test_what_nobody_has_and_where_nothing_is_are_said(history, tmp_path, capsys
     assert "expected the output folder of pipelines/stylize.py" in capsys.readouterr().err
     assert trace.main(["--dataset", f"{root}/data"]) == 2
     assert "--key, --label, --artist or --source-pattern" in capsys.readouterr().err
-    assert trace.main(["--dataset", f"{root}/nothing", "--label", "Cubism", "--tracking-uri", uri]) != 0
+    assert trace.main(["--dataset", f"{root}/dato", "--label", "Cubism", "--tracking-uri", uri]) == 2
+    assert f"--dataset {root}/dato: expected a dataset, found no version in it" in capsys.readouterr().err
