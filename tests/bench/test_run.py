@@ -31,6 +31,7 @@ def test_rows_have_a_ratio_and_a_distance_to_the_floor(tmp_path):
         assert row["of_floor"] == row["floor"] / row["ours"] > 0
 
 
+@pytest.mark.slow
 def test_rows_of_two_processes_say_what_the_baseline_is_and_their_peaks(tmp_path):
     names = ["train_step/bf16/same_allocator", "stylize/cached/256/fp32"]
     rows = measure(tmp_path, *("=" + name for name in names))

@@ -78,6 +78,7 @@ def test_a_node_tells_what_it_cannot_use(tmp_path, monkeypatch):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_real_cluster_is_looked_at(cluster, tmp_path):
     command = [sys.executable, str(REPO / "pipelines" / "doctor.py"), "--cluster", "--output", str(tmp_path)]
     command += ["--encoder-weights", "seeded:0", "--working-dir", str(tmp_path)]

@@ -79,6 +79,7 @@ def test_removing_rewrites_the_shards_concerned_alone(cluster, images, root):
     assert open_version(str(root)).version == child.version
 
 
+@pytest.mark.slow
 def test_what_a_list_excludes_gets_into_no_shard(cluster, images, undisturbed, root, tmp_path):
     """Not when a version is made, nor by what is added to it."""
     twice = hashlib.sha256((images / "again.jpg").read_bytes()).hexdigest()

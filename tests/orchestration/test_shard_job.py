@@ -99,6 +99,7 @@ def test_a_later_start_reads_again_what_could_not_be_read(cluster, images, undis
     assert hashes_of(root) == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_a_finished_build_is_made_again_once_what_it_could_not_read_can_be_read(cluster, tmp_path):
     """As where a damaged archive is repaired by a copy that keeps its time."""
     generate_photos(tmp_path / "photos", 4, seed=1, size=64)
@@ -131,6 +132,7 @@ def test_a_finished_build_is_made_again_once_what_it_could_not_read_can_be_read(
     assert open_version(str(tmp_path / "grows")).books["kept"] == 4
 
 
+@pytest.mark.slow
 def test_a_version_without_an_image_is_refused(cluster, tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(3):
@@ -174,6 +176,7 @@ def test_any_number_of_workers_gives_the_same_bytes(cluster, images, undisturbed
     assert hashes_of(tmp_path / "data") == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_a_subset_is_a_version_of_what_was_taken(cluster, images, undisturbed, tmp_path):
     """The same from a folder and from an archive of it; its number is no part of the books, but of the recipe."""
     archive = shutil.make_archive(str(tmp_path / "images"), "zip", images)
@@ -303,6 +306,7 @@ def test_an_s3_server_gives_the_same_bytes(cluster, s3, images, undisturbed, buc
     assert {path: value for path, value in ours.items() if not path.startswith("builds/")} == same
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_leaves_nothing_half_published(cluster, s3, images, undisturbed, bucket):
     """It dies when some shards are there, and comes back; the same command then makes the same bytes."""
     root = f"{bucket}/data"

@@ -125,6 +125,7 @@ def test_a_shard_job_runs_on_the_cluster(shards):
     assert "local cluster" not in log  # it joined the one it was submitted to
 
 
+@pytest.mark.slow
 def test_a_training_and_a_stylization_run_as_jobs(cluster, shards, photos, paintings, tmp_path):
     root, _ = shards
     database, commit = f"sqlite:///{tmp_path / 'mlflow.db'}", "0123456789" * 4

@@ -158,6 +158,7 @@ def test_everything_again_makes_nothing_new(demo):
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
 
 
+@pytest.mark.slow
 def test_a_broken_content_fails_alone(demo, photos, tmp_path):
     """One bad file: the others are made, the job names it and ends with 1."""
     root = demo[0]
