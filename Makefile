@@ -14,11 +14,13 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 setup: $(VENV)/.installed
 
+# Compiled now: where Python may not write its caches (PYTHONDONTWRITEBYTECODE, a venv of root's), each of Ray's
+# processes would compile Ray, pandas and torch for itself.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"expected Python 3.11 or newer, found {sys.version.split()[0]}; run make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[server,dev]'
+	$(BIN)/uv pip install --compile-bytecode --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[server,dev]'
 	@touch $@
 
 demo: setup
