@@ -32,9 +32,11 @@ log = logging.getLogger(__name__)
 def plan(config: TrainConfig) -> str:
     from adaconv.data.manifest import open_version
     from adaconv.training.plan import describe
+    from adaconv.training.probe import given_squares
 
     config = _absolute(config)
     content, style = open_version(config.content), open_version(config.style)
+    given_squares(config)
     steps, batch = config.train.steps, config.train.global_batch_size
     rows = {name: sum(s.rows for s in version.shards) for name, version in (("content", content), ("style", style))}
     epochs = ", ".join(f"{steps * batch / count:.1f} epochs over {count} {name}s" for name, count in rows.items())
@@ -57,10 +59,12 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.tracking.runs import identity_of, local_folder
     from adaconv.tracking.tracker import flatten
     from adaconv.training.plan import describe
+    from adaconv.training.probe import given_squares
     from adaconv.training.start import publish_initial
 
     config = _absolute(config)
     content, style = open_version(config.content), open_version(config.style)
+    given_squares(config)  # what is wrong with them is told here, not by the first rank
     name = _run_name(config, content.root_hash, style.root_hash)
     if config.resume == "none":
         name = _unused(config.output, name)
@@ -162,6 +166,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         changed["encoder"] = config.encoder.model_copy(update={"weights": storage.absolute(config.encoder.weights)})
     if config.data.cache_dir is not None:
         changed["data"] = config.data.model_copy(update={"cache_dir": storage.absolute(config.data.cache_dir)})
+    pictures = {"contents_from": config.tracking.contents_from, "styles_from": config.tracking.styles_from}
+    given = {name: storage.absolute(folder) for name, folder in pictures.items() if folder is not None}
+    changed["tracking"] = config.tracking.model_copy(update=given)
     if config.train.ledger is not None:
         changed["train"] = config.train.model_copy(update={"ledger": storage.absolute(config.train.ledger)})
     return config.model_copy(update=changed)

@@ -198,9 +198,15 @@ class TrackingConfig(Config):
     samples_every_steps: int = Field(default=500, ge=1)
     """Steps between two sample grids."""
     sample_contents: int = Field(default=4, ge=1)
-    """Contents of the sample grid, chosen once by key."""
+    """Contents of the sample grid."""
     sample_styles: int = Field(default=4, ge=1)
-    """Styles of the sample grid, chosen once by key."""
+    """Styles of the sample grid."""
+    contents_from: Location | None = None
+    """Folder of images, local or s3://, whose first by path are the grid's contents, cut to squares of their middle.
+    None: images of the dataset, chosen once by key. `probe/loss`, and so the best checkpoint, is of these pictures:
+    those that no training saw tell more."""
+    styles_from: Location | None = None
+    """Folder of images for the grid's styles, likewise."""
 
 
 class TrainConfig(Config):

@@ -28,7 +28,7 @@ from adaconv.model.encoder_weights import fingerprint, load_encoder, normalise_e
 from adaconv.model.network import build_network
 from adaconv.progress import Due, duration
 from adaconv.training import distributed
-from adaconv.training.probe import Look, Probe, collapse
+from adaconv.training.probe import Look, collapse, probe_of
 from adaconv.training.saving import CheckpointWriter
 from adaconv.training.start import books_of, refuse_other_run
 from adaconv.training.state import TrainState, make_state
@@ -229,14 +229,7 @@ class _Watch:
         control: Control,
     ) -> None:
         self._config, self._state, self._tracker, self._control = config, state, tracker, control
-        self._probe = Probe(
-            content,
-            style,
-            contents=config.tracking.sample_contents,
-            styles=config.tracking.sample_styles,
-            side=config.data.crop,
-            cache=dataset.cache,
-        )
+        self._probe = probe_of(config, content, style, cache=dataset.cache)
         self._seen: tuple[int, Look] | None = None
 
     def look(self) -> None:

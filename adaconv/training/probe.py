@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import heapq
-import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from adaconv.data.loader import Geometry, SampleReader, decode_crop
+from adaconv.data.loader import SampleReader
 from adaconv.data.order import stable_seed
 from adaconv.data.shard_cache import ShardCache
+from adaconv.data.sources import list_images, read_found
+from adaconv.errors import UsageError
+from adaconv.images import ImageError, as_seen, open_header, to_tensor
 from adaconv.model.network import StyleTransferNet
 from adaconv.training.losses import style_transfer_losses
 
 if TYPE_CHECKING:
     from adaconv.config.model import LossConfig
+    from adaconv.config.train import TrainConfig
     from adaconv.data.manifest import DatasetVersion
 
 _GAP = 4  # pixels of white between cells
@@ -40,20 +44,10 @@ class Look:
 
 
 class Probe:
-    """`contents` x `styles` of the first samples by key order of a hash: the same for every run over these datasets."""
+    """Contents x styles, each a square (3, S, S) float32 in [0, 1]: those of one side, the same at every look."""
 
-    def __init__(
-        self,
-        content: DatasetVersion,
-        style: DatasetVersion,
-        *,
-        contents: int,
-        styles: int,
-        side: int,
-        cache: ShardCache | None = None,
-    ) -> None:
-        self._contents = _first_by_hash(content, contents, side, cache)
-        self._styles = _first_by_hash(style, styles, side, cache)
+    def __init__(self, contents: Sequence[Tensor], styles: Sequence[Tensor]) -> None:
+        self._contents, self._styles = list(contents), list(styles)
 
     def look(self, network: StyleTransferNet, loss: LossConfig) -> Look:
         """What the network makes of the pictures now; for the same weights always the same."""
@@ -125,13 +119,64 @@ def tile_grid(rows: list[list[Tensor]]) -> NDArray[np.uint8]:
     return sheet
 
 
-def _first_by_hash(version: DatasetVersion, count: int, side: int, cache: ShardCache | None) -> list[Tensor]:
-    """Squares of the first samples in an order that depends on their keys alone: (3, side, side) in [0, 1].
+def probe_of(
+    config: TrainConfig, content: DatasetVersion, style: DatasetVersion, *, cache: ShardCache | None = None
+) -> Probe:
+    """The probe of a run: pictures of the folders that it names, else of its datasets.
 
-    Each has all of the shorter side, and of the longer one a part that lies alike in all pictures, beyond the middle.
+    Raises:
+        UsageError: as given_squares.
     """
+    tracking, side = config.tracking, config.data.crop
+    contents, styles = given_squares(config)
+    return Probe(
+        contents or squares_of_version(content, tracking.sample_contents, side=side, cache=cache),
+        styles or squares_of_version(style, tracking.sample_styles, side=side, cache=cache),
+    )
+
+
+def given_squares(config: TrainConfig) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """Contents and styles of the folders that a run names for its grid.
+
+    Raises:
+        UsageError: one of them holds no images, or one that cannot be decoded.
+    """
+    tracking, side = config.tracking, config.data.crop
+    contents, styles = (
+        squares_of_folder(folder, count, side=side, flag=flag) if folder is not None else None
+        for folder, count, flag in (
+            (tracking.contents_from, tracking.sample_contents, "--tracking.contents-from"),
+            (tracking.styles_from, tracking.sample_styles, "--tracking.styles-from"),
+        )
+    )
+    return contents, styles
+
+
+def squares_of_version(
+    version: DatasetVersion, count: int, *, side: int, cache: ShardCache | None = None
+) -> list[Tensor]:
+    """Of the first samples in an order that depends on their keys alone: the same for every run over a dataset."""
     reader = SampleReader(version, cache=cache)
     rows = heapq.nsmallest(count, range(len(reader)), key=lambda row: stable_seed("probe", reader.key(row)))
-    geometry = Geometry(resize=side, crop=side, flip=False)
-    crops = [decode_crop(reader.read(row), geometry, random.Random(0)) for row in rows]
-    return [torch.from_numpy(crop.copy()).permute(2, 0, 1).float().div_(255) for crop in crops]
+    return [_square(reader.read(row), side) for row in rows]
+
+
+def squares_of_folder(folder: str, count: int, *, side: int, flag: str) -> list[Tensor]:
+    """Of the first images of a folder, local or s3://, by path; all where there are fewer.
+
+    Raises:
+        UsageError: it holds no images, or one of those cannot be decoded.
+    """
+    squares = []
+    for found in list_images((folder,), flag=flag)[:count]:
+        try:
+            squares.append(_square(read_found(found), side))
+        except (ImageError, OSError, SyntaxError, ValueError) as error:  # what decoders raise
+            raise UsageError(f"{flag} {folder}: expected images, found {found.source}: {error}") from error
+    return squares
+
+
+def _square(data: bytes, side: int) -> Tensor:
+    """The middle of an image, as large as its shorter side: (3, side, side) in [0, 1]."""
+    picture = as_seen(open_header(data))
+    return to_tensor(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC))

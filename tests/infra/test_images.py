@@ -147,6 +147,17 @@ def test_a_node_runs_without_rights_and_with_the_pins(image):
         run(name, "sh", "-c", "test -x /usr/bin/tini && test -x /usr/bin/wget && test -w /tmp/ray && ray --version")
 
 
+def test_nothing_is_compiled_at_each_start(image):
+    code = "import os, sys, adaconv.model.network, mlflow, ray.data, torch; "
+    code += "files = [getattr(module, '__cached__', None) for module in list(sys.modules.values())]; "
+    code += "files = [file for file in files if isinstance(file, str)]; "
+    code += "print(len(files), [file for file in files if not os.path.exists(file)])"
+    with container(image) as name:
+        count, missing = run(name, "python", "-c", code).stdout.split(maxsplit=1)
+    assert int(count) > 2000
+    assert missing.strip() == "[]"
+
+
 def test_no_secret_is_in_the_images(image, s3_image):
     for tag in (image, s3_image):
         config = config_of(tag)

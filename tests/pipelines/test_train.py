@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from adaconv import checkpoint
 from adaconv.data.manifest import open_version
@@ -218,3 +219,22 @@ def test_a_beginning_that_cannot_be_leaves_nothing(user, first, capsys):
             assert user.train("--init-from", *told, *more) == code
             assert words in capsys.readouterr().err
     assert sorted((user.folder / "runs").iterdir()) == before
+
+
+def test_pictures_of_ones_own_are_looked_at_and_change_no_weights(user, first, capsys):
+    folder = user.folder / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (80, 60), "red").save(folder / "red.png")
+    told = ("--name", "own", "--tracking.contents-from", "pictures")
+    assert user.train(*told) == 0
+    own = checkpoint.meta_of(user.result()["checkpoint"])
+    usual = checkpoint.meta_of(first["checkpoint"])
+    assert own["files"]["model.safetensors"]["sha256"] == usual["files"]["model.safetensors"]["sha256"]
+    assert own["metrics"]["probe/loss"] != usual["metrics"]["probe/loss"]
+    (folder / "broken.jpg").write_bytes(b"no image")
+    for more in ((), ("--dry-run",)):
+        capsys.readouterr()
+        assert user.train("--name", "other", "--tracking.contents-from", "pictures", *more) == 2
+        assert "--tracking.contents-from" in (told := capsys.readouterr().err)
+        assert "found broken.jpg: not_an_image" in told
+    assert not (user.folder / "runs" / "other").exists()

@@ -18,7 +18,7 @@ from adaconv.errors import CheckpointError, NonFiniteError
 from adaconv.tracking.tracker import RecordingTracker
 from adaconv.training import loop
 from adaconv.training.loop import NoControl
-from adaconv.training.probe import Probe, collapse
+from adaconv.training.probe import collapse, probe_of
 from tests.training.runs import config_of, run, same_weights, weights
 
 
@@ -323,8 +323,8 @@ def test_outputs_that_collapse_are_told(content_version, style_version, unbroken
     run(content_version, style_version, tmp_path, control=listening, train__steps=1, train__learning_rate=1e-9)
     assert not [line for line in listening.lines if "WARNING" in line]
     network, _ = checkpoint.load_network(tmp_path / checkpoint.name_of(1))
-    probe = Probe(content_version, style_version, contents=2, styles=2, side=32)
-    loss = config_of(content_version, style_version).loss
+    config = config_of(content_version, style_version)
+    probe, loss = probe_of(config, content_version, style_version), config.loss
     assert collapse(probe.look(network, loss).metrics) is None
     with torch.no_grad():
         for weight in network.transfer.scales[-1].convs[-1].parameters():
