@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adaconv.data.manifest import DatasetVersion
 
 _GAP = 4  # pixels of white between cells
+_MAX_PIXELS = 10**9  # a few pictures that somebody chose: cameras exceed what whole collections are held to
 _LEAST_CONTRAST, _LEAST_STYLE_SPREAD = 0.1, 1 / 255
 
 
@@ -178,5 +179,5 @@ def squares_of_folder(folder: str, count: int, *, side: int, flag: str) -> list[
 
 def _square(data: bytes, side: int) -> Tensor:
     """The middle of an image, as large as its shorter side: (3, side, side) in [0, 1]."""
-    picture = as_seen(open_header(data))
+    picture = as_seen(open_header(data, max_pixels=_MAX_PIXELS))
     return to_tensor(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC))

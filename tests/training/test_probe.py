@@ -64,6 +64,11 @@ def test_the_first_of_a_folder_by_path_are_shown_as_seen(pictures):
     assert torch.equal(first[1], squares[1])
 
 
+def test_a_picture_of_a_large_camera_is_taken(tmp_path):
+    Image.new("1", (9000, 7000), 1).save(tmp_path / "a.png")
+    assert squares_of_folder(str(tmp_path), 1, side=SIDE, flag="--x")[0].min() == 1
+
+
 def test_the_grid_is_of_the_named_folders(content_version, style_version, pictures):
     given = {"contents_from": str(pictures), "sample_contents": 2, "sample_styles": 3}
     config = config_of(content_version, style_version, tracking=given)
