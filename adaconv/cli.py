@@ -30,6 +30,7 @@ C = TypeVar("C", bound=Config)
 _PATHS = (
     *("source", "content", "style", "dataset", "against", "output", "model", "runs", "replay", "stylized"),
     *("exclude", "init_from", "data.cache_dir", "train.ledger", "tile.scratch"),
+    *("tracking.contents_from", "tracking.styles_from"),
 )
 _TRACKING = ("tracking.uri", "tracking_uri")
 _PATHS_OR_WORDS = (
