@@ -225,8 +225,7 @@ def test_pictures_of_ones_own_are_looked_at_and_change_no_weights(user, first, c
     folder = user.folder / "pictures"
     folder.mkdir()
     Image.new("RGB", (80, 60), "red").save(folder / "red.png")
-    told = ("--name", "own", "--tracking.contents-from", "pictures")
-    assert user.train(*told) == 0
+    assert user.train("--name", "own", "--tracking.contents-from", "pictures") == 0
     own = checkpoint.meta_of(user.result()["checkpoint"])
     usual = checkpoint.meta_of(first["checkpoint"])
     assert own["files"]["model.safetensors"]["sha256"] == usual["files"]["model.safetensors"]["sha256"]
@@ -235,6 +234,7 @@ def test_pictures_of_ones_own_are_looked_at_and_change_no_weights(user, first, c
     for more in ((), ("--dry-run",)):
         capsys.readouterr()
         assert user.train("--name", "other", "--tracking.contents-from", "pictures", *more) == 2
-        assert "--tracking.contents-from" in (told := capsys.readouterr().err)
-        assert "found broken.jpg: not_an_image" in told
+        answer = capsys.readouterr().err
+        assert "--tracking.contents-from" in answer
+        assert "found broken.jpg: not_an_image" in answer
     assert not (user.folder / "runs" / "other").exists()

@@ -1,6 +1,5 @@
 """The pictures that a run is watched by: of its datasets, or of folders that the user names."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,13 +15,13 @@ SIDE, GAP = 32, 4
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
-def paint(path, width, height, colour, **options):
+def paint(path, width, height, colour):
     """A picture with a black frame beyond the square of its middle."""
     short = min(width, height)
     picture = Image.new("RGB", (width, height))
     picture.paste(colour, ((width - short) // 2, (height - short) // 2, (width + short) // 2, (height + short) // 2))
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+    picture.save(path)
 
 
 @pytest.fixture
@@ -88,7 +87,6 @@ def test_the_first_of_a_dataset_are_the_same_each_time_and_those_of_a_larger_gri
     two, three = (squares_of_version(content_version, count, side=SIDE) for count in (2, 3))
     assert all(torch.equal(a, b) for a, b in zip(two, three, strict=False))
     assert not torch.equal(three[1], three[2])
-    assert np.isfinite(torch.stack(three)).all()
 
 
 def test_what_cannot_be_shown_is_refused_by_name(content_version, style_version, pictures):
