@@ -279,10 +279,11 @@ def test_a_key_is_the_hash_of_the_bytes_without_dots():
 
 
 def test_a_perceptual_hash_survives_scaling_and_encoding_and_tells_pictures_apart(tmp_path):
-    generate_photos(tmp_path, 12, seed=1, size=200)
+    generate_photos(tmp_path, 12, seed=1, size=400)
     hashes = []
     for path in sorted(tmp_path.iterdir()):
         picture = Image.open(path).convert("RGB")
+        width, height = picture.size
         small = saved(picture.resize((picture.width * 2 // 3, picture.height * 2 // 3)), "JPEG", quality=60)
         hashes.append(perceptual_hash(picture))
         for changed in (
@@ -290,9 +291,25 @@ def test_a_perceptual_hash_survives_scaling_and_encoding_and_tells_pictures_apar
             picture.convert("L"),
             picture.point(lambda v: v * 0.9 + 10),
             picture.filter(ImageFilter.GaussianBlur(1)),
+            picture.resize((width * 3, height * 3), Image.Resampling.BICUBIC),
+            picture.resize((width * 5 // 7, height * 5 // 7), Image.Resampling.BILINEAR),
+            picture.crop((width // 200, height // 200, width - width // 200, height - height // 200)),
         ):
             assert (perceptual_hash(changed) ^ hashes[-1]).bit_count() <= 4
     assert min((a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]) > 8
+
+
+@pytest.mark.parametrize("side", [100, 240, 427, 900])
+def test_a_picture_that_keeps_its_bytes_has_the_hash_of_all_its_pixels(tmp_path, side):
+    """It is decoded at a fraction of its size."""
+    generate_photos(tmp_path, 6, seed=2, size=side)
+    for path in tmp_path.iterdir():
+        picture = Image.open(path).convert("RGB")
+        data = saved(picture, "JPEG", quality=90)
+        sample = ingest(data, "a.jpg", RecipeConfig(short_side=1000, min_side=50))
+        assert isinstance(sample, Sample)
+        assert sample.jpeg == data
+        assert (sample.phash ^ perceptual_hash(picture)).bit_count() <= 4
 
 
 # What becomes of the files in broken/, with the least side lowered to 100 pixels so that all kinds are seen.
