@@ -63,7 +63,7 @@ def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
         dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         exact = torch.promote_types(x.dtype, torch.float32)
-        kernels = AdaConvKernels(*(k.to(exact).expand(len(x), *k.shape[1:]) for k in kernels))
+        kernels = AdaConvKernels(*(k.to(exact).expand(x.shape[0], *k.shape[1:]) for k in kernels))
         weight = compose(kernels, groups=groups)
         out: Tensor
         if gpu.adaptive_conv is not None and gpu.adaptive_conv.suits(x, weight, dtype):
@@ -71,7 +71,9 @@ def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
             return out
         if device == "cuda" and dtype.itemsize == 2:
             dtype = torch.float32  # cuDNN's convolutions of small groups take 50 times as long in 16 bits
-        if torch.compiler.is_compiling():  # or exporting
+        if torch.compiler.is_exporting():
+            return _image_by_image(x.to(exact), weight, kernels.bias)
+        if torch.compiler.is_compiling():
             return _of_plain_operators(x.to(exact), weight, kernels.bias, dtype=dtype)
         out = _AdaptiveConv.apply(x, weight, kernels.bias, dtype)  # type: ignore[no-untyped-call]
     return out
@@ -84,6 +86,23 @@ def _of_plain_operators(x: Tensor, weight: Tensor, bias: Tensor, *, dtype: torch
     padded = F.pad(normal, (half,) * 4, mode="reflect").flatten(0, 1)[None]
     kernels, biases = weight.flatten(0, 1).to(dtype), bias.flatten().to(dtype)
     return F.conv2d(padded, kernels, biases, groups=len(x) * groups).view(x.shape)
+
+
+def _image_by_image(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same for a batch of any size: a graph's convolution has its number of groups written into it, so the batch
+    cannot become groups. A loop inside the graph, whose body is as large as one image's work.
+    """
+    from torch._higher_order_ops.scan import scan
+
+    half, groups = weight.shape[-1] // 2, weight.shape[1] // weight.shape[2]
+
+    def one(nothing: Tensor, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        image, kernel, shift = given
+        padded = F.pad(F.instance_norm(image[None], eps=EPS), (half,) * 4, mode="reflect")
+        return nothing.clone(), F.conv2d(padded, kernel, shift, groups=groups)[0]
+
+    out: Tensor = scan(one, torch.zeros(1), (x, weight, bias))[1]
+    return out
 
 
 class _AdaptiveConv(torch.autograd.Function):
