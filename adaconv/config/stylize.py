@@ -85,7 +85,8 @@ class StylizeConfig(Config):
     content: tuple[Location, ...] = ()
     """Contents: images, folders or zips of them, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
     style: tuple[Location, ...] = ()
-    """Styles: the same, or style packs (FILE.safetensors, or folders of them)."""
+    """Styles: the same, or style packs (FILE.safetensors, or folders of them), or mixtures: FILE.csv with columns
+    `name`, `style` and `weight`, a row for each part of each."""
     output: Location | None = None
     """Folder or s3://bucket/prefix for images, style packs, index and gallery, in no folder of contents or styles; run
     again, it makes what is missing."""

@@ -34,7 +34,7 @@ from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.books import Books, culprit
 from adaconv.stylize.gallery import Failure, Picture, render
-from adaconv.stylize.inputs import Item, decode_picture, local_file, read_item, sha256_of
+from adaconv.stylize.inputs import Item, decode_picture, local_file, mixture_of, read_item, sha256_of
 from adaconv.stylize.outputs import INDEX, Published, Recipe, pack_name, publish_index, slug
 from adaconv.stylize.pairing import Pair
 from adaconv.stylize.pictures import thumbnail
@@ -306,6 +306,8 @@ class _PackMaker(_ModelActor):
         digest = self.stylizer.info.digest
         if item.kind == "pack":
             return StylePack.from_bytes(read_item(item), name=item.source, model_digest=digest)
+        if item.kind == "mixture":
+            return mixture_of(item, lambda part: self._part(part, side))
         with scratch_folder("style", self.scratch) as folder:
             path = local_file(item, folder)
             sha256 = sha256_of(path)
@@ -315,6 +317,14 @@ class _PackMaker(_ModelActor):
                 return StylePack.from_bytes(storage.read_bytes(uri), name=uri, model_digest=digest)
             picture = decode_picture(path, max_pixels=int(self.config.tile.max_megapixels * 1e6))
             return self.stylizer.style_pack(picture, side=side, source=item.source, source_sha256=sha256)
+
+    def _part(self, item: Item, side: int) -> StylePack:
+        """Kept as well: other mixtures may have it too."""
+        pack = self._pack(item, side)
+        uri = storage.join(self.output, pack_name(pack.source or item.source, pack.digest))
+        if not storage.exists(uri):
+            storage.publish_bytes(uri, pack.to_bytes())
+        return pack
 
 
 class _ContentStylizer(_ModelActor):

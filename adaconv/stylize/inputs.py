@@ -1,18 +1,21 @@
 """Where contents and styles come from, and how one becomes a picture.
 
 A source is an image, a folder or zip of images, a dataset version (ROOT or ROOT@VERSION), or a Parquet file with a
-column of images (FILE.parquet or FILE.parquet#COLUMN); styles may be style packs too (FILE.safetensors, or a folder of
-them). All may lie here or on s3://.
+column of images (FILE.parquet or FILE.parquet#COLUMN). Styles may be style packs too (FILE.safetensors, or a folder of
+them), or mixtures: a FILE.csv with a row for each part of each, its columns `name` of the mixture, `style` (an image or
+style pack, seen from the table's folder) and `weight` (1). All may lie here or on s3://.
 """
 
 import hashlib
 import io
+import json
+import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +27,10 @@ from adaconv.data.sources import Found, Member, iter_images, read_found
 from adaconv.errors import UsageError
 from adaconv.images import EXTENSIONS, RGB_MODES, ImageError, as_seen, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import Metadata
+from adaconv.stylize.tables import read_table
+
+if TYPE_CHECKING:
+    from adaconv.stylize.style_pack import StylePack
 
 _NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
 
@@ -33,14 +40,16 @@ class Item:
     """One content or style. `source`: what it is called, unique within its list; `uri`: of the file that holds it.
 
     `place`: where in it: offset and size in a shard; row group and row of a Parquet file; the size alone otherwise.
+    `parts`: of a mixture, as JSON: rows of items, each with its weight.
     """
 
-    kind: Literal["file", "sample", "cell", "pack"]
+    kind: Literal["file", "sample", "cell", "pack", "mixture"]
     source: str
     uri: str
     place: tuple[int, int] = (0, 0)
     column: str = ""
     member: Member | None = None
+    parts: str = ""
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +66,7 @@ def list_items(sources: Iterable[str], *, flag: str, packs: bool = False) -> lis
     Args:
         sources: see above.
         flag: for messages, as in `--content`.
-        packs: whether style packs are taken.
+        packs: whether style packs and mixtures are taken.
 
     Raises:
         UsageError: a source is not there, is none of these, or holds nothing.
@@ -94,6 +103,25 @@ def check_apart(sources: Iterable[str], output: str, *, flag: str) -> None:
                 f"{flag} {source}: expected a folder apart from the outputs, found --output {output}; the same command "
                 "again would stylize what it made: choose another --output"
             )
+
+
+def mixture_of(item: Item, pack_of: Callable[[Item], "StylePack"]) -> "StylePack":
+    """The pack of a mixture, given how to get that of each part.
+
+    Raises:
+        ImageError: a part cannot be used; says which.
+    """
+    from adaconv.stylize.style_pack import mix_packs  # which brings torch
+
+    packs, weights = [], []
+    for row, weight in json.loads(item.parts):
+        part = Item.from_row(row)
+        try:
+            packs.append(pack_of(part))
+        except ImageError as error:
+            raise ImageError(error.reason, f"{part.source}, a part: {error}") from error
+        weights.append(weight)
+    return replace(mix_packs(packs, weights), source=item.source)
 
 
 def read_item(item: Item) -> bytes:
@@ -180,6 +208,8 @@ def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
         if not storage.exists(uri):
             raise UsageError(f"{flag} {source}: expected a style pack, found nothing there")
         yield Item("pack", storage.name_of(uri), uri)
+    elif packs and source.lower().endswith(".csv"):
+        yield from _mixtures(storage.absolute(source), flag)
     elif _is_version(source):
         yield from _samples(source)
     elif _is_image(source):
@@ -210,6 +240,32 @@ def _is_version(source: str) -> bool:
 def _is_image(source: str) -> bool:
     uri = storage.absolute(source)
     return PurePath(source).suffix.lower() in EXTENSIONS and storage.exists(uri) and not storage.is_directory(uri)
+
+
+def _mixtures(uri: str, flag: str) -> Iterator[Item]:
+    folder = uri.removesuffix(storage.name_of(uri)).rstrip("/")
+    parts: dict[str, list[tuple[dict[str, Any], float]]] = {}
+    for where, row in read_table(uri, flag=flag):
+        if set(row) - {"weight"} != {"name", "style"}:
+            raise UsageError(f"{where}: expected columns name, style and weight, found {', '.join(map(str, row))}")
+        name, style, weight = ((row.get(column) or "").strip() for column in ("name", "style", "weight"))
+        if not name or not style:
+            raise UsageError(f"{where}: expected the name of a mixture and a style, found {name!r} and {style!r}")
+        try:
+            share = float(weight or 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < math.inf:
+            raise UsageError(f"{where}: expected a weight of 0 or more, found {weight!r}")
+        place = style if "://" in style or os.path.isabs(style) else storage.join(folder, style)
+        if not _is_image(place) and not place.lower().endswith(".safetensors"):
+            raise UsageError(f"{where}: expected an image or style pack, found none at {place}")
+        (item,) = _items_of(place, where, packs=True)
+        parts.setdefault(name, []).append((item.to_row(), share))
+    for name, of_name in parts.items():
+        if not sum(weight for _, weight in of_name):
+            raise UsageError(f"{flag} {uri}: expected a weight above 0 in {name}, found none")
+        yield Item("mixture", name, uri, parts=json.dumps(of_name))
 
 
 def _samples(source: str) -> Iterator[Item]:

@@ -1,7 +1,5 @@
 """Which contents meet which styles, and how: pure functions of two lists."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from adaconv import storage
 from adaconv.errors import UsageError
-
-_TOO_MANY = "\0"  # what DictReader puts a row's fields under for which the first line has no name
-
+from adaconv.stylize.tables import read_table
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -86,12 +79,7 @@ def _pairs_of_file(
     places = {"content": _places(contents), "style": _places(styles)}
     pairs: list[Pair] = []
     seen: set[tuple[int, int, str]] = set()
-    for number, row in enumerate(_rows(uri), 1):
-        where = f"--pairs {uri}, row {number}"
-        if _TOO_MANY in row:
-            expected = len(row) - 1
-            found_fields = expected + len(row[_TOO_MANY])
-            raise UsageError(f"{where}: expected {expected} fields, as the first line has, found {found_fields}")
+    for where, row in read_table(uri, flag="--pairs"):
         found: dict[str, int] = {}
         for name, place in places.items():
             cell = row.pop(name, None)
@@ -109,8 +97,6 @@ def _pairs_of_file(
         if key not in seen:  # the same output twice is one
             seen.add(key)
             pairs.append(Pair(found["content"], found["style"], options))
-    if not pairs:
-        raise UsageError(f"--pairs {uri}: expected rows, found none")
     return sorted(pairs, key=lambda pair: pair.content)
 
 
@@ -120,22 +106,3 @@ def _places(names: Sequence[str]) -> dict[str, int | None]:
     for index, name in enumerate(names):
         places[name] = None if name in places else index
     return places
-
-
-def _rows(uri: str) -> list[dict[str, Any]]:
-    uri = storage.absolute(uri)
-    try:
-        data = storage.read_bytes(uri)
-    except FileNotFoundError:
-        raise UsageError(f"--pairs {uri}: expected a file of pairs, found nothing there") from None
-    if uri.endswith(".parquet"):
-        try:
-            rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"--pairs {uri}: expected a Parquet file, found: {error}") from None
-        return rows
-    try:
-        text = io.StringIO(data.decode("utf-8-sig"), newline="")
-        return list(csv.DictReader(text, restkey=_TOO_MANY, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"--pairs {uri}: expected a CSV file in UTF-8, found: {error}") from None

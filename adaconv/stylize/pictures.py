@@ -1,12 +1,13 @@
 """Pictures as callers have them, and back: PIL, numpy and tensors."""
 
 import io
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,6 +92,24 @@ def thumbnail(image: Image.Image, *, side: int) -> bytes:
     buffer = io.BytesIO()
     small.convert("RGB").save(buffer, "JPEG", quality=75)
     return buffer.getvalue()
+
+
+def side_by_side(thumbnails: Sequence[bytes], shares: Sequence[float]) -> bytes:
+    """A thumbnail of several: a strip of the middle of each, as wide as its share; nothing where there are none."""
+    shown = [
+        (Image.open(io.BytesIO(data)), share) for data, share in zip(thumbnails, shares, strict=True) if data and share
+    ]
+    if not shown:
+        return b""
+    side = max(max(image.size) for image, _ in shown)
+    total, canvas, left = sum(share for _, share in shown), Image.new("RGB", (side, side)), 0.0
+    for image, share in shown:
+        right = left + share / total
+        width = round(right * side) - round(left * side)
+        if width:
+            canvas.paste(ImageOps.fit(image, (width, side)), (round(left * side), 0))
+        left = right
+    return thumbnail(canvas, side=side)
 
 
 def shrink(image: Image.Image, side: int | None) -> Image.Image:

@@ -15,7 +15,7 @@ from adaconv import storage
 from adaconv.errors import UsageError
 from adaconv.images import ImageError, decode
 from adaconv.scratch import scratch_folder
-from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, sha256_of
+from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, mixture_of, read_item, sha256_of
 from adaconv.stylize.outputs import Recipe, pack_name, read_recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.style_pack import StylePack
@@ -78,6 +78,7 @@ def replay(
                 f"--replay {uri}: expected model {recipe.model_digest[:12]}, found {stylizer.info.digest[:12]} at "
                 f"{model or recipe.model}; give the right one as --model"
             )
+        (aside / "content").mkdir()
         path = _find(content, recipe.content, recipe.content_sha256, aside / "content", "--content")
         pack = _pack(uri, recipe, options, style, stylizer, aside / "style")
         # On a GPU as many at once as there were then: all of them this one.
@@ -136,9 +137,21 @@ def _pack(
         return StylePack.from_bytes(storage.read_bytes(beside), name=beside, model_digest=digest)
     if not style:
         raise UsageError(f"--replay {uri}: found no style pack at {beside}; name where {recipe.style} lies as --style")
-    for item in list_items(style, flag="--style", packs=True):
+
+    def pack_of(item: Item) -> StylePack:
         if item.kind == "pack":
-            pack = StylePack.from_bytes(storage.read_bytes(item.uri), name=item.source, model_digest=digest)
+            return StylePack.from_bytes(read_item(item), name=item.source, model_digest=digest)
+        if item.kind == "mixture":
+            return mixture_of(item, pack_of)
+        path = local_file(item, scratch)
+        picture, sha256 = decode_picture(path, max_pixels=10**10), sha256_of(path)
+        return stylizer.style_pack(picture, side=options.style_side, source=item.source, source_sha256=sha256)
+
+    scratch.mkdir()
+    items = list_items(style, flag="--style", packs=True)
+    for item in (item for item in items if item.kind == "pack" or item.source == recipe.style):
+        with contextlib.suppress(ImageError):  # what cannot be had is not it
+            pack = pack_of(item)
             if pack.digest == recipe.pack_digest:
                 return pack
     path = _find(style, recipe.style, recipe.style_sha256, scratch, "--style")
@@ -148,8 +161,8 @@ def _pack(
 
 def _find(sources: Sequence[str], name: str, sha256: str, scratch: Path, flag: str) -> Path:
     """The file with these bytes, wherever it lies now; one of the same name is looked at first."""
-    scratch.mkdir()
-    items: list[Item] = [item for item in list_items(sources, flag=flag, packs=True) if item.kind != "pack"]
+    found = list_items(sources, flag=flag, packs=True)
+    items: list[Item] = [item for item in found if item.kind not in ("pack", "mixture")]
     for item in sorted(items, key=lambda item: (item.source != name, not item.source.endswith(Path(name).name))):
         with contextlib.suppress(ImageError):  # what cannot be had is not it
             path = local_file(item, scratch)

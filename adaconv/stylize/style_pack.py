@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from adaconv.errors import UsageError
 from adaconv.model.network import StyleCode
 from adaconv.stylize.blend import mix
+from adaconv.stylize.pictures import side_by_side
 
 FORMAT = 3
 
@@ -21,7 +22,8 @@ FORMAT = 3
 class StylePack:
     """A style, ready to be applied.
 
-    `code`: tensors with a batch of one. `source`: what it is called. `source_sha256`: of the style's file.
+    `code`: tensors with a batch of one. `source`: what it is called. `source_sha256`: of the style's file; of
+    a mixture those of all its parts, joined by +.
     `options`: how the style was read. `thumbnail`: a small JPEG of it, or nothing.
     """
 
@@ -136,7 +138,7 @@ def mix_packs(packs: Sequence[StylePack], weights: Sequence[float] | None = None
         code,
         packs[0].model_digest,
         source=" + ".join(f"{share:.2g} {pack.source}" for pack, share in zip(packs, shares, strict=True)),
-        source_sha256=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+        source_sha256="+".join(sorted({sha256 for pack in packs for sha256 in pack.source_sha256.split("+")})),
         options={"mixed": parts},
-        thumbnail=packs[0].thumbnail,
+        thumbnail=side_by_side([pack.thumbnail for pack in packs], shares),
     )

@@ -24,7 +24,7 @@ class TracedOutput:
 def trace_outputs(root: str, sha256: Set[str], model_digests: Set[str]) -> Iterator[TracedOutput]:
     """Outputs below a job's folder, by its index; one that a later job's index no longer names, by its own recipe.
 
-    A style that was mixed of several is known by their mixture alone, and not found by one of them.
+    A style that was mixed of several is found by each of them.
 
     Raises:
         UsageError: there are no outputs, or one carries no recipe.
@@ -40,7 +40,7 @@ def trace_outputs(root: str, sha256: Set[str], model_digests: Set[str]) -> Itera
         row = indexed.get(name) or _of_recipe(uri)
         if row["content_sha256"] in sha256:
             yield TracedOutput(uri, "content")
-        elif row["style_sha256"] in sha256:
+        elif not sha256.isdisjoint(row["style_sha256"].split("+")):
             yield TracedOutput(uri, "style")
         elif row["model_digest"] in model_digests:
             yield TracedOutput(uri, "model")

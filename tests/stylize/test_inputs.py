@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -208,3 +210,63 @@ def test_the_first_picture_of_a_phones_jpeg_must_be_sound_too(tmp_path, read):
     (tmp_path / "a.jpg").write_bytes(data)
     with pytest.raises(ImageError, match="corrupt_data"):
         read(tmp_path / "a.jpg")
+
+
+def table_of_mixtures(folder, *rows, columns="name,style,weight"):
+    folder.mkdir(exist_ok=True)
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(number))
+    (folder / "kept.safetensors").write_bytes(b"")
+    path = folder / "mixtures.csv"
+    path.write_text("\n".join((columns, *rows)) + "\n")
+    return str(path)
+
+
+def test_mixtures_name_styles_beside_their_table(tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere.png"
+    elsewhere.write_bytes(png())
+    table = table_of_mixtures(
+        tmp_path / "in", "dusk,0.png,2", f"dawn,{elsewhere},", "dusk,1.png,0.5", "dusk,kept.safetensors,0"
+    )
+    monkeypatch.chdir(tmp_path)
+    for given in (table, "in/mixtures.csv"):
+        dawn, dusk = (again(item) for item in list_items([given], flag="--style", packs=True))
+        assert [(item.source, item.kind) for item in (dawn, dusk)] == [("dawn", "mixture"), ("dusk", "mixture")]
+        parts = [(Item.from_row(row), weight) for row, weight in json.loads(dusk.parts)]
+        assert [(part.source, part.kind, weight) for part, weight in parts] == [
+            ("0.png", "file", 2),
+            ("1.png", "file", 0.5),
+            ("kept.safetensors", "pack", 0),
+        ]
+        assert read_item(parts[1][0]) == png(1)
+        ((row, weight),) = json.loads(dawn.parts)
+        assert (Item.from_row(row).uri, weight) == (str(elsewhere), 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ((), "expected rows, found none"),
+        (("a,0.png,-1",), "row 1: expected a weight of 0 or more, found '-1'"),
+        (("a,0.png,nan",), "row 1: expected a weight of 0 or more, found 'nan'"),
+        (("a,0.png,much",), "found 'much'"),
+        (("a,0.png,0", "a,1.png,0"), "expected a weight above 0 in a, found none"),
+        (("a,0.png,1", "a,,1"), "row 2: expected the name of a mixture and a style, found 'a' and ''"),
+        (("a,0.png,1", "a,9.png,1"), "row 2: expected an image or style pack, found none at"),
+        (("a,9.safetensors,1",), "in/9.safetensors: expected a style pack, found nothing there"),
+        (("a,0.png,1,2",), "expected 3 fields, as the first line has, found 4"),
+    ],
+)
+def test_a_table_of_mixtures_that_says_nothing_is_refused(rows, told, tmp_path):
+    table = table_of_mixtures(tmp_path / "in", *rows)
+    with pytest.raises(UsageError, match=re.escape(told)) as error:
+        list_items([table], flag="--style", packs=True)
+    assert str(error.value).startswith("--style")
+    with pytest.raises(UsageError):  # contents cannot be mixed
+        list_items([table], flag="--content")
+
+
+def test_a_table_with_other_columns_is_told_which(tmp_path):
+    table = table_of_mixtures(tmp_path / "in", "0.png,1.png", columns="content,style")
+    with pytest.raises(UsageError, match="expected columns name, style and weight, found content, style"):
+        list_items([table], flag="--style", packs=True)
