@@ -43,7 +43,8 @@ class DataConfig(Config):
     """Compare the bytes of every sample with its checksum when it is read: finds damage on a local disk, for a few
     percent of the decoding time."""
     timeout_seconds: float = Field(default=300, ge=0)
-    """A loader worker that gives no batch for so long ends the rank, which is started again; 0 waits for ever."""
+    """A loader worker that gives no batch for so long ends the rank, which is started again; a line names the sample
+    and shard that it was at, and where in the code. 0 waits for ever."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "DataConfig":

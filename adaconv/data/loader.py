@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adaconv import storage
+from adaconv.data import loader_witness
 from adaconv.data.order import StreamOrder, batch_of_step, rank_slice, stable_seed
 from adaconv.data.shard_cache import ShardCache, ShardPrefetcher, default_cache_dir
 from adaconv.errors import AdaConvError, DatasetError
@@ -273,12 +274,14 @@ class PairDataset(Dataset[Batch]):
         first_sample = batch * self._global_batch_size + self._slice.start
         for sample, (row, place) in enumerate(zip(rows, out.numpy(), strict=True), start=first_sample):
             draw = random.Random(stable_seed(self._seed, stream, sample))
+            loader_witness.note(f"{stream} sample {reader.key(row)} of {reader.shard_of(row)[0]}")
             try:
                 place[:] = decode_crop(reader.read(row), geometry, draw)
             except (ConnectionError, TimeoutError):  # of the store, not of the sample
                 raise
             except OSError as error:
                 raise DatasetError(f"{stream} sample {reader.key(row)} cannot be decoded: {error}") from error
+        loader_witness.note("")
         return [reader.key(row) for row in rows]
 
 
@@ -295,10 +298,12 @@ def make_loader(
     """Batches of the steps first_step ... steps - 1 in order, decoded ahead in `workers` processes.
 
     Raises:
-        RuntimeError: a worker process ended, or gave nothing for `timeout_seconds` (0 waits for ever); see
-            `is_lost_worker`.
+        RuntimeError: a worker process ended, or gave nothing for `timeout_seconds` (0 waits for ever), and what it
+            was at; see `is_lost_worker`.
         AdaConvError, OSError: what the dataset raised.
     """
+    context = _context() if workers else None
+    seen = loader_witness.witnesses(context, workers) if context else []
     loader = DataLoader(
         _Telling(dataset),
         batch_size=None,  # an item is a batch already
@@ -307,10 +312,26 @@ def make_loader(
         prefetch_factor=prefetch_batches if workers else None,
         pin_memory=pin_memory,
         timeout=timeout_seconds if workers else 0,
-        multiprocessing_context=_context() if workers else None,
-        worker_init_fn=partial(_set_up_worker, environment=dict(os.environ)) if workers else None,
+        multiprocessing_context=context,
+        worker_init_fn=partial(_set_up_worker, environment=dict(os.environ), seen=seen) if workers else None,
     )
-    return map(_batch_of, iter(loader))  # workers begin now
+    return _Batches(iter(loader), seen)  # workers begin now
+
+
+class _Batches(Iterator[Batch]):
+    def __init__(self, given: Iterator[Batch | Exception], seen: Sequence[Any]) -> None:
+        self._given, self._seen = given, seen
+
+    def __next__(self) -> Batch:
+        try:
+            given = next(self._given)
+        except RuntimeError as error:
+            if "timed out" in str(error) and (told := loader_witness.told(self._seen)):
+                raise RuntimeError(f"{error}; {told}") from error
+            raise
+        if isinstance(given, Exception):
+            raise given
+        return given
 
 
 def is_lost_worker(error: Exception) -> bool:
@@ -333,12 +354,6 @@ class _Telling(Dataset[Batch | Exception]):
             return error
 
 
-def _batch_of(given: Batch | Exception) -> Batch:
-    if isinstance(given, Exception):
-        raise given
-    return given
-
-
 def _context() -> multiprocessing.context.BaseContext:
     """Workers are forked from a process that has imported what they need: one import for all, and one copy of it.
 
@@ -350,13 +365,14 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _set_up_worker(worker: int, *, environment: Mapping[str, str]) -> None:
-    """A worker's environment, and its own look at the process that reads its batches.
+def _set_up_worker(worker: int, *, environment: Mapping[str, str], seen: Sequence[Any]) -> None:
+    """A worker's environment, who sees what it does, and its own look at the process that reads its batches.
 
     It was forked from one that began with the first loader: the environment is that one's. And PyTorch looks at that
     one, which lives as long as its children, who would wait for each other for ever once the reader was killed.
     """
     os.environ.update(environment)
+    loader_witness.bear(seen[worker])
     reader = multiprocessing.parent_process()
     assert reader is not None
 

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -289,6 +290,13 @@ def test_a_worker_that_hangs_or_dies_is_told_from_one_with_an_error(content_vers
     with pytest.raises(RuntimeError, match="timed out") as hanging:
         next(batches)
     assert is_lost_worker(hanging.value)
+    first, *stack = str(hanging.value).splitlines()
+    told = re.fullmatch(
+        r"DataLoader timed .*; worker 0 \(pid \d+\) was at content sample [0-9a-f]{32} of (.*), in", first
+    )
+    assert told, first
+    assert told[1] in {version.shard_uri(shard.name) for shard in version.shards}
+    assert re.fullmatch(r'  File ".*loader.py", line \d+ in _read_at', stack[0])
     for process in psutil.Process().children(recursive=True):
         if process.ppid() != os.getpid():  # a worker; what it is forked from is a child of this process
             process.kill()
