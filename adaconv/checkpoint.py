@@ -189,6 +189,11 @@ def fetched(uri: str) -> Iterator[Path]:
         yield local
 
 
+def public_name(uri: str) -> str:
+    """A model's name for what travels: of a checkpoint no more than its folder's, for paths are nobody else's."""
+    return uri if uri.startswith(("models:/", "runs:/")) else storage.name_of(uri)
+
+
 def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:
     """The network of a checkpoint or registered model: a local folder with `model.safetensors` and `model.json`.
 

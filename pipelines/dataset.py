@@ -119,13 +119,17 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
 
 
 def similar(config: SimilarConfig) -> dict[str, Any]:
+    from adaconv.data.ingest import check_hashes
     from adaconv.data.manifest import open_version
     from adaconv.data.similar import similar_pairs
 
     shown = 100
     columns = ["key", "source", "phash"]
-    first = open_version(config.dataset).samples(columns)
-    second = open_version(config.against).samples(columns) if config.against else first
+    versions = [open_version(spec) for spec in (config.dataset, config.against) if spec]
+    for version in versions if config.against else ():
+        check_hashes(version.recipe, of=f"{version.root}@{version.version}")
+    tables = [version.samples(columns) for version in versions]
+    first, second = tables[0], tables[-1]
     others = second["phash"].to_numpy() if config.against else None
     pairs = similar_pairs(first["phash"].to_numpy(), distance=config.distance, others=others)
     listed = [

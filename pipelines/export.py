@@ -3,7 +3,8 @@
     python pipelines/export.py --model models:/adaconv@champion --tracking.uri sqlite:///mlflow.db --output exported/
 
 style.onnx  style (B, 3, S, S) in [0, 1], S being --style-side, to the tensors of a style code
-apply.onnx  content (B, 3, H, W) in [0, 1], any B, H and W, and those tensors to stylized (B, 3, H, W), to be clamped
+apply.onnx  content (B, 3, H, W) in [0, 1], any B, any H and W from 16 (32 for kernels of 7) on, and those tensors to
+            stylized (B, 3, H, W), to be clamped
 
 Both are float32, hold their weights and say in their metadata which model they are. They are run by onnxruntime before
 they are published, and compared with the network: ends with 1 where they differ by half of one of 255 levels.
@@ -36,7 +37,7 @@ def plan(config: ExportConfig) -> str:
 def execute(config: ExportConfig) -> dict[str, Any]:
     _require_onnx()
     from adaconv import storage
-    from adaconv.checkpoint import load_network
+    from adaconv.checkpoint import load_network, public_name
     from adaconv.model.export import export_onnx, largest_difference, smallest_side
     from adaconv.scratch import scratch_folder
     from adaconv.tracking.registry import resolved_model, source_of
@@ -57,7 +58,7 @@ def execute(config: ExportConfig) -> dict[str, Any]:
         logging.getLogger(name).setLevel(logging.ERROR)
     with scratch_folder("export") as scratch:
         log.info("%s: tracing, which takes a minute", model)
-        told = {f"adaconv.{name}": str(value) for name, value in notes.items()}
+        told = {f"adaconv.{name}": str(value) for name, value in notes.items()} | {"adaconv.model": public_name(model)}
         graphs = export_onnx(network, scratch, style_side=config.style_side, notes=told)
         log.info("comparing with the network, %d sizes and batches", len(_CHECKED))
         found = largest_difference(network, *graphs, style_side=config.style_side, shapes=_CHECKED)

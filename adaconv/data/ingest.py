@@ -44,6 +44,7 @@ _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "libtiff", "littlecms2")
 MENDABLE = frozenset(("changed", "crc_mismatch", "deflate_error", "unreadable", "vanished"))
 _THUMBNAIL_SIDE = 96
 _SHOWN_THOUGH_REFUSED = ("too_small", "too_thin", "transparent")
+_HASH = 2  # of perceptual_hash: with each change of what it gives this is the next number
 _HASH_SIDE, _HASH_FREQUENCIES = 32, 8
 _HASH_SAMPLES = 128  # of the shorter side: what is left of it is between these and twice as many pixels
 _HASH_DECODED = 52  # pixels of the shorter side at least: an eighth of most of COCO's
@@ -98,7 +99,7 @@ def recipe_of(config: RecipeConfig) -> dict[str, Any]:
     codecs = {name: features.version(name) for name in _CODECS}
     codecs |= {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "pyarrow": pyarrow.__version__}
     codecs["libvips"] = ".".join(str(libvips().version(part)) for part in range(3))
-    return {**config.model_dump(mode="json"), "codecs": codecs}
+    return {**config.model_dump(mode="json"), "codecs": codecs, "phash": _HASH}
 
 
 def settings_of(recipe: Mapping[str, Any]) -> RecipeConfig:
@@ -106,12 +107,30 @@ def settings_of(recipe: Mapping[str, Any]) -> RecipeConfig:
     return RecipeConfig.model_validate({name: recipe[name] for name in RecipeConfig.model_fields})
 
 
+def check_hashes(recipe: Mapping[str, Any], *, of: str) -> None:
+    """Refuse to work with pictures that were hashed by another release: the same ones would seem to differ.
+
+    Args:
+        recipe: of a version or build.
+        of: what that is, for the message.
+
+    Raises:
+        DatasetError: it was made by another release.
+    """
+    if recipe.get("phash") != _HASH:
+        raise DatasetError(
+            f"{of}: expected perceptual hashes of kind {_HASH}, found kind {recipe.get('phash', 1)}, of another "
+            "release; shard its images anew into another folder"
+        )
+
+
 def check_codecs(recipe: Mapping[str, Any]) -> None:
-    """Refuse to work with other codecs than the recipe's: the bytes would be others.
+    """Refuse to work with other codecs or hashes than the recipe's: the bytes would be others.
 
     Raises:
         DatasetError: names those that differ.
     """
+    check_hashes(recipe, of="the version that this adds to")
     there = recipe_of(RecipeConfig())["codecs"]
     wrong = [
         f"{name} {there.get(name)} instead of {version}"

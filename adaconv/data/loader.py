@@ -272,16 +272,18 @@ class PairDataset(Dataset[Batch]):
         rows = order.batch(batch)[self._slice].tolist()
         # Counts over all ranks: a crop belongs to the sample, whoever makes it.
         first_sample = batch * self._global_batch_size + self._slice.start
-        for sample, (row, place) in enumerate(zip(rows, out.numpy(), strict=True), start=first_sample):
-            draw = random.Random(stable_seed(self._seed, stream, sample))
-            loader_witness.note(f"{stream} sample {reader.key(row)} of {reader.shard_of(row)[0]}")
-            try:
-                place[:] = decode_crop(reader.read(row), geometry, draw)
-            except (ConnectionError, TimeoutError):  # of the store, not of the sample
-                raise
-            except OSError as error:
-                raise DatasetError(f"{stream} sample {reader.key(row)} cannot be decoded: {error}") from error
-        loader_witness.note("")
+        try:
+            for sample, (row, place) in enumerate(zip(rows, out.numpy(), strict=True), start=first_sample):
+                draw = random.Random(stable_seed(self._seed, stream, sample))
+                loader_witness.note(f"{stream} sample {reader.key(row)} of {reader.shard_of(row)[0]}")
+                try:
+                    place[:] = decode_crop(reader.read(row), geometry, draw)
+                except (ConnectionError, TimeoutError):  # of the store, not of the sample
+                    raise
+                except OSError as error:
+                    raise DatasetError(f"{stream} sample {reader.key(row)} cannot be decoded: {error}") from error
+        finally:
+            loader_witness.note("")
         return [reader.key(row) for row in rows]
 
 

@@ -35,8 +35,9 @@ def bear(witness: Any) -> None:
     global _own
     _own, witness.pid, witness.stacks = witness, os.getpid(), -1
     if hasattr(os, "memfd_create"):  # Linux; elsewhere there is no stack to be had from without
-        witness.stacks = os.memfd_create("stacks")
-        faulthandler.register(signal.SIGUSR2, file=witness.stacks, all_threads=False)
+        with suppress(OSError):  # a sandbox may forbid it
+            witness.stacks = os.memfd_create("stacks")
+            faulthandler.register(signal.SIGUSR2, file=witness.stacks, all_threads=False)
 
 
 def note(doing: str) -> None:
@@ -61,12 +62,13 @@ def _stack(seen: Any) -> str:
     if seen.stacks < 0:
         return ""
     with suppress(OSError):  # it is gone
-        stacks = Path(f"/proc/{seen.pid}/fd/{seen.stacks}")
+        stacks, found = Path(f"/proc/{seen.pid}/fd/{seen.stacks}"), ""
         os.kill(seen.pid, signal.SIGUSR2)
         asked = time.monotonic()
         while time.monotonic() - asked < _ANSWER_SECONDS:
             time.sleep(0.05)
-            if found := stacks.read_text(errors="replace"):
+            before, found = found, stacks.read_text(errors="replace")
+            if found and found == before:  # all of it is there
                 _, *frames = found.rstrip().splitlines()  # innermost first
                 return ", in" + "".join(f"\n{frame}" for frame in frames[:_FRAMES])
         return ", and does not answer: the system holds it, as one whose disk is away"

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from adaconv.data.ingest import check_hashes
 from adaconv.data.manifest import DatasetVersion
 
 _PAIRS_AT_ONCE = 2**22
@@ -56,7 +57,11 @@ def seen_in(version: DatasetVersion, hashes: Hashes, *, distance: int = 4) -> di
         version: of the dataset.
         hashes: of the pictures, (n,) uint64, by `ingest.perceptual_hash`.
         distance: see `similar_pairs`.
+
+    Raises:
+        DatasetError: the version's pictures were hashed by another release.
     """
+    check_hashes(version.recipe, of=f"{version.root}@{version.version}")
     table = version.samples(["phash", "source"])
     near = similar_pairs(hashes, distance=distance, others=table["phash"].to_numpy())
     sources: dict[int, str] = {}

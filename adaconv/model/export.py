@@ -141,7 +141,7 @@ def largest_difference(
     )
     names = [output.name for output in style_graph.get_outputs()]
     noise = torch.Generator().manual_seed(0)
-    largest = 0.0
+    largest = torch.zeros(())
     for batch, height, width in shapes:
         style = torch.rand(batch, 3, style_side, style_side, generator=noise)
         content = torch.rand(batch, 3, height, width, generator=noise)
@@ -149,5 +149,6 @@ def largest_difference(
         (found,) = apply_graph.run(None, {"content": content.numpy(), **code})
         with torch.no_grad():
             wanted = network(content, style)
-        largest = max(largest, float((torch.from_numpy(found) - wanted).abs().max()))
-    return largest
+        # Unlike Python's, torch's maximum is nan where one of the two is.
+        largest = torch.maximum(largest, (torch.from_numpy(found) - wanted).abs().max())
+    return float(largest)

@@ -22,7 +22,7 @@ from PIL import Image
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from adaconv import storage
+from adaconv import checkpoint, storage
 from adaconv.config.stylize import StylizeConfig
 from adaconv.errors import AdaConvError, JobError, UsageError
 from adaconv.images import ImageError
@@ -77,12 +77,12 @@ def run_stylize_job(config: StylizeConfig, plan: Plan, *, model: str, folder: Pa
     require_resources(CPU=num_actors * scaling.cpus_per_actor, GPU=num_actors * scaling.gpus_per_actor)
     # Actors on other nodes have no such folder: the files travel through the object store.
     files = ray.put({name: (folder / name).read_bytes() for name in _MODEL_FILES})
-    named = model if model.startswith(("models:/", "runs:/")) else storage.name_of(model)  # no paths in recipes
     # Beside the driver, which is lost with it anyway: on another node it would be one more thing to lose.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Should it die all the same, calls wait for the next one, which counts anew.
     lasting = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     beginnings = ray.remote(_Beginnings).options(num_cpus=0, **lasting).remote()
+    named = checkpoint.public_name(model)
     shared = {"files": files, "config": config.model_dump_json(), "model": named, "beginnings": beginnings}
     packs = _make_packs(plan, config, num_actors, shared)
     with scratch_folder("books", config.tile.scratch) as aside, Books(aside / "rows", len(plan.pairs)) as books:

@@ -91,7 +91,9 @@ class _Desk:
 
     def lost(self, trouble: str) -> None:
         """A rank ends for what may be better the next time. The first to say so in a start knows best why."""
-        self._trouble = self._trouble or trouble
+        if not self._trouble:
+            self._trouble = trouble
+            self.say(f"WARNING a rank ends: {trouble}")
         self._give_up_in_the_end()
 
     def _give_up_in_the_end(self) -> None:
@@ -245,7 +247,7 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if not _is_infrastructure(error):
             ray.get(desk.fail.remote(*_told(error)))
-        elif not _is_lost_peer(error):  # whose own rank knows why
+        elif is_lost_worker(error) or not _is_lost_peer(error):  # whose own rank knows why
             ray.get(desk.lost.remote(f"{type(error).__name__}: {error}"))
         raise
 

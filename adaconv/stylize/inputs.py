@@ -115,6 +115,8 @@ def mixture_of(item: Item, pack_of: Callable[[Item], "StylePack"]) -> "StylePack
 
     packs, weights = [], []
     for row, weight in json.loads(item.parts):
+        if not weight:
+            continue
         part = Item.from_row(row)
         try:
             packs.append(pack_of(part))
@@ -208,7 +210,7 @@ def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
         if not storage.exists(uri):
             raise UsageError(f"{flag} {source}: expected a style pack, found nothing there")
         yield Item("pack", storage.name_of(uri), uri)
-    elif packs and source.lower().endswith(".csv"):
+    elif packs and source.lower().endswith(".csv") and not storage.is_directory(storage.absolute(source)):
         yield from _mixtures(storage.absolute(source), flag)
     elif _is_version(source):
         yield from _samples(source)
@@ -243,12 +245,14 @@ def _is_image(source: str) -> bool:
 
 
 def _mixtures(uri: str, flag: str) -> Iterator[Item]:
-    folder = uri.removesuffix(storage.name_of(uri)).rstrip("/")
+    folder = uri.removesuffix(storage.name_of(uri))
     parts: dict[str, list[tuple[dict[str, Any], float]]] = {}
+    known: dict[str, dict[str, Any]] = {}  # a store is asked once for each style, in however many mixtures it is
     for where, row in read_table(uri, flag=flag):
-        if set(row) - {"weight"} != {"name", "style"}:
-            raise UsageError(f"{where}: expected columns name, style and weight, found {', '.join(map(str, row))}")
-        name, style, weight = ((row.get(column) or "").strip() for column in ("name", "style", "weight"))
+        cells = {str(column).strip(): str(cell or "").strip() for column, cell in row.items()}
+        if set(cells) - {"weight"} != {"name", "style"}:
+            raise UsageError(f"{where}: expected columns name, style and weight, found {', '.join(cells)}")
+        name, style, weight = cells["name"], cells["style"], cells.get("weight", "")
         if not name or not style:
             raise UsageError(f"{where}: expected the name of a mixture and a style, found {name!r} and {style!r}")
         try:
@@ -257,15 +261,26 @@ def _mixtures(uri: str, flag: str) -> Iterator[Item]:
             share = -1.0
         if not 0 <= share < math.inf:
             raise UsageError(f"{where}: expected a weight of 0 or more, found {weight!r}")
-        place = style if "://" in style or os.path.isabs(style) else storage.join(folder, style)
-        if not _is_image(place) and not place.lower().endswith(".safetensors"):
-            raise UsageError(f"{where}: expected an image or style pack, found none at {place}")
-        (item,) = _items_of(place, where, packs=True)
-        parts.setdefault(name, []).append((item.to_row(), share))
+        seen_from = "" if "://" in style or os.path.isabs(os.path.expanduser(style)) else folder
+        if style not in known:
+            known[style] = _part(storage.absolute(seen_from + style), where).to_row()
+        parts.setdefault(name, []).append((known[style], share))
     for name, of_name in parts.items():
         if not sum(weight for _, weight in of_name):
             raise UsageError(f"{flag} {uri}: expected a weight above 0 in {name}, found none")
         yield Item("mixture", name, uri, parts=json.dumps(of_name))
+
+
+def _part(uri: str, where: str) -> Item:
+    kind: Literal["file", "pack"] = "pack" if uri.lower().endswith(".safetensors") else "file"
+    try:
+        if kind == "file" and not _is_image(uri):
+            raise FileNotFoundError
+        return Item(kind, storage.name_of(uri), uri, (storage.size_of(uri), 0))
+    except UsageError as error:  # a scheme that nothing reads
+        raise UsageError(f"{where}: {error}") from None
+    except FileNotFoundError:
+        raise UsageError(f"{where}: expected an image or style pack, found none at {uri}") from None
 
 
 def _samples(source: str) -> Iterator[Item]:

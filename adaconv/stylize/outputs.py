@@ -31,7 +31,7 @@ from PIL import Image, PngImagePlugin
 
 from adaconv import storage
 from adaconv.errors import UsageError
-from adaconv.images import ORIENTATION, ImageError, open_header
+from adaconv.images import EXTENSIONS, ORIENTATION, ImageError, open_header
 
 Format = Literal["png", "jpeg", "webp", "tiff"]
 
@@ -133,8 +133,12 @@ class Metadata:
 
 
 def slug(source: str) -> str:
-    """A readable, safe file name of at most 50 characters from a file's path: its stem without odd characters."""
-    plain = re.sub(r"[^\w.-]+", "-", PurePosixPath(source).stem).strip("-.")
+    """A readable, safe file name of at most 50 characters from a file's path or a mixture's name: without odd
+    characters and the extension of an image or pack.
+    """
+    path = PurePosixPath(source)
+    name = path.stem if path.suffix.lower() in (*EXTENSIONS, ".safetensors") else path.name
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")
     return plain[:50] or "image"
 
 

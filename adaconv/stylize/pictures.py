@@ -99,8 +99,8 @@ def side_by_side(thumbnails: Sequence[bytes], shares: Sequence[float]) -> bytes:
     shown = [
         (Image.open(io.BytesIO(data)), share) for data, share in zip(thumbnails, shares, strict=True) if data and share
     ]
-    if not shown:
-        return b""
+    if len(shown) < 2:
+        return next((data for data, share in zip(thumbnails, shares, strict=True) if data and share), b"")
     side = max(max(image.size) for image, _ in shown)
     total, canvas, left = sum(share for _, share in shown), Image.new("RGB", (side, side)), 0.0
     for image, share in shown:

@@ -148,15 +148,28 @@ def _pack(
         return stylizer.style_pack(picture, side=options.style_side, source=item.source, source_sha256=sha256)
 
     scratch.mkdir()
-    items = list_items(style, flag="--style", packs=True)
+    items, trouble = list_items(style, flag="--style", packs=True), ""
     for item in (item for item in items if item.kind == "pack" or item.source == recipe.style):
-        with contextlib.suppress(ImageError):  # what cannot be had is not it
+        try:
             pack = pack_of(item)
-            if pack.digest == recipe.pack_digest:
-                return pack
+        except ImageError as error:  # what cannot be had is not it
+            trouble = f"; {item.source}: {error}"
+            continue
+        if pack.digest == recipe.pack_digest:
+            return pack
+    if "+" in recipe.style_sha256:
+        raise UsageError(
+            f"--replay {uri}: {recipe.style} is a mixture; expected its table as --style, with the rows that it had "
+            f"then, found none such{trouble}"
+        )
     path = _find(style, recipe.style, recipe.style_sha256, scratch, "--style")
     picture = decode_picture(path, max_pixels=10**10)
-    return stylizer.style_pack(picture, side=options.style_side, source=recipe.style, source_sha256=recipe.style_sha256)
+    pack = stylizer.style_pack(picture, side=options.style_side, source=recipe.style, source_sha256=recipe.style_sha256)
+    if pack.digest != recipe.pack_digest:
+        raise UsageError(
+            f"--replay {uri}: {recipe.style} was a style pack, and not of this image alone; name it as --style"
+        )
+    return pack
 
 
 def _find(sources: Sequence[str], name: str, sha256: str, scratch: Path, flag: str) -> Path:

@@ -16,6 +16,7 @@ from adaconv.stylize.blend import mix
 from adaconv.stylize.pictures import side_by_side
 
 FORMAT = 3
+MOST_PARTS = 256  # of a mixture: their hashes are in every output, and JPEG has room for 900
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,10 @@ def _sha256_of(tensors: StyleCode) -> str:
 
 
 def mix_packs(packs: Sequence[StylePack], weights: Sequence[float] | None = None) -> StylePack:
-    """One pack that does the weighted mean of what others do; equal weights unless told.
+    """One pack that does the weighted mean of what others do; equal weights unless told. Those of weight 0 are no part.
 
     Raises:
-        UsageError: packs of different models, or weights that do not fit.
+        UsageError: packs of different models, weights that do not fit, or more than MOST_PARTS styles.
     """
     if not packs:
         raise UsageError("expected at least one style pack to mix, found none")
@@ -129,7 +130,11 @@ def mix_packs(packs: Sequence[StylePack], weights: Sequence[float] | None = None
         pack.require_model(packs[0].model_digest)
     weights = [1.0] * len(packs) if weights is None else list(weights)
     code = mix([pack.code for pack in packs], weights)
-    shares = [weight / sum(weights) for weight in weights]
+    used = [(pack, weight / sum(weights)) for pack, weight in zip(packs, weights, strict=True) if weight]
+    packs, shares = [pack for pack, _ in used], [share for _, share in used]
+    digests = sorted({sha256 for pack in packs for sha256 in pack.source_sha256.split("+")})
+    if len(digests) > MOST_PARTS:
+        raise UsageError(f"expected a mixture of at most {MOST_PARTS} styles, found {len(digests)}")
     parts = [
         {"source_sha256": pack.source_sha256, "options": dict(pack.options), "share": share}
         for pack, share in zip(packs, shares, strict=True)
@@ -138,7 +143,7 @@ def mix_packs(packs: Sequence[StylePack], weights: Sequence[float] | None = None
         code,
         packs[0].model_digest,
         source=" + ".join(f"{share:.2g} {pack.source}" for pack, share in zip(packs, shares, strict=True)),
-        source_sha256="+".join(sorted({sha256 for pack in packs for sha256 in pack.source_sha256.split("+")})),
+        source_sha256="+".join(digests),
         options={"mixed": parts},
         thumbnail=side_by_side([pack.thumbnail for pack in packs], shares),
     )

@@ -4,6 +4,7 @@ import base64
 import io
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 from PIL import Image
 from scipy.sparse.csgraph import minimum_spanning_tree
 
+from adaconv.data.ingest import check_codecs, recipe_of
 from adaconv.data.manifest import open_version
 from adaconv.data.report import render
-from adaconv.data.similar import Pair, similar_pairs
-from tests.helpers import build_version
+from adaconv.data.similar import Pair, seen_in, similar_pairs
+from adaconv.errors import DatasetError
+from tests.helpers import RECIPE, build_version
 
 
 def brute(hashes, distance, others=None):
@@ -171,3 +174,15 @@ def test_the_report_of_a_damaged_version_shows_the_rest(pictures, tmp_path):
     gone = render(version, distance=4, sheet=100)
     assert gone.count("damaged: see verify") >= cut.count("damaged: see verify")
     assert gone.count("<figure") == whole.count("<figure")
+
+
+def test_pictures_that_another_release_hashed_are_not_compared(photos, tmp_path):
+    version = build_version(photos, str(tmp_path / "data"))
+    hashes = version.samples(["phash"])["phash"].to_numpy()
+    assert len(seen_in(version, hashes)) == len(hashes)
+    recipe = {name: value for name, value in recipe_of(RECIPE).items() if name != "phash"}
+    with pytest.raises(DatasetError, match="expected perceptual hashes of kind 2, found kind 1, of another release"):
+        seen_in(replace(version, recipe=recipe), hashes)
+    with pytest.raises(DatasetError, match="of another release"):  # nor are they mixed in one version
+        check_codecs(recipe)
+    check_codecs(recipe_of(RECIPE))

@@ -1,5 +1,7 @@
 """The two graphs compute what the network computes, in another runtime."""
 
+import math
+
 import pytest
 import torch
 
@@ -22,6 +24,8 @@ def test_two_graphs_compute_what_the_network_does(architecture, batches, tmp_pat
     assert largest_difference(net, *graphs, style_side=64, shapes=shapes) < 5e-4  # an eighth of one of 255 levels
     torch.nn.init.normal_(net.transfer.scales[0].convs[0].weight)
     assert largest_difference(net, *graphs, style_side=64, shapes=shapes[:1]) > 1e-3  # they hold their own weights
+    torch.nn.init.constant_(net.transfer.scales[0].convs[0].weight, torch.nan)
+    assert math.isnan(largest_difference(net, *graphs, style_side=64, shapes=shapes[:2]))
     assert smallest_side(net) == 16
 
 

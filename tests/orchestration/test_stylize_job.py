@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageChops, ImageStat, PngImagePlugin
 
 from adaconv import storage
 from adaconv.config.stylize import StylizeConfig, TileConfig
@@ -26,9 +26,12 @@ from adaconv.data.synthetic import generate_paintings, generate_photos
 from adaconv.orchestration import stylize_job
 from adaconv.orchestration.stylize_plan import Plan
 from adaconv.stylize.books import Books
-from adaconv.stylize.inputs import list_items
+from adaconv.stylize.inputs import list_items, sha256_of
 from adaconv.stylize.outputs import INDEX, read_recipe
 from adaconv.stylize.pairing import Pair
+from adaconv.stylize.pictures import shrink
+from adaconv.stylize.stylizer import Stylizer
+from adaconv.stylize.trace import trace_outputs
 from tests.helpers import build_version, save_checkpoint
 from tests.servers import REPO
 
@@ -193,6 +196,45 @@ def test_pairs_of_a_file_have_options_of_their_own(cluster, model, contents, sty
 
 
 BROKEN = ("cut.jpg", "nothing.jpg", "text.jpg", "bomb.png", "overwritten.jpg")
+
+
+def test_mixtures_are_styles(cluster, model, contents, styles, tmp_path):
+    """Made by their table, again from a recipe without the job's packs, and found by who asks for one part."""
+    first, second, third = (shutil.copy(path, tmp_path) for path in sorted(styles.iterdir()))
+    table, output = tmp_path / "mixtures.csv", tmp_path / "out"
+    names = [Path(path).name for path in (first, second, third)]
+    rows = f"dusk 0.3,{names[0]},3\ndusk 0.3,{names[1]},1\ndusk 0.3,{names[2]},0\ndawn,{names[2]},\ndawn,{first},\n"
+    table.write_text(f"name, style, weight\n{rows}")
+    stylize(cluster, model, contents, table, output, "--limit-contents", 1)
+    assert books_of(output) == {"pairs": 2, "done": 2, "skipped": 0, "failed": 0}
+    packs_made = {path.name.rpartition("-")[0] for path in (output / "styles").iterdir()}
+    assert packs_made == {"dusk-0.3", "dawn", *(Path(name).stem for name in names)}
+    stylizer = Stylizer.from_folder(model)
+    packs = [stylizer.style_pack(Image.open(path), side=32) for path in (first, second)]
+    content = Image.open(sorted(contents.iterdir())[0]).convert("RGB")
+    (dusk,), (dawn,) = (list((output / "images" / name).iterdir()) for name in ("dusk-0.3", "dawn"))
+    wanted = stylizer.stylize(shrink(content, 64), packs, weights=[3, 1])
+    apart = ImageStat.Stat(ImageChops.difference(Image.open(dusk), wanted))
+    assert max(most for _, most in apart.extrema) <= 1  # of 255: sums in another order
+    for part, outputs in ((first, {str(dusk), str(dawn)}), (third, {str(dawn)})):
+        assert {one.uri for one in trace_outputs(str(output), {sha256_of(Path(part))}, set())} == outputs
+
+    shutil.rmtree(output / "styles")
+    again = [sys.executable, str(REPO / "pipelines" / "stylize.py"), "--replay", str(dusk)]
+    again += ["--content", str(contents), "--style", str(table), "--model", model]
+    done = subprocess.run(again, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"same_bytes": true' in done.stdout
+    table.write_text(f"name,style,weight\n{rows.replace(',3', ',2')}")
+    done = subprocess.run(again, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "dusk 0.3 is a mixture; expected its table as --style, with the rows that it had then" in done.stderr
+
+    Path(third).write_bytes(b"no picture")
+    stylize(cluster, model, contents, table, output, "--limit-contents", 1, code=1)
+    (failed,) = [row for row in index_of(output) if row["state"] == "failed"]
+    assert failed["style"] == "dawn"
+    assert failed["reason"].startswith(f"style not_an_image: {names[2]}, a part:")
 
 
 @pytest.fixture

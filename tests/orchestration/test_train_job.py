@@ -375,6 +375,18 @@ def test_a_store_that_is_away_at_each_start_is_counted_and_named(monkeypatch):
     assert rank.attempt()[0] is None  # who is started again ends at once, whatever the store does
 
 
+def test_a_hung_worker_is_told_at_once_wherever_its_shard_lies(monkeypatch):
+    """Each start says why it ends, though the next may go better; a folder's name is no sign of a lost peer."""
+    rank = Rank(monkeypatch, max_restarts=3)
+    hung = RuntimeError(
+        "DataLoader timed out after 5 seconds; worker 0 (pid 7) was at content sample ab of /igloo/a.tar"
+    )
+    monkeypatch.setattr(checkpoint, "steps_in", fails_with(hung))
+    for _ in range(2):
+        assert rank.attempt()[1] is None
+        assert rank.desk.take_lines() == [f"WARNING a rank ends: RuntimeError: {hung}"]
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

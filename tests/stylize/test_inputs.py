@@ -253,7 +253,8 @@ def test_mixtures_name_styles_beside_their_table(tmp_path, monkeypatch):
         (("a,0.png,0", "a,1.png,0"), "expected a weight above 0 in a, found none"),
         (("a,0.png,1", "a,,1"), "row 2: expected the name of a mixture and a style, found 'a' and ''"),
         (("a,0.png,1", "a,9.png,1"), "row 2: expected an image or style pack, found none at"),
-        (("a,9.safetensors,1",), "in/9.safetensors: expected a style pack, found nothing there"),
+        (("a,9.safetensors,1",), "row 1: expected an image or style pack, found none at"),
+        (("a,http://x/9.png,1",), "row 1: http://x/9.png: expected a local path or s3://bucket/prefix"),
         (("a,0.png,1,2",), "expected 3 fields, as the first line has, found 4"),
     ],
 )

@@ -241,6 +241,8 @@ def test_a_mixture_is_even_and_linear(stylizer):
     again = StylePack.from_bytes(mixed.to_bytes(), name="m", model_digest=stylizer.info.digest)
     assert torch.equal(stylizer.stylize(content, again), stylizer.stylize(content, [a, b], weights=[1, 3]))
     assert again.digest != mix_packs([a, b], [3, 1]).digest
+    assert again.source_sha256 == "+".join(sorted((a.source_sha256, b.source_sha256)))
+    assert mix_packs([a, b], [1, 0]).source_sha256 == a.source_sha256  # b is no part of it
     nested = mix_packs([mixed, a])
     assert nested.side == mixed.side == 32
     assert torch.allclose(
