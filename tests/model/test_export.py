@@ -1,7 +1,5 @@
 """The two graphs compute what the network computes, in another runtime."""
 
-import math
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ from adaconv.model.network import build_network
 SIZES = ((64, 96), (40, 51), (99, 128), (16, 16), (17, 200))
 
 
+@pytest.mark.slow  # tests/pipelines/test_export.py has a few of these sizes
 @pytest.mark.filterwarnings("ignore")  # the exporter and what it imports warn of their own
 @pytest.mark.parametrize(("architecture", "batches"), [("adaconv", (1, 2, 5)), ("adain", (1, 3))])
 def test_two_graphs_compute_what_the_network_does(architecture, batches, tmp_path):
@@ -24,8 +23,6 @@ def test_two_graphs_compute_what_the_network_does(architecture, batches, tmp_pat
     assert largest_difference(net, *graphs, style_side=64, shapes=shapes) < 5e-4  # an eighth of one of 255 levels
     torch.nn.init.normal_(net.transfer.scales[0].convs[0].weight)
     assert largest_difference(net, *graphs, style_side=64, shapes=shapes[:1]) > 1e-3  # they hold their own weights
-    torch.nn.init.constant_(net.transfer.scales[0].convs[0].weight, torch.nan)
-    assert math.isnan(largest_difference(net, *graphs, style_side=64, shapes=shapes[:2]))
     assert smallest_side(net) == 16
 
 

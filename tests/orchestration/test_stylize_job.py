@@ -198,6 +198,7 @@ def test_pairs_of_a_file_have_options_of_their_own(cluster, model, contents, sty
 BROKEN = ("cut.jpg", "nothing.jpg", "text.jpg", "bomb.png", "overwritten.jpg")
 
 
+@pytest.mark.slow
 def test_mixtures_are_styles(cluster, model, contents, styles, tmp_path):
     """Made by their table, again from a recipe without the job's packs, and found by who asks for one part."""
     first, second, third = (shutil.copy(path, tmp_path) for path in sorted(styles.iterdir()))

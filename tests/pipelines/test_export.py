@@ -1,7 +1,9 @@
 """A checkpoint to graphs that another runtime stylizes with."""
 
 import json
+import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
+from adaconv.model.export import largest_difference
 from pipelines import export
 from tests.helpers import save_checkpoint
 
@@ -40,6 +43,9 @@ def test_graphs_say_what_they_are_of_and_stylize(tmp_path):
     (stylized,) = apply.run(None, {"content": photo.numpy(), **code})
     with torch.no_grad():
         np.testing.assert_allclose(stylized, network(photo, painting).numpy(), atol=5e-4)
+    torch.nn.init.constant_(network.transfer.scales[0].convs[0].weight, torch.nan)
+    graphs = (Path(result["style"]), Path(result["apply"]))
+    assert math.isnan(largest_difference(network, *graphs, style_side=64, shapes=((1, 64, 64), (1, 40, 40))))
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from adaconv.errors import UsageError
 from adaconv.stylize import stylizer as stylizer_module
-from adaconv.stylize.inputs import sha256_of
+from adaconv.stylize.inputs import list_items, mixture_of, sha256_of
 from adaconv.stylize.outputs import RECIPE_KEY, Recipe, pack_name
 from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.replay import replay
 from adaconv.stylize.stylizer import Stylizer
+from adaconv.stylize.trace import trace_outputs
 from tests.helpers import save_checkpoint
 
 
@@ -66,6 +68,37 @@ def test_what_a_job_was_given_is_not_needed_again(given, tmp_path, monkeypatch):
         result = replay(uri, resolved=resolved, content=[str(content.parent)], scratch=str(tmp_path))
         assert (result["same_bytes"], result["same_pixels"], result["status"]) == (False, not changed, "failed")
         assert (", of the same pixels" in result["error"]) is not changed
+
+
+def test_a_mixture_is_made_again_from_its_table_and_found_by_its_parts(tmp_path):
+    folder = Path(save_checkpoint(tmp_path / "model")[1])
+    stylizer = Stylizer.from_folder(folder)
+    for number, name in enumerate(("content", "a", "b", "unused")):
+        Image.effect_noise((64, 48), 20 + 40 * number).convert("RGB").save(tmp_path / f"{name}.png")
+    content, table, out = tmp_path / "content.png", tmp_path / "mixtures.csv", tmp_path / "out"
+    table.write_text("name,style,weight\ndusk 0.3,a.png,3\ndusk 0.3,b.png,1\ndusk 0.3,unused.png,0\n")
+
+    def pack_of(item):
+        with Image.open(item.uri) as image:
+            return stylizer.style_pack(image, side=32, source=item.source, source_sha256=sha256_of(Path(item.uri)))
+
+    (item,) = list_items([str(table)], flag="--style", packs=True)
+    pack = mixture_of(item, pack_of)
+    told = ("content.png", sha256_of(content), pack.source, pack.source_sha256, pack.digest)
+    recipe = Recipe(*told, "models:/m/1", stylizer.info.digest, Options(style_side=32).__dict__)
+    assert recipe.name.startswith("images/dusk-0.3/")
+    (made,) = Production(lambda: stylizer, str(out), Limits()).make(content, [Wanted(0, recipe, lambda: pack)])
+    assert made.state == "done"
+    uri = str(out / recipe.name)
+    found = {name: [*trace_outputs(str(out), {sha256_of(tmp_path / f"{name}.png")}, set())] for name in ("a", "unused")}
+    assert [one.by for one in found["a"]] == ["style"]
+    assert found["unused"] == []
+
+    how = {"resolved": lambda name: nullcontext((name, folder)), "content": [str(content)]}
+    assert replay(uri, style=[str(table)], **how)["same_bytes"]
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(UsageError, match=r"dusk 0.3 is a mixture; expected its table .* not_an_image: b.png, a part"):
+        replay(uri, style=[str(table)], **how)
 
 
 def test_what_another_kind_of_device_made_may_differ_by_rounding_alone(tmp_path, monkeypatch, caplog):
