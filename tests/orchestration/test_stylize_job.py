@@ -195,9 +195,6 @@ def test_pairs_of_a_file_have_options_of_their_own(cluster, model, contents, sty
     assert books_of(tmp_path / "r")["pairs"] == 8
 
 
-BROKEN = ("cut.jpg", "nothing.jpg", "text.jpg", "bomb.png", "overwritten.jpg")
-
-
 @pytest.mark.slow
 def test_mixtures_are_styles(cluster, model, contents, styles, tmp_path):
     """Made by their table, again from a recipe without the job's packs, and found by who asks for one part."""
@@ -236,6 +233,9 @@ def test_mixtures_are_styles(cluster, model, contents, styles, tmp_path):
     (failed,) = [row for row in index_of(output) if row["state"] == "failed"]
     assert failed["style"] == "dawn"
     assert failed["reason"].startswith(f"style not_an_image: {names[2]}, a part:")
+
+
+BROKEN = ("cut.jpg", "nothing.jpg", "text.jpg", "bomb.png", "overwritten.jpg")
 
 
 @pytest.fixture
