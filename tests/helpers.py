@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from PIL import ImageCms
 
 from adaconv import checkpoint
@@ -87,7 +88,8 @@ def look_at(found: Iterable[Found], recipe: RecipeConfig = RECIPE) -> list[Candi
         header = look(data, recipe)
         assert isinstance(header, Header)
         sha256 = hashlib.sha256(data).hexdigest()
-        candidates.append(Candidate(key_of(sha256), sha256, one, header.width, header.height))
+        xxh3 = xxhash.xxh3_128_hexdigest(data)
+        candidates.append(Candidate(key_of(sha256), sha256, xxh3, one, header.width, header.height))
     return sorted(candidates, key=lambda candidate: (candidate.key, candidate.source))
 
 

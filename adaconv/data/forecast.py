@@ -31,7 +31,7 @@ def forecast(listing: Listing, recipe: RecipeConfig) -> Forecast:
     for found, data in zip(some, read_ahead(some, max_bytes=int(recipe.max_megabytes * 1e6)), strict=True):
         header = look(data, recipe) if isinstance(data, bytes) else None
         if isinstance(header, Header):
-            candidate = Candidate("", "", found, header.width, header.height)
+            candidate = Candidate("", "", "", found, header.width, header.height)
             sizes.append(expected_bytes(candidate, recipe))
     if not sizes:
         return Forecast(0, 0, len(some))

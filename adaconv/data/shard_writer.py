@@ -11,6 +11,8 @@ from functools import partial
 from itertools import islice
 from typing import BinaryIO
 
+import xxhash
+
 from adaconv import storage
 from adaconv.data.ingest import Refusal, Sample, refusal_of
 from adaconv.data.manifest import HEADER_BYTES, Row, Shard
@@ -161,7 +163,7 @@ def _read(found: Found, max_bytes: int | None) -> bytes | ImageError:
 
 
 def _write_sample(tar: _Tar, candidate: Candidate, data: bytes | ImageError, ingest: Ingest) -> Row:
-    if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != candidate.sha256:
+    if isinstance(data, bytes) and xxhash.xxh3_128_hexdigest(data) != candidate.xxh3:
         data = ImageError("changed", "its bytes are not those that were there when the job began")
     answer = refusal_of(data) if isinstance(data, ImageError) else ingest(data, candidate.source)
     if isinstance(answer, Refusal):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import ray
 
-_TELL_SECONDS = 1.0
+_TELL_SECONDS = 2.0  # a message costs the two processes some milliseconds, and status lines come every five at most
 
 
 class Board:
@@ -27,7 +27,7 @@ class Board:
 
 
 class Teller:
-    """A task's side of the board; tells it at most once a second."""
+    """A task's side of the board; tells it every few seconds."""
 
     def __init__(self, board: "ray.actor.ActorHandle", task: str) -> None:
         self._board, self._task = board, task

@@ -31,7 +31,7 @@ from adaconv.data.selection import Criterion, criteria_of, keys_to_remove, read_
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import Damage, verify_manifest, verify_shard
 from adaconv.orchestration.board import Teller
-from adaconv.orchestration.shard_job import publish_note, read_note, run_shard_job
+from adaconv.orchestration.shard_job import publish_note, read_note, read_noted_shard, run_shard_job
 from adaconv.orchestration.tasks import run_tasks
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
         if name not in touched:
             shards.append(shard)
         elif touched[name]:
-            written, _ = read_note(work, name)
+            written = read_noted_shard(work, name)
             assert written is not None
             shards.append(written)
 

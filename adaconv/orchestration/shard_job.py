@@ -21,8 +21,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import xxhash
 
 from adaconv import allocator, storage
 from adaconv.config.shard import BudgetConfig, RecipeConfig, ShardConfig
@@ -163,23 +165,36 @@ def _scan(
         work=work,
         recipe=recipe,
     )
-    memory = max((answer["memory"] for answer in answers), default=0.0)
-    refused = 0
-    for name in listing.chunks:
-        for line in storage.read_bytes(storage.join(work, "scan", f"{name}.jsonl")).splitlines():
-            answer = json.loads(line)
-            candidate = candidate_from(answer["candidate"])
-            criterion = unwanted.first(row_of(candidate, "excluded")) if unwanted.counts else None
-            if criterion:
-                reason, _, _ = criterion.as_line().partition(":")
-                catalog.exclude(candidate, f"excluded_by_{reason}", criterion.as_line())
-            elif answer["refusal"] is None:
-                catalog.add(candidate)
-            elif catalog.set_outside({**row_of(candidate, "quarantined"), **answer["refusal"]}):
-                refused += 1
+    refused = sum(_enter(name, catalog, work, unwanted) for name in listing.chunks if name in there)
+    memory = 0.0
+    with closing(answers):
+        for answer in answers:  # entered while others are looked at
+            memory = max(memory, answer["memory"])
+            refused += _enter(answer["name"], catalog, work, unwanted)
     catalog.exclude_copies()
     _refuse_over_budget(refused, catalog, listing.images, config.budget)
     return memory, refused
+
+
+def _enter(chunk: str, catalog: Catalog, work: str, unwanted: Selector) -> int:
+    """Enter what a chunk's headers told into the catalog, which sorts: chunks come in any order.
+
+    Returns:
+        how many of its images were refused.
+    """
+    refused = 0
+    for line in storage.read_bytes(storage.join(work, "scan", f"{chunk}.jsonl")).splitlines():
+        answer = json.loads(line)
+        candidate = candidate_from(answer["candidate"])
+        criterion = unwanted.first(row_of(candidate, "excluded")) if unwanted.counts else None
+        if criterion:
+            reason, _, _ = criterion.as_line().partition(":")
+            catalog.exclude(candidate, f"excluded_by_{reason}", criterion.as_line())
+        elif answer["refusal"] is None:
+            catalog.add(candidate)
+        elif catalog.set_outside({**row_of(candidate, "quarantined"), **answer["refusal"]}):
+            refused += 1
+    return refused
 
 
 def _tell_excluded(unwanted: Selector, catalog: Catalog) -> None:
@@ -231,6 +246,7 @@ def _candidate(found: Found, data: bytes, answer: Header | Refusal) -> Candidate
     return Candidate(
         key=key_of(sha256),
         sha256=sha256,
+        xxh3=xxhash.xxh3_128_hexdigest(data),
         found=found,
         width=answer.width if isinstance(answer, Header) else 0,
         height=answer.height if isinstance(answer, Header) else 0,
@@ -389,7 +405,7 @@ def _publish(
     shards = list(parent.shards) if parent else []
     notes = []
     for plan in plans:
-        shard, _ = read_note(work, plan["name"])
+        shard = read_noted_shard(work, plan["name"])
         if shard:
             shards.append(shard)
             notes.append(plan["name"])
@@ -431,8 +447,18 @@ def publish_note(work: str, name: str, shard: Shard | None, rows: list[Row]) -> 
 def read_note(work: str, name: str) -> tuple[Shard | None, list[Row]]:
     with storage.open_binary(storage.join(work, "shard", f"{name}.parquet")) as file:
         table = pq.read_table(file)
-    described = json.loads(table.schema.metadata[b"shard"])
-    return (Shard(**described) if described else None), list(rows_of(table))
+    return _shard_in(table.schema), list(rows_of(table))
+
+
+def read_noted_shard(work: str, name: str) -> Shard | None:
+    """Without the rows, which take most of the time."""
+    with storage.open_binary(storage.join(work, "shard", f"{name}.parquet")) as file:
+        return _shard_in(pq.read_schema(file))
+
+
+def _shard_in(note: pa.Schema) -> Shard | None:
+    described = json.loads(note.metadata[b"shard"])
+    return Shard(**described) if described else None
 
 
 def _refuse_over_budget(refused: int, catalog: Catalog, images: int, budget: BudgetConfig) -> None:

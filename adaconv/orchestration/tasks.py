@@ -20,7 +20,7 @@ from adaconv.progress import Progress
 # Of one task; Ray's own default is without end. Whoever may be killed by its input looks out for itself after the first
 # death, so what is left are machines and operators.
 _WORKER_DEATHS_ADMITTED = 10
-_ASK_SECONDS = 1.0
+_ASK_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 

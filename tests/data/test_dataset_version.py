@@ -25,7 +25,7 @@ from tests.helpers import RECIPE, build_version
 
 def candidate(number: int, *, size: int = 1000, key: str | None = None) -> Candidate:
     found = Found(f"{number}.jpg", f"{number}.jpg", size)
-    return Candidate(key or f"{number * 7919 % 1000:032x}", f"{number:064x}", found, 64, 64)
+    return Candidate(key or f"{number * 7919 % 1000:032x}", f"{number:064x}", f"{number:032x}", found, 64, 64)
 
 
 def planned(candidates, recipe=RecipeConfig()):  # noqa: B008
