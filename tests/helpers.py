@@ -1,19 +1,17 @@
 """What several tests make."""
 
 import contextlib
-import hashlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from PIL import ImageCms
 
 from adaconv import checkpoint
 from adaconv.config.shard import RecipeConfig
-from adaconv.data.ingest import Header, ingest, key_of, look, recipe_of
+from adaconv.data.ingest import Header, ingest, look, recipe_of
 from adaconv.data.manifest import IN_SHARDS, DatasetVersion, latest_version, publish_version
 from adaconv.data.plan import Candidate, plan_shards
 from adaconv.data.shard_writer import write_shard
@@ -87,9 +85,7 @@ def look_at(found: Iterable[Found], recipe: RecipeConfig = RECIPE) -> list[Candi
         data = read_found(one)
         header = look(data, recipe)
         assert isinstance(header, Header)
-        sha256 = hashlib.sha256(data).hexdigest()
-        xxh3 = xxhash.xxh3_128_hexdigest(data)
-        candidates.append(Candidate(key_of(sha256), sha256, xxh3, one, header.width, header.height))
+        candidates.append(Candidate.of(one, data, width=header.width, height=header.height))
     return sorted(candidates, key=lambda candidate: (candidate.key, candidate.source))
 
 

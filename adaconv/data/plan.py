@@ -4,6 +4,7 @@ Catalog        every image that was found, sorted on disk, so that memory does n
 plan_shards    candidates in the order of their keys -> shards of about the target size, one at a time
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from adaconv.config.shard import RecipeConfig
 from adaconv.data.disk_tables import DiskTables
-from adaconv.data.ingest import stored_size
+from adaconv.data.ingest import key_of, stored_size
 from adaconv.data.manifest import IN_SHARDS, Row
 from adaconv.data.sources import Found, Member
 
@@ -35,6 +38,16 @@ class Candidate:
     found: Found
     width: int
     height: int
+
+    @classmethod
+    def of(cls, found: Found, data: bytes, *, width: int = 0, height: int = 0) -> "Candidate":
+        """A candidate from its file's bytes; one whose header cannot be read has no size."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        return cls(key_of(sha256), sha256, xxhash.xxh3_128_hexdigest(data), found, width, height)
+
+    def is_of(self, data: bytes) -> bool:
+        """Whether a file that is read again has the same bytes."""
+        return xxhash.xxh3_128_hexdigest(data) == self.xxh3
 
     @property
     def source(self) -> str:

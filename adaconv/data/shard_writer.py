@@ -11,8 +11,6 @@ from functools import partial
 from itertools import islice
 from typing import BinaryIO
 
-import xxhash
-
 from adaconv import storage
 from adaconv.data.ingest import Refusal, Sample, refusal_of
 from adaconv.data.manifest import HEADER_BYTES, Row, Shard
@@ -163,7 +161,7 @@ def _read(found: Found, max_bytes: int | None) -> bytes | ImageError:
 
 
 def _write_sample(tar: _Tar, candidate: Candidate, data: bytes | ImageError, ingest: Ingest) -> Row:
-    if isinstance(data, bytes) and xxhash.xxh3_128_hexdigest(data) != candidate.xxh3:
+    if isinstance(data, bytes) and not candidate.is_of(data):
         data = ImageError("changed", "its bytes are not those that were there when the job began")
     answer = refusal_of(data) if isinstance(data, ImageError) else ingest(data, candidate.source)
     if isinstance(answer, Refusal):

@@ -24,7 +24,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import xxhash
 
 from adaconv import allocator, storage
 from adaconv.config.shard import BudgetConfig, RecipeConfig, ShardConfig
@@ -36,7 +35,6 @@ from adaconv.data.ingest import (
     Refusal,
     check_codecs,
     ingest,
-    key_of,
     look,
     refusal_of,
     settings_of,
@@ -242,15 +240,8 @@ def scan_chunk(
 
 
 def _candidate(found: Found, data: bytes, answer: Header | Refusal) -> Candidate:
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Candidate(
-        key=key_of(sha256),
-        sha256=sha256,
-        xxh3=xxhash.xxh3_128_hexdigest(data),
-        found=found,
-        width=answer.width if isinstance(answer, Header) else 0,
-        height=answer.height if isinstance(answer, Header) else 0,
-    )
+    size = {"width": answer.width, "height": answer.height} if isinstance(answer, Header) else {}
+    return Candidate.of(found, data, **size)
 
 
 def _plans(catalog: Catalog, recipe: RecipeConfig) -> Iterator[str]:
