@@ -1,9 +1,16 @@
 import io
+import shutil
 import tarfile
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from adaconv.data.shard_writer import _Tar
+from adaconv.data.ingest import ingest
+from adaconv.data.plan import ShardPlan
+from adaconv.data.shard_writer import _Tar, write_shard
+from adaconv.data.sources import iter_images
+from tests.helpers import RECIPE, look_at
 
 
 @pytest.mark.parametrize("blocks", range(tarfile.RECORDSIZE // tarfile.BLOCKSIZE))
@@ -20,3 +27,19 @@ def test_a_tar_is_as_tarfile_writes_it_wherever_its_last_record_ends(blocks):
     ours.end()
     assert written.getvalue() == wanted.getvalue()
     assert ours.size == len(wanted.getvalue())
+
+
+def test_a_file_that_changed_since_it_was_looked_at_is_refused(photos, tmp_path):
+    """Though it is a whole picture still, as long as before: its key and its books would be another's."""
+    shutil.copytree(photos, tmp_path / "in")
+    candidates = look_at(iter_images((str(tmp_path / "in"),)))
+    path = Path(candidates[3].found.uri)
+    with path.open("r+b") as file:
+        file.seek(13)  # density, as the JFIF header tells it: no pixel depends on it
+        byte = file.read(1)[0]
+        file.seek(13)
+        file.write(bytes((byte ^ 1,)))
+    shard, rows = write_shard(ShardPlan(tuple(candidates)), str(tmp_path / "out"), partial(ingest, recipe=RECIPE))
+    assert shard.rows == len(candidates) - 1
+    assert [row["reason"] for row in rows if row["state"] == "quarantined"] == ["changed"]
+    assert rows[3]["state"] == "quarantined"
