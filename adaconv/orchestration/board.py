@@ -32,7 +32,7 @@ class Teller:
     def __init__(self, board: "ray.actor.ActorHandle", task: str) -> None:
         self._board, self._task = board, task
         self._done = (0, 0, 0)
-        self._last = 0.0
+        self._last = time.monotonic()
 
     def __call__(self, images: int, read_bytes: int, refused: int) -> None:
         self._done = (self._done[0] + images, self._done[1] + read_bytes, self._done[2] + int(refused))
