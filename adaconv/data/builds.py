@@ -20,7 +20,6 @@ from adaconv.data.manifest import (
     open_version,
     version_uri,
 )
-from adaconv.data.plan import found_from
 from adaconv.data.sources import Found, fingerprint, read_found
 from adaconv.images import ImageError
 
@@ -47,7 +46,7 @@ class Listing:
     def files(self) -> Iterator[Found]:
         for name in self.chunks:
             with (self.folder / f"{name}.jsonl").open() as lines:
-                yield from (found_from(json.loads(line)) for line in lines)
+                yield from (Found.from_json(json.loads(line)) for line in lines)
 
 
 def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
@@ -69,7 +68,7 @@ def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
         for one in found:
             counted["images"] += 1
             counted["bytes"] += one.bytes
-            lines.append(json.dumps(one, default=vars) + "\n")
+            lines.append(json.dumps(one) + "\n")
             if len(lines) == _CHUNK_IMAGES:
                 spill()
             yield one

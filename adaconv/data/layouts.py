@@ -16,7 +16,7 @@ import posixpath
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from adaconv import storage
@@ -90,7 +90,7 @@ def iter_artworks(sources: Iterable[str], layout: Layout) -> Iterator[Found]:
             told = table.rows.get(posixpath.basename(found.source)) if table else None
             artist, style = told or artist_and_style(found.source, layout)
             counts["csv" if told else "path" if artist else "nothing"] += 1
-            yield replace(found, artist=artist, style=style)
+            yield found._replace(artist=artist, style=style)
         log.info("%s: %s", source, _recognised(layout, table, counts))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import xxhash
 
@@ -18,14 +18,13 @@ from adaconv.config.shard import RecipeConfig
 from adaconv.data.disk_tables import DiskTables
 from adaconv.data.ingest import key_of, stored_size
 from adaconv.data.manifest import IN_SHARDS, Row
-from adaconv.data.sources import Found, Member
+from adaconv.data.sources import Found
 
 _TAR_OVERHEAD_BYTES = 2560  # two headers, the json and the padding of both members
 _JPEG_BYTES_PER_PIXEL = 0.45  # of quality 95 without chroma subsampling, about
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """An image whose header was read, and where it is read from again. Width and height as stored there.
 
     `xxh3`: 128 bits in hex, by which bytes that are read again are told to be those of `sha256`, in a twentieth of its
@@ -40,10 +39,15 @@ class Candidate:
     height: int
 
     @classmethod
-    def of(cls, found: Found, data: bytes, *, width: int = 0, height: int = 0) -> "Candidate":
+    def of(cls, found: Found, data: bytes, *, width: int = 0, height: int = 0) -> Self:
         """A candidate from its file's bytes; one whose header cannot be read has no size."""
         sha256 = hashlib.sha256(data).hexdigest()
         return cls(key_of(sha256), sha256, xxhash.xxh3_128_hexdigest(data), found, width, height)
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Self:
+        key, sha256, xxh3, found, width, height = values
+        return cls(key, sha256, xxh3, Found.from_json(found), width, height)
 
     def is_of(self, data: bytes) -> bool:
         """Whether a file that is read again has the same bytes."""
@@ -59,21 +63,11 @@ class ShardPlan:
     candidates: tuple[Candidate, ...]
 
     def to_json(self) -> str:
-        return json.dumps(self.candidates, default=vars)  # asdict copies, and takes four times as long
+        return json.dumps(self.candidates)
 
-
-def candidate_from(values: dict[str, Any]) -> Candidate:
-    """A candidate from its fields, and those of what it holds."""
-    return Candidate(**{**values, "found": found_from(values["found"])})
-
-
-def found_from(values: dict[str, Any]) -> Found:
-    member = values["member"]
-    return Found(**{**values, "member": Member(**member) if member else None})
-
-
-def plan_from(text: str | bytes) -> ShardPlan:
-    return ShardPlan(tuple(candidate_from(values) for values in json.loads(text)))
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        return cls(tuple(map(Candidate.from_json, json.loads(text))))
 
 
 def row_of(candidate: Candidate, state: str, reason: str = "") -> Row:
@@ -137,7 +131,7 @@ class Catalog:
         self.has_news = True
         taken = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
         if taken is None:
-            text = json.dumps(candidate, default=vars)
+            text = json.dumps(candidate)
             self._rows.execute("INSERT INTO candidate VALUES (?, ?, ?)", (candidate.key, candidate.source, text))
         elif taken[0] == "excluded":
             self._insert_outside(row_of(candidate, "excluded", "removed_before"))
@@ -158,7 +152,7 @@ class Catalog:
             " FROM candidate WHERE named IS NOT NULL"
         )
         for text, named in copies:
-            row = row_of(candidate_from(json.loads(text)), "excluded", "excluded_with_a_copy")
+            row = row_of(Candidate.from_json(json.loads(text)), "excluded", "excluded_with_a_copy")
             self._insert_outside({**row, "detail": f"it has the bytes of {named}"})
         self._rows.execute("DELETE FROM candidate WHERE key IN (SELECT key FROM unwanted)")
 
@@ -180,7 +174,7 @@ class Catalog:
     def candidates(self) -> Iterator[Candidate]:
         """By key, then by source."""
         for (text,) in self._rows.execute("SELECT json FROM candidate ORDER BY key, source, json"):
-            yield candidate_from(json.loads(text))
+            yield Candidate.from_json(json.loads(text))
 
     def outside(self) -> Iterator[Row]:
         """By source, then by content."""

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 from adaconv import storage
 from adaconv.errors import UsageError
@@ -27,8 +27,7 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 _OF_ONE_FILE = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # links in a circle and the like
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """Where a file lies in a zip archive, as the archive's directory says: enough to read it with no other lookup."""
 
     header_offset: int
@@ -38,11 +37,13 @@ class Member:
     crc: int
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """`uri` to read from, the archive's for a member; `source`: path below what was given, with forward slashes.
 
     `stamp` changes when the file does; `artist` and `style` as `layouts` reads them.
+
+    A tuple, as is what it holds and what holds it: the driver reads and writes each of them some times as JSON, which
+    takes a fifth of the time that a dataclass by its fields' names does.
     """
 
     uri: str
@@ -57,6 +58,11 @@ class Found:
     def label(self) -> str:
         """The folders between the source and the file: `Impressionism/monet`, or nothing."""
         return posixpath.dirname(self.source)
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Self:
+        found = cls(*values)
+        return found._replace(member=Member(*found.member)) if found.member else found
 
 
 def iter_images(sources: Iterable[str], *, flag: str = "--source") -> Iterator[Found]:

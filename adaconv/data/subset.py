@@ -14,7 +14,6 @@ from typing import Any
 
 from adaconv.config.shard import SubsetConfig
 from adaconv.data.disk_tables import DiskTables
-from adaconv.data.plan import found_from
 from adaconv.data.sources import Found
 from adaconv.errors import UsageError
 
@@ -75,7 +74,7 @@ class Subset:
             return
         with closing(DiskTables(self._path, "CREATE TABLE found (rank INTEGER, label TEXT, json TEXT);")) as tables:
             for rank, one in ranked:
-                row = (rank, one.style or one.label, json.dumps(one, default=vars))
+                row = (rank, one.style or one.label, json.dumps(one))
                 tables.execute("INSERT INTO found VALUES (?, ?, ?)", row)
             # A path may be there twice, in two sources: then the rest of what is known of a file tells which is first.
             taken = tables.execute(
@@ -84,4 +83,4 @@ class Subset:
                 (self._config.per_label or sys.maxsize, self._config.limit or sys.maxsize),
             )
             for (text,) in taken:
-                yield found_from(json.loads(text))
+                yield Found.from_json(json.loads(text))

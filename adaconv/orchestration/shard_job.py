@@ -50,7 +50,7 @@ from adaconv.data.manifest import (
     rows_of,
     table_of,
 )
-from adaconv.data.plan import Candidate, Catalog, candidate_from, found_from, plan_from, plan_shards, row_of
+from adaconv.data.plan import Candidate, Catalog, ShardPlan, plan_shards, row_of
 from adaconv.data.selection import Criterion, Selector
 from adaconv.data.shard_writer import Ingest, read_ahead, refused_row, write_shard
 from adaconv.data.sources import Found
@@ -183,7 +183,7 @@ def _enter(chunk: str, catalog: Catalog, work: str, unwanted: Selector) -> int:
     refused = 0
     for line in storage.read_bytes(storage.join(work, "scan", f"{chunk}.jsonl")).splitlines():
         answer = json.loads(line)
-        candidate = candidate_from(answer["candidate"])
+        candidate = Candidate.from_json(answer["candidate"])
         criterion = unwanted.first(row_of(candidate, "excluded")) if unwanted.counts else None
         if criterion:
             reason, _, _ = criterion.as_line().partition(":")
@@ -223,7 +223,7 @@ def scan_chunk(
     name = job["name"]
     told = Teller(board, name)
     lines = storage.read_bytes(storage.join(work, "listing", f"{name}.jsonl")).splitlines()
-    files = [found_from(json.loads(line)) for line in lines]
+    files = [Found.from_json(json.loads(line)) for line in lines]
     answers = []
     with _decoders(work, name, recipe) as (look_at, _):
         read = read_ahead(files, max_bytes=int(recipe["max_megabytes"] * 1e6))
@@ -232,7 +232,7 @@ def scan_chunk(
             candidate = _candidate(found, data if isinstance(data, bytes) else b"", answer)
             refused = refused_row(candidate, answer) if isinstance(answer, Refusal) else None
             refusal = {k: refused[k] for k in ("reason", "detail", "thumbnail")} if refused else None
-            answers.append(json.dumps({"candidate": candidate, "refusal": refusal}, default=vars) + "\n")
+            answers.append(json.dumps({"candidate": candidate, "refusal": refusal}) + "\n")
             told(1, found.bytes, refused is not None)
     storage.publish_bytes(storage.join(work, "scan", f"{name}.jsonl"), "".join(answers).encode())
     told.close()
@@ -244,19 +244,23 @@ def _candidate(found: Found, data: bytes, answer: Header | Refusal) -> Candidate
     return Candidate.of(found, data, **size)
 
 
-def _plans(catalog: Catalog, recipe: RecipeConfig) -> Iterator[str]:
+def _plans(catalog: Catalog, recipe: RecipeConfig) -> Iterator[ShardPlan]:
     def duplicate(candidate: Candidate) -> None:
         catalog.set_outside(row_of(candidate, "duplicate", "same_bytes"))
 
-    for plan in plan_shards(catalog.candidates(), recipe, duplicate=duplicate):
-        yield plan.to_json()
+    return plan_shards(catalog.candidates(), recipe, duplicate=duplicate)
 
 
-def _publish_plan(text: str, work: str) -> dict[str, Any]:
+def _publish_plan(plan: ShardPlan, work: str) -> dict[str, Any]:
     """Store a plan under a name that follows from it: the job of a task."""
-    name = hashlib.sha256(text.encode()).hexdigest()[:24]
-    storage.publish_bytes(storage.join(work, "plan", f"{name}.json"), text.encode())
-    return {"name": name, "images": len(json.loads(text))}
+    text = plan.to_json().encode()
+    name = hashlib.sha256(text).hexdigest()[:24]
+    storage.publish_bytes(storage.join(work, "plan", f"{name}.json"), text)
+    return {"name": name, "images": len(plan.candidates)}
+
+
+def _read_plan(work: str, name: str) -> ShardPlan:
+    return ShardPlan.from_json(storage.read_bytes(storage.join(work, "plan", f"{name}.json")))
 
 
 def _recall(plans: list[dict[str, Any]], work: str, version: DatasetVersion, parent: DatasetVersion | None) -> None:
@@ -274,7 +278,7 @@ def _recall(plans: list[dict[str, Any]], work: str, version: DatasetVersion, par
     written = (rows for name, rows in by_shard(version.rows()) if name in shards)
     rows = next(written, [])
     for plan in plans:
-        candidates = plan_from(storage.read_bytes(storage.join(work, "plan", f"{plan['name']}.json"))).candidates
+        candidates = _read_plan(work, plan["name"]).candidates
         there = {row["key"]: row for row in rows}
         shard = shards[rows[0]["shard"]] if any(one.key in there for one in candidates) else None
         told = [there.get(one.key) or refused.get((one.source, one.sha256)) for one in candidates]
@@ -357,7 +361,7 @@ def write_and_note(
     allocator.keep()  # an image's pixels come and go; see bench/, row shard
     name = job["name"]
     told = Teller(board, name)
-    plan = plan_from(storage.read_bytes(storage.join(work, "plan", f"{name}.json")))
+    plan = _read_plan(work, name)
     with _decoders(work, name, recipe) as (_, ingest_one):
         shard, rows = write_shard(plan, root, ingest_one, told)
     publish_note(work, name, shard, rows)

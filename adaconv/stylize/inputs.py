@@ -56,7 +56,7 @@ class Item:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Item":
-        member = Member(**row["member"]) if row["member"] else None
+        member = Member(*row["member"]) if row["member"] else None
         return cls(**{**row, "place": tuple(row["place"]), "member": member})
 
 

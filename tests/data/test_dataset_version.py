@@ -5,7 +5,6 @@ import json
 import shutil
 import tarfile
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 from adaconv import storage
 from adaconv.config.shard import RecipeConfig
 from adaconv.data.manifest import Books, Shard, manifest_uri, open_version
-from adaconv.data.plan import Candidate, Catalog, expected_bytes, plan_from, plan_shards, row_of
+from adaconv.data.plan import Candidate, Catalog, ShardPlan, expected_bytes, plan_shards, row_of
 from adaconv.data.sources import Found, Member, fingerprint, list_images
 from adaconv.errors import DatasetError, UsageError
 from tests.helpers import RECIPE, build_version
@@ -68,7 +67,7 @@ def test_a_listing_has_one_fingerprint_whatever_its_order(order):
     found = [candidate(n).found for n in range(12)]
     assert fingerprint([found[n] for n in order]) == fingerprint(found)
     assert fingerprint(found[1:]) != fingerprint(found)
-    assert fingerprint([replace(found[0], stamp="later"), *found[1:]]) != fingerprint(found)
+    assert fingerprint([found[0]._replace(stamp="later"), *found[1:]]) != fingerprint(found)
 
 
 def test_the_same_images_give_the_same_bytes(photos, tmp_path):
@@ -170,7 +169,7 @@ def test_a_catalog_takes_over_what_the_parent_found(tmp_path):
     assert not catalog.set_outside(row_of(refused, "quarantined", "cut"))
     assert (catalog.has_news, catalog.known) == (False, 3)
     for number, one in enumerate((kept, removed), 4):
-        catalog.add(replace(one, found=candidate(number).found))
+        catalog.add(one._replace(found=candidate(number).found))
     catalog.add(new)
     assert catalog.set_outside(row_of(candidate(6), "quarantined", "empty"))
     assert (catalog.has_news, catalog.known) == (True, 3)
@@ -211,9 +210,9 @@ def test_what_is_excluded_takes_its_copies_with_it_whatever_the_order(order):
 
 def test_a_plan_travels():
     """As the driver writes it and the task that writes its shard reads it."""
-    member = replace(candidate(1), found=replace(candidate(1).found, member=Member(1, 2, 8, 0, 3)))
+    member = candidate(1)._replace(found=candidate(1).found._replace(member=Member(1, 2, 8, 0, 3)))
     (plan,), _ = planned([candidate(0), member])
-    assert plan_from(plan.to_json()) == plan
+    assert ShardPlan.from_json(plan.to_json()) == plan
 
 
 def test_a_damaged_manifest_is_refused(photos, tmp_path):

@@ -3,7 +3,6 @@
 import random
 import tracemalloc
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -25,12 +24,12 @@ def taken(tmp_path_factory, found, **config):
 @settings(deadline=None, max_examples=30)
 @given(st.permutations(range(60)), st.sampled_from([{"limit": 7}, {"fraction": 0.4}, {"per_label": 3, "limit": 8}]))
 def test_the_order_of_the_listing_and_where_it_lies_change_nothing(tmp_path_factory, order, config):
-    elsewhere = [replace(FOUND[n], uri=f"s3://b/{n}", stamp="other") for n in order]
+    elsewhere = [FOUND[n]._replace(uri=f"s3://b/{n}", stamp="other") for n in order]
     assert taken(tmp_path_factory, elsewhere, **config) == taken(tmp_path_factory, FOUND, **config)
 
 
 def test_a_path_that_is_there_twice_is_taken_alike_whatever_the_order(tmp_path):
-    twice = [*FOUND, *(replace(one, uri=f"/other/{one.source}") for one in FOUND)]
+    twice = [*FOUND, *(one._replace(uri=f"/other/{one.source}") for one in FOUND)]
     subsets = [
         [one.uri for one in Subset(SubsetConfig(limit=7), tmp_path).of(listing)] for listing in (twice, twice[::-1])
     ]
