@@ -91,6 +91,10 @@ class TrainState:
         """Go on from a checkpoint whose `inference_weights` the network has."""
         self.step = saved["step"]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for p, moments in self.optimizer.state.items():
+            for name, values in moments.items():
+                if values.shape == p.shape:  # fused Adam pairs them as they lie in memory, and `channels_last` may differ
+                    moments[name] = torch.empty_like(p).copy_(values)
         if self.average:
             with torch.no_grad():
                 for name, p in self.network.transfer.named_parameters():
@@ -99,7 +103,7 @@ class TrainState:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)  # strides too: Adam's moments lie in memory as their weights do
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _copy_all(values: Any) -> Any:

@@ -19,6 +19,7 @@ from adaconv.tracking.tracker import RecordingTracker
 from adaconv.training import loop
 from adaconv.training.loop import NoControl
 from adaconv.training.probe import collapse, probe_of
+from adaconv.training.state import make_state
 from tests.training.runs import config_of, run, same_weights, weights
 
 
@@ -143,6 +144,27 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(content_version, 
     ):
         run(content_version, style_version, tmp_path, loss__style_weight=1e38, train__clip_norm=None)
     assert not checkpoint.steps_in(str(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_moments_are_those_of_their_weights_in_either_layout(content_version, style_version, tmp_path, kept):
+    """A run may go on with the other `channels_last`: fused Adam pairs weights and moments as they lie in memory."""
+    run(content_version, style_version, tmp_path, train__channels_last=kept)
+    steps = []
+    for channels_last in (kept, not kept):
+        config = config_of(content_version, style_version, train__channels_last=channels_last)
+        with checkpoint.fetched(str(tmp_path / checkpoint.name_of(4))) as folder:
+            network, _ = checkpoint.load_network(folder)
+            state = make_state(network, config.train, device=torch.device("cpu"))
+            state.load_trainer_dict(checkpoint.load_trainer(folder))
+        weights = list(state.network.transfer.parameters())
+        before = [p.detach().clone() for p in weights]
+        for p in weights:
+            p.grad = torch.zeros_like(p)  # so that a step is of the moments alone
+        state.optimizer.step()
+        steps.append([p.detach() - old for p, old in zip(weights, before, strict=True)])
+    for one, other in zip(*steps, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_style_encoder_may_learn_at_its_own_rate(content_version, style_version, tmp_path):
