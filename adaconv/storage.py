@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -39,6 +39,7 @@ _TRANSIENT = {errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.EC
 _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
 _READ_BYTES = 2**20
+_ABANDONED_SECONDS = 600.0  # what nobody has written to for so long belongs to a process that was killed
 _CONNECTIONS = 64  # of a client; botocore's own 10 would be all that threads share
 _clients: dict[tuple[str, int], Any] = {}
 _making = threading.Lock()
@@ -254,6 +255,7 @@ def publish_directory(source: Path, uri: str, *, last: str) -> None:
         return
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
     aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         aside.mkdir()
@@ -264,6 +266,18 @@ def publish_directory(source: Path, uri: str, *, last: str) -> None:
         aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes were publishing right below a folder; what is young may be another's work."""
+    for aside in folder.glob(".*.tmp-????????"):
+        with suppress(FileNotFoundError):  # published, or swept by another
+            if time.time() - aside.stat().st_mtime < _ABANDONED_SECONDS:
+                continue
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink()
 
 
 def remove(uri: str) -> None:

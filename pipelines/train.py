@@ -74,19 +74,19 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
 
     checkpoints = storage.join(run_folder, "checkpoints")
-    there = checkpoint.steps_in(checkpoints)
-    done = max(there, default=0)
-    before = checkpoint.meta_of(there[done]) if there else {}
+    there, whole = list(checkpoint.steps_in(checkpoints)), checkpoint.newest(checkpoints)
+    before = checkpoint.meta_of(whole) if whole else {}
+    done = before.get("step", 0)
     origin: dict[str, Any] = {key: before[key] for key in ("started_from", "init_from") if key in before}
     initial = None
     if _starts_from(config):
         if there and origin.get("started_from") != config.resume:
             raise UsageError(
                 f"--resume {config.resume}: expected a run that has no checkpoints yet, or started from this one; "
-                f"found {there[done]}. Give another --name or none, or leave out --resume to go on from there"
+                f"found some in {checkpoints}. Give another --name or none, or leave out --resume to go on from there"
             )
         origin = {"started_from": config.resume}
-    elif config.init_from and done == 0 and checkpoint.newest(checkpoints) is None:
+    elif config.init_from and whole is None and there in ([], [0]):
         initial = _initial(config)
         origin = {"init_from": initial.origin}
     if "init_from" in origin:
@@ -99,7 +99,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if done >= config.train.steps:
         log.info("%s has its %d steps already; nothing to train", run_folder, done)
         run_id = before.get("run_id")
-        result |= {"run_id": run_id, "step": done, "checkpoint": there[done], "finished": True}
+        result |= {"run_id": run_id, "step": done, "checkpoint": whole, "finished": True}
         waits = hand_over(local / "spool", checkpoints=checkpoints)
         if waits or not lacks_its_end(tracking_uri, run_id, config.tracking.experiment, identity):
             return result

@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -119,6 +120,18 @@ def test_a_folder_is_published_with_its_mark_last_and_replaces_an_older_one(root
     assert local.exists() == storage.is_local(target)
     storage.remove_directory(target, first="meta")
     assert storage.list_files(target) == []
+
+
+def test_what_a_killed_process_was_publishing_is_swept_by_the_next_one(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "run"
+    for place in (source, folder / ".step-1.tmp-0123abcd", folder / ".step-1.tmp-4567abcd", folder / ".mine"):
+        place.mkdir(parents=True)
+        (place / "meta").write_text("x")
+    long_ago = time.time() - 3600
+    os.utime(folder / ".step-1.tmp-0123abcd", (long_ago, long_ago))
+    os.utime(folder / ".mine", (long_ago, long_ago))
+    storage.publish_directory(source, str(folder / "step-2"), last="meta")
+    assert sorted(path.name for path in folder.iterdir()) == [".mine", ".step-1.tmp-4567abcd", "step-2"]
 
 
 def test_a_name_is_never_taken_for_a_pattern(root):

@@ -399,7 +399,9 @@ class MlflowTracker:
     def _deliver_checkpoints(self, client: MlflowClient, run_id: str, records: dict[int, Record]) -> None:
         """The newest as tags, all of them as an artifact."""
         told = {one["step"]: one for one in self._logged.checkpoints(client)}
-        told |= {step: {"step": step, "uri": r.values["uri"], "time_ms": r.timestamp_ms} for step, r in records.items()}
+        for step, r in records.items():
+            if told.get(step, {}).get("uri") != r.values["uri"]:  # else it is told again, and keeps its time
+                told[step] = {"step": step, "uri": r.values["uri"], "time_ms": r.timestamp_ms}
         client.log_text(run_id, json.dumps([told[step] for step in sorted(told)], indent=1), CHECKPOINTS_FILE)
         newest = records[max(records)]
         tags = {"adaconv.checkpoint": newest.values["uri"], "adaconv.checkpoint_step": str(newest.step)}

@@ -113,7 +113,8 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite.
-        CheckpointError: the checkpoint belongs to another configuration or other datasets.
+        CheckpointError: the checkpoint belongs to another configuration or other datasets, or `start_from` has all the
+            steps already.
     """
     control = control or NoControl()
     first_rank = distributed.rank() == 0
@@ -121,6 +122,8 @@ def train(
     data = books_of(config, content, style)
     state, encoder_fingerprint = _resume_or_start(config, content, style, checkpoints, device, start_from, data)
     first_step = state.step
+    if first_rank and first_step and (resumed := checkpoint.steps_in(checkpoints).get(first_step)):
+        tracker.checkpoint(resumed, step=first_step)  # a rank that is killed may publish one and tell nobody
     writer = CheckpointWriter(
         checkpoints,
         settings={"model": config.model.model_dump(mode="json"), "encoder_widths": list(config.encoder.widths)},
@@ -144,7 +147,11 @@ def train(
         watch.look()
     report, hunger, line_is_due = _Report(config, first_step), _Hunger(config), Due()
     word: Word = "go"
-    with prefetching(dataset, ahead=config.data.prefetch_shards) as shards, _ledger(config) as note, _ended(writer):
+    with (
+        prefetching(dataset, ahead=config.data.prefetch_shards) as shards,
+        _ledger(config) as note,
+        _ended(writer, tracker, control),
+    ):
         while state.step < config.train.steps and word != "stop":
             shards.follow(state.step)
             waited_from = time.perf_counter()
@@ -173,7 +180,6 @@ def train(
                 samples_seen = state.step * config.train.global_batch_size
                 writer.save(state, data={**data, "samples_seen": samples_seen}, meta=state_meta)
             _tell_published(writer, tracker, control)
-    _tell_published(writer, tracker, control)
     distributed.barrier(device)  # nobody ends before the last one is published
     where = checkpoint.steps_in(checkpoints).get(state.step, "")
     return TrainResult(state.step, where, state.step >= config.train.steps, report.last)
@@ -186,15 +192,18 @@ def _tell_published(writer: CheckpointWriter, tracker: Tracker, control: Control
 
 
 @contextlib.contextmanager
-def _ended(writer: CheckpointWriter) -> Iterator[None]:
-    """What is being written is published before the block is left, in whatever way it is."""
+def _ended(writer: CheckpointWriter, tracker: Tracker, control: Control) -> Iterator[None]:
+    """What is being written is published, and told, before the block is left, in whatever way it is."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             writer.wait()
+        with contextlib.suppress(Exception):
+            _tell_published(writer, tracker, control)
         raise
     writer.wait()
+    _tell_published(writer, tracker, control)
 
 
 @contextlib.contextmanager
@@ -315,6 +324,11 @@ def _resume_or_start(
         network.train()
         state = make_state(network, config.train, device=device, gradient_compression=compression)
         state.load_trainer_dict(checkpoint.load_trainer(folder))
+    if uri == start_from and state.step >= config.train.steps:
+        raise CheckpointError(
+            f"{uri} is at step {state.step}, train.steps is {config.train.steps}: expected a step before the last one; "
+            "raise train.steps or start from an earlier checkpoint"
+        )
     log.info("resumed from %s at step %d", uri, state.step)
     return state, info.encoder_fingerprint
 

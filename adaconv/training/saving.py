@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 from adaconv import checkpoint
 from adaconv.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -40,10 +43,18 @@ class CheckpointWriter:
     def save(self, state: TrainState, *, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Take a copy of the state and return; what is still being written is waited for first.
 
+        Where that one could not be written, this one is waited for as well: it may be the last one of a run that is
+        asked to stop, and the storage may be back.
+
         Raises:
-            Exception: what the checkpoint before this one met when it was written.
+            Exception: what this checkpoint met, after another before it.
         """
-        self.wait()
+        failed = False
+        try:
+            self.wait()
+        except Exception as error:
+            failed = True
+            log.warning("a checkpoint could not be written, step %d is tried instead: %s", state.step, error)
         copy: dict[str, Any] = {
             "step": state.step,
             "weights": state.inference_weights(),
@@ -54,6 +65,8 @@ class CheckpointWriter:
         # Not a daemon: an interpreter that ends waits for what is being written.
         self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint-writer")
         self._thread.start()
+        if failed:
+            self.wait()
 
     def wait(self) -> None:
         """Until what was saved is published.

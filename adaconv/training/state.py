@@ -93,7 +93,9 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         for p, moments in self.optimizer.state.items():
             for name, values in moments.items():
-                if values.shape == p.shape:  # fused Adam pairs them as they lie in memory, and `channels_last` may differ
+                if (
+                    values.shape == p.shape
+                ):  # fused Adam pairs them as they lie in memory, and `channels_last` may differ
                     moments[name] = torch.empty_like(p).copy_(values)
         if self.average:
             with torch.no_grad():

@@ -132,6 +132,16 @@ def test_the_same_command_ends_a_run_that_lacks_its_end_alone(user, first):
     assert (user.trained, user.kept) == (1, 2)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "meta.json"])
+def test_the_same_command_makes_a_damaged_last_checkpoint_again(user, first, name):
+    last, trained = Path(first["checkpoint"]), user.trained
+    (last / name).write_bytes(b"")
+    assert user.train() == 0
+    assert user.trained == trained + 1
+    assert user.result()["checkpoint"] == str(last) == checkpoint.newest(str(last.parent))
+    assert sorted(user.steps()) == [2, 3]
+
+
 def test_ranks_find_relative_paths(user, first):
     history = user.client().get_metric_history(first["run_id"], "train/loss")
     assert [point.step for point in history] == [1, 2, 3, 4]

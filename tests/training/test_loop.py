@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from adaconv import checkpoint
+from adaconv import checkpoint, storage
 from adaconv.data.loader import PairDataset
 from adaconv.data.manifest import open_version
 from adaconv.errors import CheckpointError, NonFiniteError
@@ -20,7 +20,17 @@ from adaconv.training import loop
 from adaconv.training.loop import NoControl
 from adaconv.training.probe import collapse, probe_of
 from adaconv.training.state import make_state
+from adaconv.training.step import train_step
 from tests.training.runs import config_of, run, same_weights, weights
+
+
+class StopAfter(NoControl):
+    def __init__(self, steps):
+        self.left = steps
+
+    def word(self):
+        self.left -= 1
+        return "go" if self.left else "stop"
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +73,7 @@ def test_the_encoder_is_calibrated_alike_whatever_the_batch(content_version, sty
 
 
 def test_a_stop_request_leaves_a_checkpoint_to_go_on_from(content_version, style_version, unbroken, tmp_path):
-    class StopAfterFirst(NoControl):
-        def word(self):
-            return "stop"
-
-    result = run(content_version, style_version, tmp_path, control=StopAfterFirst())
+    result = run(content_version, style_version, tmp_path, control=StopAfter(1))
     assert (result.step, result.finished) == (1, False)
     assert result.checkpoint.endswith("step-00000001")
     assert run(content_version, style_version, tmp_path).finished
@@ -259,6 +265,50 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(content_version, style
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(NotADirectoryError):
         run(content_version, style_version, tmp_path / "file" / "checkpoints")
+
+
+def test_a_stop_leaves_a_checkpoint_though_the_one_before_could_not_be_written(
+    content_version, style_version, tmp_path, monkeypatch
+):
+    """The store was away once, and is back."""
+    publish, away = storage.publish_directory, [ConnectionError("no answer in 60 s")]
+
+    def publish_when_back(*given, **more):
+        if away:
+            raise away.pop()
+        publish(*given, **more)
+
+    monkeypatch.setattr(storage, "publish_directory", publish_when_back)
+    tracker = RecordingTracker()
+    result = run(content_version, style_version, tmp_path, control=StopAfter(3), tracker=tracker)
+    assert (result.step, result.finished, list(checkpoint.steps_in(str(tmp_path)))) == (3, False, [3])
+    assert [step for step, _ in tracker.checkpoints] == [3]
+
+
+def test_a_checkpoint_that_was_published_is_told_though_the_run_fails(
+    content_version, style_version, tmp_path, monkeypatch
+):
+    """By the rank that fails; and where that was killed, by the next start."""
+
+    def lose_a_peer(state, *given, **more):
+        if state.step == 2:
+            raise RuntimeError("connection closed by peer")
+        return train_step(state, *given, **more)
+
+    tracker, again = RecordingTracker(), RecordingTracker()
+    with monkeypatch.context() as lost:
+        lost.setattr(loop, "train_step", lose_a_peer)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            run(content_version, style_version, tmp_path, tracker=tracker)
+    assert [step for step, _ in tracker.checkpoints] == [2]
+    run(content_version, style_version, tmp_path, tracker=again)
+    assert [step for step, _ in again.checkpoints] == [2, 4]
+
+
+def test_a_start_from_a_checkpoint_that_has_all_steps_is_refused(content_version, style_version, unbroken, tmp_path):
+    last = str(unbroken[1] / checkpoint.name_of(4))
+    with pytest.raises(CheckpointError, match=r"is at step 4, train\.steps is 4: expected a step before the last"):
+        run(content_version, style_version, tmp_path, start_from=last)
 
 
 def test_the_ledger_holds_the_keys_of_every_step(content_version, style_version, tmp_path):
