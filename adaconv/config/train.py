@@ -247,6 +247,12 @@ class TrainConfig(Config):
         for channels, groups in zip(reversed(self.encoder.widths), self.model.groups, strict=True):
             if self.model.architecture == "adaconv" and channels % groups:
                 raise ValueError(f"model.groups ({groups}) must divide the channels of its scale ({channels})")
+        least = 8 * (self.model.kernel_size // 2 + 1)
+        if self.model.architecture == "adaconv" and self.data.crop < least:
+            raise ValueError(
+                f"data.crop ({self.data.crop}) must be at least {least} with model.kernel_size "
+                f"{self.model.kernel_size}: its eighth is the smallest map, whose edges kernels mirror"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:

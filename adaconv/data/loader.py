@@ -233,7 +233,7 @@ class PairDataset(Dataset[Batch]):
         self._seed, self._global_batch_size = seed, global_batch_size
         self._skipped = skipped
         self._slice = rank_slice(global_batch_size, rank, num_ranks)
-        self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
+        self.cache, self.partitions = cache or ShardCache(default_cache_dir(), sys.maxsize), partitions
         self._streams = {
             name: (
                 SampleReader(version, cache=self.cache, verify=verify),
@@ -391,7 +391,12 @@ def prefetching(dataset: PairDataset, *, ahead: int) -> Iterator[ShardPrefetcher
 
     On a disk there is nothing to fetch, and nothing is done.
     """
-    prefetcher = ShardPrefetcher(dataset.shards_of, dataset.cache, ahead=0 if dataset.is_local else ahead)
+    prefetcher = ShardPrefetcher(
+        dataset.shards_of,
+        dataset.cache,
+        ahead=0 if dataset.is_local else ahead,
+        limit_bytes=dataset.cache.limit_bytes // dataset.partitions,  # ranks of other partitions share the cache
+    )
     try:
         yield prefetcher
     finally:

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from adaconv.errors import UsageError
 
+_LEAST_SHARE = 0.5  # of the samples, in an epoch of partitions
+
 
 def stable_seed(*parts: object) -> int:
     """128 bits that depend on the parts alone: not on the process, the platform or Python's hash seed."""
@@ -51,11 +53,12 @@ class StreamOrder:
         name: of the stream, `content` or `style`; two streams over one dataset differ by it.
         batch_size: samples of a global batch.
         partitions: P, divides `batch_size`, at most the number of shards. With P > 1 the partitions of an epoch are cut
-            to equal length: the longest ones leave out, in this epoch, what they have more than the shortest.
+            to equal length: the longest ones leave out, in this epoch, what they have more than the shortest. Small
+            shards are in every epoch whole, so an epoch must hold half of the samples at least.
         block_shards: shards whose samples are mixed with one another; larger shuffles better and caches more.
 
     Raises:
-        UsageError: no samples, or partitions that the batch or the shards do not admit.
+        UsageError: no samples, or partitions that the batch, the shards' number or their sizes do not admit.
     """
 
     shard_rows: Sequence[int]
@@ -79,10 +82,26 @@ class StreamOrder:
                 f"data.partitions ({self.partitions}) exceeds the {len(self.shard_rows)} shards of the {self.name} "
                 "dataset; lower it, or shard with a smaller --shard.target-mb"
             )
-        # Without partitions an epoch is the dataset; with them its length may differ by epoch, so it is fixed to what
-        # every epoch can give: the fewest rows that any P-th part of the shards can have.
-        fewest = len(self.shard_rows) // self.partitions
-        self._epoch_length = max(1, sum(sorted(self.shard_rows)[:fewest]))
+        if self._share(self.partitions) < _LEAST_SHARE:
+            fits = [p for p in range(1, self.partitions) if self.batch_size % p == 0 and self._share(p) >= _LEAST_SHARE]
+            raise UsageError(
+                f"data.partitions ({self.partitions}): an epoch of the {self.name} dataset would hold "
+                f"{100 * self._share(self.partitions):.0f} % of its samples, for its shards have "
+                f"{min(self.shard_rows)} to {max(self.shard_rows)}; the smallest would be seen that much more often "
+                f"than others. {fits[-1]} partitions hold half of it at least"
+            )
+        self._epoch_length = self._rows_of_a_part(self.partitions)
+
+    def _share(self, partitions: int) -> float:
+        """Of the samples that an epoch holds."""
+        return partitions * self._rows_of_a_part(partitions) / sum(self.shard_rows)
+
+    def _rows_of_a_part(self, partitions: int) -> int:
+        """Without partitions an epoch is the dataset; with them its length may differ by epoch, so it is fixed to what
+        every epoch can give: the fewest rows that any P-th part of the shards can have.
+        """
+        fewest = len(self.shard_rows) // partitions
+        return max(1, sum(sorted(self.shard_rows)[:fewest]))
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Rows of the global batch of a step: (batch_size,) int64. Steps count from 0."""

@@ -35,6 +35,7 @@ _COPY = re.compile(r"[0-9a-f]{16}\.tar|\.[0-9a-f]{16}\.tar(?P<part>\.tmp-[0-9-]+
 _PART_BYTES = 16 * 2**20
 _TOUCH_EVERY_SECONDS = 60.0
 _FARTHEST_STEPS = 4096
+_AGAIN_SECONDS = 30.0  # after a shard that could not be fetched ahead
 _ABANDONED_SECONDS = 600.0  # a copy that nobody has added to for so long belongs to a process that was killed
 
 
@@ -149,10 +150,18 @@ class ShardPrefetcher:
     Args:
         shards_of: what a step reads, as the functions that fetch it: pure, so that it can be asked ahead.
         ahead: distinct shards, the present step's among them, that are fetched before they are read; 0 fetches none.
+        limit_bytes: that these may take: more than the cache has room for would make room for one another.
     """
 
-    def __init__(self, shards_of: Callable[[int], Iterable[tuple[str, Shard]]], cache: ShardCache, *, ahead: int):
-        self._shards_of, self._cache, self._ahead = shards_of, cache, ahead
+    def __init__(
+        self,
+        shards_of: Callable[[int], Iterable[tuple[str, Shard]]],
+        cache: ShardCache,
+        *,
+        ahead: int,
+        limit_bytes: int,
+    ):
+        self._shards_of, self._cache, self._ahead, self._limit_bytes = shards_of, cache, ahead, limit_bytes
         self._step, self._done = 0, False
         self._moved = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -172,21 +181,24 @@ class ShardPrefetcher:
             self._moved.notify()
 
     def _run(self) -> None:
-        cursor, coming = self._step, dict[str, int]()  # shard -> the last step that was seen to read it
+        cursor = self._step
+        coming: dict[Shard, int] = {}  # shard -> the last step that was seen to read it
         while not self._done:
             now = self._step
             cursor = max(cursor, now)
-            coming = {name: last for name, last in coming.items() if last >= now}
-            if len(coming) >= self._ahead or cursor >= now + _FARTHEST_STEPS:
+            coming = {shard: last for shard, last in coming.items() if last >= now}
+            shards = {shard: uri for uri, shard in self._shards_of(cursor)}
+            taken = sum(shard.bytes for shard in {*coming, *shards})
+            if len(coming) >= self._ahead or taken > self._limit_bytes or cursor >= now + _FARTHEST_STEPS:
                 with self._moved:
                     if self._step == now and not self._done:
                         self._moved.wait(timeout=5)
-                continue
-            for uri, shard in self._shards_of(cursor):
-                if shard.name not in coming and not self._fetched(uri, shard):
-                    return
-                coming[shard.name] = cursor
-            cursor += 1
+            elif all(shard in coming or self._fetched(uri, shard) for shard, uri in shards.items()):
+                coming |= dict.fromkeys(shards, cursor)
+                cursor += 1
+            else:
+                with self._moved:
+                    self._moved.wait_for(lambda: self._done, timeout=_AGAIN_SECONDS)
 
     def _fetched(self, uri: str, shard: Shard) -> bool:
         """Whoever needs the shard meets the same error, and tells it."""

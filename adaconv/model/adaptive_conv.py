@@ -56,7 +56,13 @@ def adaptive_conv(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
 
     Returns:
         (B, C, H, W).
+
+    Raises:
+        ValueError: the map is too small for its edges to be mirrored.
     """
+    if not torch.compiler.is_compiling() and min(x.shape[-2:]) <= kernels.depthwise.shape[-1] // 2:
+        size = kernels.depthwise.shape[-1]
+        raise ValueError(f"kernels of {size}x{size} need a map above {size // 2} a side, found {tuple(x.shape[-2:])}")
     device = x.device.type
     dtype = x.dtype
     if torch.is_autocast_enabled(device):

@@ -266,17 +266,25 @@ class AdaINTransfer(nn.Module):
         self.scales = _decoder_scales(widths, decoder_convs, output_activation)
 
     def predict(self, style_features: Tensor) -> StyleCode:
-        variance, mean = torch.var_mean(style_features, dim=(2, 3), correction=0)
+        variance, mean = torch.var_mean(_exact(style_features), dim=(2, 3), correction=0)
         return {"mean": mean, "std": (variance + EPS).sqrt()}
 
     def decode(self, content_features: Tensor, code: StyleCode) -> Tensor:
-        x = F.instance_norm(content_features, eps=EPS) * code["std"][..., None, None] + code["mean"][..., None, None]
+        x = (
+            F.instance_norm(_exact(content_features), eps=EPS) * code["std"][..., None, None]
+            + code["mean"][..., None, None]
+        )
         for scale in self.scales:
             x = scale(x)
         return x
 
     def forward(self, content_features: Tensor, style_features: Tensor) -> Tensor:
         return self.decode(content_features, self.predict(style_features))
+
+
+def _exact(features: Tensor) -> Tensor:
+    """For statistics: float32 at least, also under autocast."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 class StyleTransferNet(nn.Module):

@@ -82,7 +82,7 @@ class Probe:
         pairs = len(self._contents) * len(self._styles)
         metrics = {name: total / pairs for name, total in sums.items()}
         made = torch.stack([torch.stack(row[1:]) for row in rows[1:]]).clamp(0, 1)  # (contents, styles, 3, S, S)
-        metrics["probe/contrast"] = _deviation(made.flatten(0, 1)) / _deviation(torch.stack(self._contents))
+        metrics["probe/contrast"] = _deviation(made.flatten(0, 1)) / max(_deviation(torch.stack(self._contents)), 1e-6)
         if len(styles) > 1:
             metrics["probe/style_spread"] = made.std(dim=1, correction=0).mean().item()
         return Look(tile_grid(rows), metrics)

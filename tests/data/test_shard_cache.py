@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adaconv import storage
+from adaconv.data import shard_cache
 from adaconv.data.changes import Garbage, collect, find_garbage
 from adaconv.data.loader import Geometry, PairDataset, SampleReader, make_loader, prefetching
 from adaconv.data.manifest import open_version
@@ -122,10 +123,25 @@ def test_a_shard_is_fetched_once_however_many_ask(remote, tmp_path, monkeypatch)
     assert fetched == [uri]
 
 
-def test_coming_shards_are_fetched_ahead_and_no_more_than_asked(remote, tmp_path):
+@pytest.mark.parametrize(("ahead", "limited"), [(3, False), (9, True)])
+def test_coming_shards_are_fetched_ahead_and_no_more_than_asked(remote, tmp_path, monkeypatch, ahead, limited):
+    """By their number or their bytes; the first cannot be had at first."""
     shards = [(remote.shard_uri(shard.name), shard) for shard in remote.shards]
+    away = [ConnectionError("no answer")]
+    fetch = ShardCache.path
+
+    def fetch_when_back(*given):
+        if away:
+            raise away.pop()
+        return fetch(*given)
+
+    monkeypatch.setattr(shard_cache, "_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(ShardCache, "path", fetch_when_back)
     cache = ShardCache(str(tmp_path), 10**9)
-    prefetcher = ShardPrefetcher(lambda step: [shards[step // 10 % len(shards)]], cache, ahead=3)
+    most = [sum(shard.bytes for _, shard in shards[first : first + 3]) for first in (0, 1)]
+    prefetcher = ShardPrefetcher(
+        lambda step: [shards[step // 10 % len(shards)]], cache, ahead=ahead, limit_bytes=max(most) if limited else 10**9
+    )
 
     def wait_for(count):
         deadline = time.monotonic() + 20

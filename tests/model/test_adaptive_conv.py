@@ -125,6 +125,12 @@ def test_bfloat16_features_are_filtered_in_float32_on_a_cpu():
     assert coarse.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("size", "side"), [(5, 2), (7, 3)])
+def test_a_map_too_small_to_mirror_its_edges_is_refused(size, side):
+    with pytest.raises(ValueError, match=rf"{size}x{size} need a map above {size // 2} a side, found \({side}, 9\)"):
+        adaptive_conv(maps(1, 4, side, 9), kernels_of(1, 4, 2, size), groups=2)
+
+
 def test_composed_kernels_have_the_stated_shape():
     assert compose(kernels_of(3, 8, 2, 3), groups=4).shape == (3, 8, 2, 3, 3)
 

@@ -162,6 +162,18 @@ def test_an_untrained_block_is_instance_norm_with_the_base_alone():
     torch.testing.assert_close(adaptive_conv(x, kernels, groups=16), torch.nn.functional.instance_norm(x))
 
 
+def test_adain_takes_its_statistics_in_float32_under_autocast():
+    """In bfloat16 the outputs' channel means miss those of the style."""
+    transfer = network("adain").transfer
+    seen = []
+    transfer.scales[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    content, style = torch.rand(2, 16, 12, 12).bfloat16() + 9, torch.rand(2, 16, 12, 12).bfloat16() + 9
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        transfer(content, style)
+    means = [features.float().mean(dim=(2, 3)) for features in (*seen, style)]
+    torch.testing.assert_close(*means, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("feature_scale", [0.3, 1.0, 3.0])
 def test_the_scale_of_the_encoder_does_not_reach_the_kernels(feature_scale):
     """Without a normalised descriptor stylized images grow with the square of the encoder's scale."""

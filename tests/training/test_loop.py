@@ -347,6 +347,14 @@ def test_ranges_to_skip_that_mean_nothing_are_refused(content_version, style_ver
         config_of(content_version, style_version, data__skip_batches=ranges)
 
 
+@pytest.mark.parametrize(("size", "crop"), [(5, 24), (7, 32)])
+def test_crops_whose_maps_kernels_cannot_mirror_are_refused(content_version, style_version, size, crop):
+    model = {"descriptor_channels": 8, "groups": [16, 4, 2, 1], "kernel_size": size, "descriptor_size": size}
+    config_of(content_version, style_version, model=model, data__crop=crop)
+    with pytest.raises(ValueError, match=rf"data\.crop \({crop - 8}\) must be at least {crop} with model.kernel_size"):
+        config_of(content_version, style_version, model=model, data__crop=crop - 8)
+
+
 class Listening(NoControl):
     def __init__(self):
         self.lines = []

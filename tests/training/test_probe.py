@@ -89,6 +89,15 @@ def test_the_first_of_a_dataset_are_the_same_each_time_and_those_of_a_larger_gri
     assert not torch.equal(three[1], three[2])
 
 
+def test_flat_pictures_can_be_looked_at(content_version, style_version, tmp_path):
+    paint(tmp_path / "white" / "a.png", 64, 64, WHITE)
+    shown = {"contents_from": str(tmp_path / "white"), "styles_from": str(tmp_path / "white")}
+    config = config_of(content_version, style_version, tracking=shown)
+    network = build_network(encoder=load_encoder("seeded:0", widths=config.encoder.widths), **config.model.model_dump())
+    look = probe_of(config, content_version, style_version, cache=None).look(network, config.loss)
+    assert all(torch.tensor(list(look.metrics.values())).isfinite())
+
+
 def test_what_cannot_be_shown_is_refused_by_name(content_version, style_version, pictures):
     (pictures / "b" / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
     config = config_of(content_version, style_version, tracking={"styles_from": str(pictures), "sample_styles": 3})
