@@ -45,6 +45,7 @@ MENDABLE = frozenset(("changed", "crc_mismatch", "deflate_error", "unreadable", 
 _THUMBNAIL_SIDE = 96
 _SHOWN_THOUGH_REFUSED = ("too_small", "too_thin", "transparent")
 _HASH = 2  # of perceptual_hash: with each change of what it gives this is the next number
+_RULES = 2  # by which images are repaired and refused: as the line above
 _HASH_SIDE, _HASH_FREQUENCIES = 32, 8
 _HASH_SAMPLES = 128  # of the shorter side: what is left of it is between these and twice as many pixels
 _HASH_DECODED = 52  # pixels of the shorter side at least: an eighth of most of COCO's
@@ -99,7 +100,7 @@ def recipe_of(config: RecipeConfig) -> dict[str, Any]:
     codecs = {name: features.version(name) for name in _CODECS}
     codecs |= {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "pyarrow": pyarrow.__version__}
     codecs["libvips"] = ".".join(str(libvips().version(part)) for part in range(3))
-    return {**config.model_dump(mode="json"), "codecs": codecs, "phash": _HASH}
+    return {**config.model_dump(mode="json"), "codecs": codecs, "phash": _HASH, "rules": _RULES}
 
 
 def settings_of(recipe: Mapping[str, Any]) -> RecipeConfig:
@@ -125,12 +126,17 @@ def check_hashes(recipe: Mapping[str, Any], *, of: str) -> None:
 
 
 def check_codecs(recipe: Mapping[str, Any]) -> None:
-    """Refuse to work with other codecs or hashes than the recipe's: the bytes would be others.
+    """Refuse to work with other codecs, hashes or rules than the recipe's: the bytes would be others.
 
     Raises:
         DatasetError: names those that differ.
     """
     check_hashes(recipe, of="the version that this adds to")
+    if recipe.get("rules") != _RULES:
+        raise DatasetError(
+            f"the version that this adds to: expected images judged by rules {_RULES}, found rules "
+            f"{recipe.get('rules', 1)}, of another release; shard its images anew into another folder"
+        )
     there = recipe_of(RecipeConfig())["codecs"]
     wrong = [
         f"{name} {there.get(name)} instead of {version}"
@@ -267,6 +273,8 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
 
 
 def _orientation(image: Image.Image) -> tuple[int, list[str]]:
+    if image.format == "PNG":
+        _loaded(image)  # as getexif does by itself, and damaged pixels are not damaged EXIF
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF is written by anything that ever touched a photograph

@@ -13,8 +13,20 @@ import simplejpeg
 from PIL import Image, ImageCms, ImageFilter
 
 from adaconv.config.shard import RecipeConfig
-from adaconv.data.ingest import Header, Refusal, Sample, ingest, key_of, look, perceptual_hash, stored_size
+from adaconv.data.ingest import (
+    Header,
+    Refusal,
+    Sample,
+    check_codecs,
+    ingest,
+    key_of,
+    look,
+    perceptual_hash,
+    recipe_of,
+    stored_size,
+)
 from adaconv.data.synthetic import generate_photos
+from adaconv.errors import DatasetError
 from adaconv.images import scale_down
 
 RECIPE = RecipeConfig(short_side=64, min_side=16)
@@ -82,6 +94,12 @@ def with_overwritten_scan() -> bytes:
     return bytes(data)
 
 
+def with_a_flipped_byte(fmt: str) -> bytes:
+    data = bytearray(encoded(fmt=fmt, size=(200, 150)))
+    data[len(data) // 3] ^= 0x55
+    return bytes(data)
+
+
 GOOD = encoded()
 
 # kind -> (file name, bytes, what becomes of it: repairs, or a refusal's reason)
@@ -120,6 +138,7 @@ DEFECTS = {
     "cut in the middle": ("a.jpg", GOOD[: len(GOOD) // 2 + 300], "truncated"),
     "cut late": ("a.jpg", GOOD[:-40], "truncated"),
     "cut png": ("a.png", encoded(fmt="PNG")[:-900], "truncated"),
+    "png of a flipped byte": ("a.png", with_a_flipped_byte("PNG"), "truncated"),
     "cut webp": ("a.webp", encoded(fmt="WEBP")[:-300], "damaged_header"),
     "overwritten": ("a.jpg", with_overwritten_scan(), "corrupt_data"),
     "bomb": ("a.png", saved(Image.new("1", (9000, 9000))), "too_many_pixels"),
@@ -272,6 +291,13 @@ def test_a_much_larger_jpeg_is_decoded_at_a_fraction_and_looks_as_it_would(monke
         assert stored.size == wanted.size == (sample.width, sample.height)
         error = np.asarray(stored).astype(float) - np.asarray(wanted)
     assert np.sqrt((error**2).mean()) < 3.0
+
+
+def test_a_version_of_other_rules_is_not_added_to():
+    recipe = recipe_of(RECIPE)
+    check_codecs(recipe)
+    with pytest.raises(DatasetError, match=f"expected images judged by rules {recipe.pop('rules')}, found rules 1"):
+        check_codecs(recipe)
 
 
 def test_a_key_is_the_hash_of_the_bytes_without_dots():
