@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _TELL_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in Pillow's `info`
+_SCAN, _END = b"\xda", b"\xff\xd9"  # a JPEG's markers of its pixels, and of what ends them
+_NO_SEGMENT = (b"", b"\x00", b"\xff")  # behind an \xff: neither begins one
+_PADDING = re.compile(rb"(?<!\xff)\x00+\xff+\xd9")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 
@@ -97,25 +101,84 @@ def require_sound_jpeg(path: Path) -> None:
     Raises:
         ImageError: `truncated` or `corrupt_data`.
     """
-    import simplejpeg  # which a bare GPU machine need not have: pictures come there as tensors
-
     with open_header(path, max_pixels=10**10) as image:
         if image.format not in ("JPEG", "MPO"):
             return
         data = path.read_bytes()
-        colours = "CMYK" if image.mode == "CMYK" else "GRAY"
+        colours: Literal["CMYK", "GRAY"] = "CMYK" if image.mode == "CMYK" else "GRAY"
         image.draft("L", (1, 1))
         try:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise ImageError("truncated", str(error)) from error
+    decode_jpeg(data, colours, at_least=(1, 1))
+
+
+def decode_jpeg(
+    data: bytes, colours: Literal["RGB", "GRAY", "CMYK"], *, at_least: tuple[int, int]
+) -> tuple[NDArray[np.uint8] | None, bool]:
+    """A JPEG's pixels, bit-equal to Pillow's and in less time, and strict where Pillow hears no warning.
+
+    Args:
+        data: the file's bytes.
+        colours: of the result; CMYK of such a JPEG alone.
+        at_least: width and height that may be given instead of the stored ones.
+
+    Returns:
+        the pixels, (H, W, 1, 3 or 4) uint8, None for a kind of JPEG that this decoder does not know; and whether bytes
+        had to be left out that are of no segment.
+
+    Raises:
+        ImageError: `truncated` or `corrupt_data`: libjpeg would make up pixels.
+    """
+    import simplejpeg  # which a bare GPU machine need not have: pictures come there as tensors
+
+    def decoded(whole: bytes) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            whole,
+            colours,
+            min_width=at_least[0],
+            min_height=at_least[1],
+            min_factor=2,  # smaller ones take longer than they save
+        )
+        return pixels
+
     try:
-        simplejpeg.decode_jpeg(data, colours, min_width=1, min_height=1, min_factor=1)
+        return decoded(data), False
     except ValueError as error:
-        if str(error).startswith("Premature end"):
-            raise ImageError("truncated", str(error)) from error
-        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
-            raise ImageError("corrupt_data", str(error)) from error
+        message = str(error)
+    if "extraneous bytes" in message:
+        for mended in _without_stray_bytes(data):
+            try:
+                return decoded(mended), True
+            except ValueError as error:
+                message = str(error)
+    if message.startswith("Premature end"):
+        raise ImageError("truncated", message)
+    if message.startswith("Corrupt JPEG data"):
+        raise ImageError("corrupt_data", message)
+    return None, False
+
+
+def _without_stray_bytes(data: bytes) -> Iterator[bytes]:
+    """A JPEG without what lies between its segments, where nothing reads it; then without zeros behind its scan, too.
+
+    libjpeg warns of such bytes in the same words as of what is left over where a damaged scan ended early.
+    """
+    segments, place = [data[:2]], 2
+    while (place := data.find(b"\xff", place)) >= 0:
+        marker, start = data[place + 1 : place + 2], place
+        if marker in _NO_SEGMENT:
+            place += 1
+            continue
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+        segments.append(data[start:place])
+        if marker == _SCAN:
+            break
+    head, scan = b"".join(segments), data[place:]
+    yield head + scan
+    for own in (b"", b"\x00"):  # many a scan ends with a byte of zeros
+        yield head + _PADDING.sub(own + _END, scan)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

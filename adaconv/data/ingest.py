@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL
@@ -27,6 +27,7 @@ from adaconv.images import (
     ORIENTATION,
     ImageError,
     decode,
+    decode_jpeg,
     encode_jpeg,
     is_srgb,
     libvips,
@@ -246,14 +247,17 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
     pixels = None
     if stored_format == "JPEG" and unchanged:
         # Its bytes stay: all that is asked is whether they are whole, and an eighth of the size tells that too.
-        luma, repair = _decode_jpeg(data, "GRAY", at_least=(_HASH_DECODED, _HASH_DECODED))
-        if luma is not None and not repair:
-            return Sample(data, *image.size, tuple(repairs), perceptual_hash(Image.fromarray(luma)))
-    if stored_format == "JPEG" and mode == "RGB":
-        # One that is to become much smaller is decoded at a fraction of its size, at twice the wanted one or more:
-        # the kernel is what shapes the result.
-        pixels, repair = _decode_jpeg(data, "RGB", at_least=(2 * size[0], 2 * size[1]))
-        repairs += repair
+        luma, stray = decode_jpeg(data, "GRAY", at_least=(_HASH_DECODED, _HASH_DECODED))
+        if luma is not None and not stray:
+            return Sample(data, *image.size, tuple(repairs), perceptual_hash(Image.fromarray(luma[..., 0])))
+    if stored_format in ("JPEG", "MPO"):
+        if mode == "RGB":
+            # One that is to become much smaller is decoded at a fraction of its size, at twice the wanted one or more:
+            # the kernel is what shapes the result.
+            pixels, stray = decode_jpeg(data, "RGB", at_least=(2 * size[0], 2 * size[1]))
+        else:  # for Pillow to decode, once it is known to be whole
+            _, stray = decode_jpeg(data, "CMYK" if mode == "CMYK" else "GRAY", at_least=(1, 1))
+        repairs += ["stray_bytes"] if stray else []
     if pixels is None or orientation != 1 or foreign:
         picture = _loaded(image) if pixels is None else Image.fromarray(pixels)
         picture.info.update(image.info)
@@ -307,48 +311,6 @@ def _visible_srgb(picture: Image.Image, foreign: bool) -> tuple[Image.Image, lis
         except ValueError:
             repairs.append("icc_unreadable")
     return to_rgb(picture), repairs
-
-
-def _decode_jpeg(
-    data: bytes, colours: Literal["RGB", "GRAY"], at_least: tuple[int, int]
-) -> tuple[NDArray[np.uint8] | None, list[str]]:
-    """A JPEG's pixels, bit-equal to Pillow's and in less time, and strict where Pillow hears no warning.
-
-    Args:
-        data: the file's bytes.
-        colours: of the result.
-        at_least: width and height that may be given instead of the stored ones.
-
-    Returns:
-        the pixels, (H, W, 3) or (H, W), None for a kind of JPEG that this decoder does not know; and the repair, if one
-        was needed.
-
-    Raises:
-        ImageError: `truncated` or `corrupt_data`: libjpeg would make up pixels.
-    """
-
-    def decoded(strict: bool) -> NDArray[np.uint8]:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data,
-            colours,
-            min_width=at_least[0],
-            min_height=at_least[1],
-            min_factor=2,  # smaller ones take longer than they save
-            strict=strict,
-        )
-        return pixels if colours == "RGB" else pixels[..., 0]
-
-    try:
-        return decoded(strict=True), []
-    except ValueError as error:
-        message = str(error)
-    if "extraneous bytes" in message:  # between segments, where nothing reads them: all pixels are there
-        return decoded(strict=False), ["stray_bytes"]
-    if message.startswith("Premature end"):
-        raise ImageError("truncated", message)
-    if message.startswith("Corrupt JPEG data"):
-        raise ImageError("corrupt_data", message)
-    return None, []
 
 
 def _told(error: Exception) -> str:

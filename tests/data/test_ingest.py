@@ -82,9 +82,25 @@ def swapped_profile() -> bytes:
     return bytes(data).replace("sRGB".encode("utf-16-be"), "demo".encode("utf-16-be"))
 
 
-def with_stray_bytes() -> bytes:
-    data = encoded()
-    return data[:-2] + b"\x00\x01\x02" + data[-2:]
+def with_stray_bytes(marker: bytes, stray: bytes, **options) -> bytes:
+    """In front of a segment that begins with a marker."""
+    data = encoded(**options)
+    place = data.rindex(marker)
+    return data[:place] + stray + data[place:]
+
+
+def with_overwritten_bytes(seed: int, **options) -> bytes:
+    """Four of them, in the scan of the first frame."""
+    data, chance = bytearray(encoded(size=(200, 150), **options)), np.random.default_rng(seed)
+    place = chance.integers(data.index(SCAN) + 20, data.index(END, data.index(SCAN)) - 100)
+    data[place : place + 4] = chance.integers(0, 255, 4, dtype=np.uint8).tobytes()
+    return bytes(data)
+
+
+def ended_early(**options) -> bytes:
+    data = encoded(size=(200, 150), **options)
+    begin = data.index(SCAN)
+    return data[: (begin + data.index(END, begin)) // 2] + END
 
 
 def with_overwritten_scan() -> bytes:
@@ -100,6 +116,8 @@ def with_a_flipped_byte(fmt: str) -> bytes:
     return bytes(data)
 
 
+SCAN, END = b"\xff\xda", b"\xff\xd9"
+PHONE = {"fmt": "MPO", "save_all": True, "append_images": [Image.new("RGB", (200, 150))]}
 GOOD = encoded()
 
 # kind -> (file name, bytes, what becomes of it: repairs, or a refusal's reason)
@@ -127,7 +145,11 @@ DEFECTS = {
     "another colour space": ("a.jpg", encoded(icc_profile=swapped_profile()), ("icc_profile",)),
     "profile of another mode": ("a.jpg", encoded(icc_profile=profile_of("LAB")), ("icc_unreadable",)),
     "profile of noise": ("a.jpg", encoded(icc_profile=bytes(200)), ("icc_unreadable",)),
-    "stray bytes": ("a.jpg", with_stray_bytes(), ("stray_bytes",)),
+    "of a phone": ("a.jpg", encoded(**PHONE), ("first_frame",)),
+    "stray bytes before the scan": ("a.jpg", with_stray_bytes(SCAN, b"\0\1\2\3"), ("stray_bytes",)),
+    "stray bytes before a table": ("a.jpg", with_stray_bytes(b"\xff\xdb", bytes(9)), ("stray_bytes",)),
+    "grey with stray bytes": ("a.jpg", with_stray_bytes(SCAN, bytes(9), mode="L"), ("mode_l", "stray_bytes")),
+    "zeros behind the scan": ("a.jpg", with_stray_bytes(END, bytes(500)), ("stray_bytes",)),
     "zero bytes": ("a.jpg", b"", "empty"),
     "text": ("a.jpg", b"I am text.", "not_an_image"),
     "a web page": ("a.jpg", b"<!doctype html><html><body>404</body></html>", "not_an_image"),
@@ -141,6 +163,10 @@ DEFECTS = {
     "png of a flipped byte": ("a.png", with_a_flipped_byte("PNG"), "truncated"),
     "cut webp": ("a.webp", encoded(fmt="WEBP")[:-300], "damaged_header"),
     "overwritten": ("a.jpg", with_overwritten_scan(), "corrupt_data"),
+    "left over behind the scan": ("a.jpg", with_stray_bytes(END, bytes(range(1, 100))), "corrupt_data"),
+    "grey that ends early": ("a.jpg", ended_early(mode="L"), "corrupt_data"),
+    "cmyk that ends early": ("a.jpg", ended_early(mode="CMYK"), "corrupt_data"),
+    "of a phone, ends early": ("a.jpg", ended_early(**PHONE), "corrupt_data"),
     "bomb": ("a.png", saved(Image.new("1", (9000, 9000))), "too_many_pixels"),
     "one pixel": ("a.jpg", encoded(size=(1, 1)), "too_small"),
     "small": ("a.jpg", encoded(size=(15, 30)), "too_small"),
@@ -189,7 +215,30 @@ def test_what_is_refused_for_its_looks_is_shown():
 
 def test_an_image_that_needs_no_change_keeps_its_bytes():
     assert ingest(GOOD, "a.jpg", RECIPE).jpeg == GOOD
-    assert ingest(with_stray_bytes(), "a.jpg", RECIPE).jpeg != with_stray_bytes()
+    with_stray = with_stray_bytes(SCAN, bytes(9))
+    mended = ingest(with_stray, "a.jpg", RECIPE).jpeg
+    assert mended != with_stray
+    with Image.open(io.BytesIO(with_stray)) as stored, Image.open(io.BytesIO(mended)) as picture:
+        stored.info.clear()
+        assert mended == saved(stored, "JPEG", quality=RECIPE.jpeg_quality, subsampling=0)
+        assert picture.size == stored.size
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "L"}, {"mode": "CMYK"}, PHONE], ids=["rgb", "grey", "cmyk", "phone"])
+def test_pixels_that_libjpeg_made_up_are_refused(options):
+    """Whatever it warns of: left-over bytes, too, are those of a scan that ended early."""
+
+    def warning(data):
+        try:
+            simplejpeg.decode_jpeg(data, "CMYK" if options.get("mode") == "CMYK" else "GRAY")
+        except ValueError as error:
+            return str(error)
+
+    damaged = [with_overwritten_bytes(seed, **options) for seed in range(30)]
+    warned = {data: said for data in damaged if (said := warning(data))}
+    assert sum("extraneous bytes" in said for said in warned.values()) >= 3
+    for data, said in warned.items():
+        assert ingest(data, "a.jpg", RECIPE).reason == "corrupt_data", said
 
 
 def test_a_large_image_is_scaled_down_and_a_small_one_is_not_enlarged():
