@@ -15,7 +15,8 @@
 
 ImageError, of one picture, is in images.py; sharding and stylization write its reason into their books
 and go on.
-Storage failures stay what Python calls them: FileNotFoundError, PermissionError, OSError.
+Storage failures stay what Python calls them: FileNotFoundError, PermissionError, OSError. A PermissionError that is
+about whoever asks, not about what is asked for, is a CredentialsError.
 """
 
 
@@ -69,9 +70,13 @@ class Interrupted(AdaConvError):
     exit_code = 143
 
 
+class CredentialsError(PermissionError):
+    """An object store does not know or believe who asks: every file is refused alike."""
+
+
 def of_storage(error: OSError) -> str:
     """In one line, by the system's own words, which name the path."""
     message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) and not isinstance(error, CredentialsError):
         message += "; choose another folder or change its permissions"
     return message

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from adaconv.errors import UsageError
+from adaconv.errors import CredentialsError, UsageError
 from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TRANSIENT = {errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED}
+_NOT_BELIEVED = {  # S3's codes, which s3fs makes PermissionErrors of, or EINVAL as of some forty others
+    *("AccountProblem", "AuthorizationHeaderMalformed", "ExpiredToken", "InvalidAccessKeyId", "InvalidSecurity"),
+    *("InvalidToken", "NotSignedUp", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired"),
+    "400",  # of a question that is answered without words, such as one for a size
+}
 _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
 _READ_BYTES = 2**20
@@ -96,10 +101,12 @@ def stamp_of(uri: str) -> str:
     return str(_patiently(uri, lambda: _filesystem(uri).info(uri))["ETag"]).strip('"')
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, *, at_once: bool = False) -> bytes:
+    """A whole file; by one request if `at_once`, else after a look at its size, for large ones come in parts."""
     if is_local(uri):  # fsspec takes longer than the disk for a file of an image's size
         return Path(uri).read_bytes()
-    data: bytes = _patiently(uri, lambda: _filesystem(uri).cat_file(uri))
+    options = {"max_concurrency": 1} if at_once else {}
+    data: bytes = _patiently(uri, lambda: _filesystem(uri).cat_file(uri, **options))
     return data
 
 
@@ -108,7 +115,7 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
     try:
         data: bytes = _patiently(uri, lambda: _filesystem(uri).cat_file(uri, start=offset, end=offset + size))
     except OSError as error:
-        if error.errno == errno.EINVAL and not is_local(uri):  # an object store refuses a range that lies past the end
+        if _code_of(error) in ("InvalidRange", "416"):  # an object store refuses a range that lies past the end
             return b""
         raise
     return data
@@ -443,6 +450,7 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
 
     Raises:
         ConnectionError: it did not pass.
+        CredentialsError: whoever asks is not believed.
     """
     if is_local(uri):
         return call()
@@ -452,9 +460,14 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
             return call()
         except Exception as error:
             if type(error).__name__ == "NoCredentialsError":  # botocore's, which only s3:// imports
-                raise PermissionError(
+                raise CredentialsError(
                     f"{uri}: found no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
                 ) from None
+            if (code := _code_of(error)) in _NOT_BELIEVED:
+                raise CredentialsError(
+                    f"{uri}: S3 refuses the credentials ({code}: {error}); renew them where the job's processes find "
+                    "them and see that the clock is right; the same command goes on where this stopped"
+                ) from error
             if not _passes(error):
                 raise
             attempt += 1
@@ -467,6 +480,12 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
                 ) from error
             log.debug("%s: %s; trying again in %.1f s", uri, error, pause)
             time.sleep(pause)
+
+
+def _code_of(error: Exception) -> str | None:
+    """What an object store called a failure; s3fs gives many of them one number."""
+    answer = getattr(error.__cause__, "response", None)
+    return answer["Error"].get("Code") if answer else None
 
 
 def _passes(error: Exception) -> bool:

@@ -26,7 +26,8 @@ class S3Server:
     """moto's S3 over HTTP, with a switch.
 
     mode: `up`; `busy`: every request is answered 500 the first time it is made, with which clients have no patience of
-    their own, as with 503; `down`: nobody listens. What was stored stays stored.
+    their own, as with 503; `down`: nobody listens; else a code of S3 that every request is refused with. What was
+    stored stays stored.
     """
 
     def __init__(self) -> None:
@@ -69,12 +70,16 @@ class S3Server:
         request = tuple(environ.get(name, "") for name in ("REQUEST_METHOD", "RAW_URI", "HTTP_RANGE"))
         if self.mode == "busy" and request not in self._refused:
             self._refused.add(request)
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            body = b"<Error><Code>InternalError</Code><Message>Come back later.</Message></Error>"
-            headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
-            start_response("500 Internal Server Error", headers)
-            return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
+            return self._refuse("500 Internal Server Error", "InternalError", environ, start_response)
+        if self.mode not in ("up", "busy"):
+            return self._refuse("400 Bad Request", self.mode, environ, start_response)
         return self._backend(environ, start_response)
+
+    def _refuse(self, status, code, environ, start_response):
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        body = f"<Error><Code>{code}</Code><Message>No, says the server.</Message></Error>".encode()
+        start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
 
 
 class MlflowServer:

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from adaconv import storage
-from adaconv.errors import UsageError, of_storage
+from adaconv.data.sources import iter_images, read_found
+from adaconv.errors import CredentialsError, UsageError, of_storage
+from adaconv.images import ImageError
 from tests.servers import S3Server
 
 
@@ -280,6 +282,29 @@ def test_a_server_that_is_busy_is_asked_again(bucket, s3_server):
             assert file.read() == b"bc"
         storage.remove_directory(bucket)
         assert not storage.exists(bucket)
+    finally:
+        s3_server.mode = "up"
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken", "SignatureDoesNotMatch"])
+def test_credentials_that_are_refused_are_no_fault_of_the_file(bucket, s3_server, code):
+    """A session's token expires after some hours: what is read then is neither empty nor unreadable."""
+    storage.publish_bytes(f"{bucket}/a.jpg", b"abc")
+    (found,) = iter_images((bucket,))
+    assert storage.read_range(found.uri, 500, 10) == b""
+    s3_server.mode = code
+    try:
+        for call in (lambda uri: storage.read_range(uri, 0, 3), lambda uri: read_found(found)):
+            with pytest.raises(CredentialsError, match=rf"prefix/a.jpg: S3 refuses the credentials \({code}.*renew"):
+                call(found.uri)
+        with pytest.raises(CredentialsError, match="renew"):
+            storage.size_of(found.uri)
+        s3_server.mode = "InvalidRequest"
+        with pytest.raises(OSError, match="No, says the server"):
+            storage.read_range(found.uri, 0, 3)
+        s3_server.mode = "AccessDenied"
+        with pytest.raises(ImageError, match="unreadable: no permission to read it"):
+            read_found(found)
     finally:
         s3_server.mode = "up"
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
 from adaconv import storage
-from adaconv.errors import UsageError
+from adaconv.errors import CredentialsError, UsageError
 from adaconv.images import EXTENSIONS, ImageError
 
 log = logging.getLogger(__name__)
@@ -118,9 +118,11 @@ def read_found(found: Found, *, max_bytes: int | None = None) -> bytes:
     if found.member is not None:
         return _read_member(found, found.member)
     try:
-        return storage.read_bytes(found.uri)
+        return storage.read_bytes(found.uri, at_once=True)
     except FileNotFoundError:
         raise ImageError("vanished", "it was listed, and is not there any more, or is a link to nowhere") from None
+    except CredentialsError:  # no fault of the image's
+        raise
     except PermissionError:
         raise ImageError("unreadable", "no permission to read it") from None
     except OSError as error:
