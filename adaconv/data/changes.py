@@ -17,6 +17,7 @@ from adaconv.data.manifest import (
     DatasetVersion,
     Row,
     absent_shards,
+    how_to_mend,
     latest_version,
     lineage,
     list_versions,
@@ -136,7 +137,7 @@ def require_whole(root: str, name: str) -> DatasetVersion:
     if wrong:
         raise DatasetError(
             f"{version.root}@{name} is not whole: {len(wrong)} of {len(version.shards) + 1} files, the first is "
-            f"{wrong[0]}. The commands that led to it, with the same sources, make what is missing again"
+            f"{wrong[0]}. Delete them and {how_to_mend(version)}"
         )
     return version
 

@@ -61,7 +61,6 @@ MANIFEST = pa.schema(
 _ROWS_AT_ONCE = 16_384
 _VERSION = re.compile(r"[0-9a-f]+")
 _SHARD = re.compile(r"[0-9a-f]{16}\.tar")
-_MEND = "copy it from a backup, or make the version again: the same command on the same images writes the same bytes"
 
 
 @dataclass(frozen=True)
@@ -113,17 +112,21 @@ class DatasetVersion:
             with self._checked(uri) if whole else storage.open_binary(uri) as file:
                 yield file
         except FileNotFoundError:
-            raise DatasetError(f"expected the manifest {uri}, found none there; {_MEND}") from None
+            raise DatasetError(f"expected the manifest {uri}, found none there; {how_to_mend(self)}") from None
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             # pyarrow tells damaged pages as an OSError, one without a number; a storage's own has one.
             if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno):
                 raise
-            raise DatasetError(f"{uri}: expected a Parquet file, found damage ({error}); {_MEND}") from error
+            raise DatasetError(
+                f"{uri}: expected a Parquet file, found damage ({error}); delete it and {how_to_mend(self)}"
+            ) from error
 
     def _checked(self, uri: str) -> BinaryIO:
         data = storage.read_bytes(uri)
         if hashlib.sha256(data).hexdigest() != self.manifest_sha256:
-            raise DatasetError(f"{uri} is not the manifest that was written (its sha256 differs); {_MEND}")
+            raise DatasetError(
+                f"{uri} is not the manifest that was written (its sha256 differs); delete it and {how_to_mend(self)}"
+            )
         return io.BytesIO(data)
 
     def shard_uri(self, name: str) -> str:
@@ -233,6 +236,32 @@ def lineage(version: DatasetVersion) -> Iterator[DatasetVersion]:
         if version.parent is None or not storage.exists(version_uri(version.root, version.parent)):
             return
         version = open_version(f"{version.root}@{version.parent}")
+
+
+def how_to_mend(version: DatasetVersion) -> str:
+    """The commands that make a version's files again, each with the version that it was given then."""
+    *later, first = lineage(version)
+    if first.parent is not None:
+        return f"copy it from a backup: version {first.parent}, which it was made from, is gone"
+    told = "run pipelines/shard.py with the same sources"
+    if later:
+        of = ", ".join(f"--dataset {version.root}@{one.parent}" for one in reversed(later))
+        told += f", then the appends and removes that followed, in their order, with {of}"
+    return f"{told}: what is missing is made again, byte for byte"
+
+
+def require_shards(version: DatasetVersion) -> None:
+    """Refuse to go on from a version that is not all there: the next one would need what is missing.
+
+    Raises:
+        DatasetError: shards are not there, or not as long as they were written.
+    """
+    absent = absent_shards(version.root, version.shards)
+    if absent:
+        raise DatasetError(
+            f"{len(absent)} of {len(version.shards)} shards of {version.root}@{version.version} are not there, or were "
+            f"cut, the first {absent[0].name}; delete those and {how_to_mend(version)}"
+        )
 
 
 def publish_version(

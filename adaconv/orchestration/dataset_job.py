@@ -20,10 +20,12 @@ from adaconv.data.manifest import (
     IN_SHARDS,
     Row,
     Shard,
+    how_to_mend,
     latest_version,
     manifest_uri,
     open_version,
     publish_version,
+    require_shards,
     rows_of,
     split_spec,
 )
@@ -44,11 +46,12 @@ def run_append(config: AppendConfig, listing: Listing, exclusions: Sequence[Crit
     was given. Nothing new makes no version.
 
     Raises:
-        DatasetError: the codecs here are not those that the dataset was made with.
+        DatasetError: shards of the dataset are not there, or it was made with other codecs than those here.
         QuarantineBudgetError: too many of the new images were refused.
     """
     after = latest_version(split_spec(config.dataset)[0])  # before the parent: whoever publishes meanwhile is seen
     parent = open_version(config.dataset)
+    require_shards(parent)
     check_codecs(parent.recipe)
     settings = ShardConfig(
         source=config.source,
@@ -69,10 +72,11 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: a criterion names no image.
-        DatasetError: a shard is damaged.
+        DatasetError: a shard is damaged, or not there.
     """
     after = latest_version(split_spec(config.dataset)[0])
     parent = open_version(config.dataset)
+    require_shards(parent)
     exclusions = read_exclusions(config.exclude)
     reasons = keys_to_remove(parent.rows(), criteria_of(config), exclusions)
     if not reasons:
@@ -194,12 +198,9 @@ def run_verify(config: VerifyConfig) -> dict[str, Any]:
     }
     if damages:
         files = sorted({damage.file for damage in damages})
-        again = "run pipelines/shard.py with the same sources"
-        if version.parent:
-            again += ", then every append and remove that led here"
         error = (
             f"{len(damages)} places of {len(files)} files are damaged, the first: {damages[0]}. Delete the damaged "
-            f"files and {again}: what is missing is made again, byte for byte"
+            f"files and {how_to_mend(version)}"
         )
         return {**result, "status": "failed", "error": error}
     return result

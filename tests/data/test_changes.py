@@ -15,7 +15,16 @@ from adaconv import storage
 from adaconv.config.dataset import SimilarConfig
 from adaconv.data import changes
 from adaconv.data.changes import by_shard, collect, diff, find_garbage, roll_back
-from adaconv.data.manifest import IN_SHARDS, latest_uri, lineage, list_versions, manifest_uri, open_version
+from adaconv.data.manifest import (
+    IN_SHARDS,
+    how_to_mend,
+    latest_uri,
+    lineage,
+    list_versions,
+    manifest_uri,
+    open_version,
+    version_uri,
+)
 from adaconv.data.report import render
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import verify_manifest, verify_shard
@@ -279,6 +288,19 @@ def test_a_version_whose_shards_were_deleted_is_not_published(version):
     Path(version.shard_uri(version.shards[0].name)).unlink()
     with pytest.raises(DatasetError, match=r"1 of 3 shards are not below .* any more"):
         child_of(version, 3)
+
+
+def test_what_mends_a_version_is_named_with_what_each_command_was_given(version):
+    child = child_of(child_of(version, 3), 2)
+    assert how_to_mend(version) == (
+        "run pipelines/shard.py with the same sources: what is missing is made again, byte for byte"
+    )
+    assert (
+        f"that followed, in their order, with --dataset {version.root}@{version.version}, --dataset "
+        f"{version.root}@{child.parent}: what is missing"
+    ) in how_to_mend(child)
+    Path(version_uri(version.root, version.version)).unlink()
+    assert f"from a backup: version {version.version}, which it was made from, is gone" in how_to_mend(child)
 
 
 def test_a_version_stays_as_it_is_when_another_is_published(version):

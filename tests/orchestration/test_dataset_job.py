@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from adaconv import storage
+from adaconv.config.dataset import AppendConfig, RemoveConfig
 from adaconv.data.changes import describe_versions, roll_back
 from adaconv.data.manifest import open_version
 from adaconv.data.synthetic import generate_photos
 from adaconv.errors import DatasetError
+from adaconv.orchestration.dataset_job import run_append, run_remove
 from tests.helpers import build_version, child_of
 from tests.orchestration.runs import dataset, hashes_of, run, shard
 
@@ -152,6 +154,18 @@ def test_versions_on_an_object_store_are_listed_and_rolled_back(photos, bucket):
     assert open_version(root) == first
 
 
+def test_what_lacks_shards_is_neither_added_to_nor_taken_from(photos, tmp_path):
+    """Not even where there is nothing to add or to take: that would say that all is well."""
+    version = build_version(photos, str(tmp_path / "data"))
+    child = child_of(version, 3)
+    Path(child.shard_uri(child.shards[0].name)).unlink()
+    words = rf"1 of 3 shards of .*@{child.version} are not there.* with --dataset {version.root}@{version.version}: "
+    with pytest.raises(DatasetError, match=words):
+        run_append(AppendConfig(dataset=child.root, source=(str(photos),)), listing=None, exclusions=())
+    with pytest.raises(DatasetError, match=words):
+        run_remove(RemoveConfig(dataset=child.root, label=("landscape",)))
+
+
 @pytest.mark.slow
 def test_what_verify_advises_makes_a_damaged_version_whole(cluster, images, root, tmp_path):
     first = open_version(str(root))
@@ -159,24 +173,25 @@ def test_what_verify_advises_makes_a_damaged_version_whole(cluster, images, root
     generate_photos(more, 1, seed=9, size=144)
     steps = (
         lambda: shard(cluster, images, root),
-        lambda: dataset(cluster, "append", "--dataset", root, "--source", more),
-        lambda: dataset(cluster, "remove", "--dataset", root, "--label", "more"),
+        lambda at="": dataset(cluster, "append", "--dataset", f"{root}{at}", "--source", more),
+        lambda at="": dataset(cluster, "remove", "--dataset", f"{root}{at}", "--label", "more"),
     )
     for step in steps[1:]:
         step()
     version, before = open_version(str(root)), hashes_of(root)
-    of_both = next(s for s in version.shards if s in first.shards)
-    of_removal = next(s for s in version.shards if s not in open_version(f"{root}@{version.parent}").shards)
-    for damaged in (of_both, of_removal):
+    second = open_version(f"{root}@{version.parent}")
+    of_append = next(s for s in second.shards if s not in first.shards)
+    of_removal = next(s for s in version.shards if s not in second.shards)
+    for damaged in (of_append, of_removal):
         Path(version.shard_uri(damaged.name)).write_bytes(b"damaged")
     done = dataset(cluster, "verify", "--dataset", root, "--output", tmp_path / "out", code=1)
-    assert "then every append and remove" in done.stderr
+    assert f"with --dataset {root}@{first.version}, --dataset {root}@{second.version}: what is missing" in done.stderr
     told = {damage["file"] for damage in result_of(tmp_path / "out")["damages"]}
-    assert told == {f"shards/{damaged.name}" for damaged in (of_both, of_removal)}
-    for damaged in (of_both, of_removal):
+    assert told == {f"shards/{damaged.name}" for damaged in (of_append, of_removal)}
+    for damaged in (of_append, of_removal):
         Path(version.shard_uri(damaged.name)).unlink()
-    for step in steps:
-        step()
+    for step, at in zip(steps, ((), (f"@{first.version}",), (f"@{second.version}",)), strict=True):
+        step(*at)
     assert dataset(cluster, "verify", "--dataset", root).returncode == 0
     assert open_version(str(root)).version == version.version
     assert hashes_of(root) == before
