@@ -21,6 +21,7 @@ from adaconv.data.manifest import (
     version_uri,
 )
 from adaconv.data.sources import Found, fingerprint, read_found
+from adaconv.errors import UsageError
 from adaconv.images import ImageError
 
 log = logging.getLogger(__name__)
@@ -85,11 +86,8 @@ def note_build(root: str, build: str, version: DatasetVersion) -> None:
 
 def built_version(root: str, build: str) -> DatasetVersion | None:
     """The version that a build gave, if its manifest is whole; shards may be lost."""
-    try:
-        name = json.loads(storage.read_bytes(_note_uri(root, build)))["version"]
-    except FileNotFoundError:
-        return None
-    if not storage.exists(version_uri(root, name)) or not storage.exists(manifest_uri(root, name)):
+    name = _noted(root, build)
+    if name is None or not storage.exists(version_uri(root, name)) or not storage.exists(manifest_uri(root, name)):
         return None
     version = open_version(f"{root}@{name}")
     manifest = storage.read_bytes(manifest_uri(root, name))
@@ -116,8 +114,13 @@ def whole_version(
     """The version that these images gave, unless one that could not be read then can be read now.
 
     It is made again only while it is LATEST: what was made of it since would be left behind.
+
+    Raises:
+        UsageError: it was deleted, and LATEST is another one than it or its parent.
     """
-    version = finished_version(root, listing.build(recipe, parent))
+    build = listing.build(recipe, parent)
+    _refuse_to_go_back(root, build, parent)
+    version = finished_version(root, build)
     if version is None or not MENDABLE & version.books["reasons"].keys():
         return version
 
@@ -139,6 +142,17 @@ def whole_version(
     return version
 
 
+def _refuse_to_go_back(root: str, build: str, parent: str | None) -> None:
+    """Where `gc` deleted what LATEST descends from, nobody can tell any more that it does."""
+    name, latest = _noted(root, build), latest_version(root)
+    if name is not None and latest not in (None, name, parent) and not storage.exists(version_uri(root, name)):
+        raise UsageError(
+            f"{root}: these images gave version {name}, which was deleted since, and LATEST is {latest}. Made again it "
+            "would take LATEST's place, with what was removed. pipelines/dataset.py append adds what is new; to have "
+            f"it made nevertheless, give another output or delete {_note_uri(root, build)}"
+        )
+
+
 def result_of(version: DatasetVersion) -> dict[str, Any]:
     """What result.json says of a version."""
     return {
@@ -150,6 +164,15 @@ def result_of(version: DatasetVersion) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in version.shards),
         "books": dict(version.books),
     }
+
+
+def _noted(root: str, build: str) -> str | None:
+    """The version that a build gave once."""
+    try:
+        name: str = json.loads(storage.read_bytes(_note_uri(root, build)))["version"]
+    except FileNotFoundError:
+        return None
+    return name
 
 
 def _note_uri(root: str, build: str) -> str:

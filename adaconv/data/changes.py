@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -172,6 +172,8 @@ class Garbage:
 def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -> Garbage:
     """Files below a root that no version needs, old enough to be of no job that runs.
 
+    Notes of builds stay: by them a command that gave a deleted version is known, which would bring back what it held.
+
     Raises:
         UsageError: there is no dataset.
         DatasetError: a version's file is damaged: what it needs is not known, so nothing is garbage.
@@ -199,19 +201,15 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
     files = [e for e in storage.walk(root, hidden=True) if e.path.startswith(ours) and e.path not in needed]
     limit = time.time() - older_than_hours * 3600
     garbage = [
-        entry
-        for entry in files
-        if entry.path in of_dropped or (entry.changed <= limit and not _builds_a_kept_one(entry, kept))
+        entry for entry in files if entry.path in of_dropped or (entry.changed <= limit and not _is_build_note(entry))
     ]
     files = sorted(garbage, key=lambda e: (_ORDER.index(e.path.partition("/")[0]), e.path))
     uploads = storage.abandoned_uploads(root, older_than_hours=older_than_hours)
     return Garbage(dropped, tuple(files), tuple(upload for upload in uploads if upload.path.startswith(ours)))
 
 
-def _builds_a_kept_one(entry: storage.Entry, kept: Sequence[str]) -> bool:
-    return entry.path.startswith("builds/") and any(
-        name in storage.read_bytes(entry.uri).decode(errors="replace") for name in kept
-    )
+def _is_build_note(entry: storage.Entry) -> bool:
+    return entry.path.startswith("builds/") and entry.path.endswith(".json")
 
 
 def collect(garbage: Garbage) -> None:
