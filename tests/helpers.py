@@ -1,6 +1,7 @@
 """What several tests make."""
 
 import contextlib
+import struct
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,20 @@ def swapped_profile() -> bytes:
     red, blue = at[b"rXYZ"], at[b"bXYZ"]
     data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
     return bytes(data).replace("sRGB".encode("utf-16-be"), "xxxx".encode("utf-16-be")).replace(b"sRGB", b"xxxx")
+
+
+def grey_profile() -> bytes:
+    """Of grey whose levels are light itself, where those of sRGB are about its square root."""
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + white, b"kTRC": b"curv\0\0\0\0" + struct.pack(">I4x", 0)}
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data
+    head = struct.pack(
+        ">I4xI4s4s4s12x4s28x12s48x", 128 + len(table + body), 0x02400000, b"mntr", b"GRAY", b"XYZ ", b"acsp", white
+    )
+    return head + table + body
 
 
 def held_open(folder: Path) -> list[str]:

@@ -47,7 +47,9 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
         if bare_inks:
             image = _light_of_inks(image)
         elif image.get_typeof("icc-profile-data") and not keep_colours:
-            image = image.icc_transform("srgb", embedded=True, intent="relative", black_point_compensation=True)
+            image = image.icc_transform(
+                "srgb", embedded=True, intent="relative", black_point_compensation=True, depth=8
+            )
         elif image.interpretation != "srgb":
             image = image.colourspace("srgb")
         if image.hasalpha():

@@ -24,7 +24,7 @@ from adaconv.stylize.outputs import Recipe, read_recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted, file_thumbnail
 from adaconv.stylize.raster import Window
 from adaconv.stylize.stylizer import Stylizer
-from tests.helpers import held_open, save_checkpoint, swapped_profile
+from tests.helpers import grey_profile, held_open, save_checkpoint, swapped_profile
 from tests.servers import REPO
 
 
@@ -297,6 +297,13 @@ def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
         inks.save(tmp_path / f"cmyk {name}.jpg", icc_profile=profile, quality=95)
     wide = libvips().Image.new_from_array(np.asarray(inks)).copy(interpretation="cmyk").cast("ushort", shift=True)
     wide.tiffsave(str(tmp_path / "cmyk 16bit.tif"))
+    for name, profile in (("rgb", swapped_profile()), ("rgba", swapped_profile()), ("grey", grey_profile())):
+        deep = {"rgb": picture, "rgba": transparent, "grey": picture.convert("L")}[name]
+        deep = libvips().Image.new_from_array(np.asarray(deep).astype(np.uint16) * 257)
+        deep = deep.copy(interpretation="grey16" if name == "grey" else "rgb16")
+        deep.set_type(libvips().GValue.blob_type, "icc-profile-data", profile)
+        deep.pngsave(str(tmp_path / f"{name} 16bit.png"), bitdepth=16)
+        deep.tiffsave(str(tmp_path / f"{name} 16bit.tif"))
     for path in sorted(tmp_path.iterdir()):
         wanted = np.asarray(decode_picture(path, max_pixels=10**6)).astype(int)
         raster = large.unpack(path, tmp_path / "raw")
