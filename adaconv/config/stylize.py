@@ -17,7 +17,8 @@ class OptionsConfig(Config):
     content_side: int | None = Field(default=None, ge=16)
     """Contents are scaled down until their shorter side has this many pixels; None keeps their size."""
     style_side: int = Field(default=256, ge=16)
-    """Styles are scaled until their shorter side has this many pixels: the scale at which brush strokes are read."""
+    """Styles are scaled until their shorter side has this many pixels: the scale at which brush strokes are read. Of
+    those more than 8 times as long as wide the middle is read."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` is faster where the hardware has it, with three digits for feature maps; style packs stay float32."""
     alpha: float = Field(default=1.0, ge=0, le=1)

@@ -38,7 +38,7 @@ from adaconv.stylize.inputs import Item, decode_picture, local_file, mixture_of,
 from adaconv.stylize.outputs import INDEX, Published, Recipe, pack_name, publish_index, slug
 from adaconv.stylize.pairing import Pair
 from adaconv.stylize.pictures import thumbnail
-from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail
+from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail, is_out_of_memory
 from adaconv.stylize.style_pack import StylePack
 from adaconv.stylize.stylizer import Stylizer
 
@@ -286,6 +286,11 @@ class _PackMaker(_ModelActor):
             return [row | {"reason": f"style {error}"}]
         except AdaConvError as error:
             return [row | {"error": str(error), "usage": isinstance(error, UsageError)}]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = str(error).partition("\n")[0]
+            return [row | {"reason": f"style out_of_memory: {told}; give actors more memory, or a smaller style_side"}]
         finally:
             self.end()
         row |= {

@@ -19,6 +19,7 @@ Picture = Image.Image | NDArray[np.uint8] | NDArray[np.float32] | Tensor
 P = TypeVar("P", Image.Image, NDArray[np.uint8], NDArray[np.float32], Tensor)
 
 _WINDOW_SIDE = 1024  # of what is reduced at a time
+_LONGEST_STYLE = 8  # times as long as wide
 
 
 def pixels_of(picture: Picture) -> Tensor:
@@ -66,20 +67,20 @@ def like(picture: P, pixels: Tensor) -> P:
 
 
 def reduced(raster: Raster, side: int) -> Tensor:
-    """A picture scaled until its shorter side has `side` pixels; a large one is never in memory as a whole.
+    """A picture as a style is read, see as_style: one that is large is never in memory as a whole.
 
     Returns:
         (1, 3, h, w) float32 in [0, 1].
     """
-    factor = max(1, min(raster.height, raster.width) // side)
+    middle, (width, height) = as_style(raster.width, raster.height, side)
+    factor = max(1, min(middle.height, middle.width) // side)
     step = max(factor, _WINDOW_SIDE // factor * factor)
     rows = []
-    for top in range(0, raster.height, step):
-        strip = [w for w in tiles(raster.height, raster.width, step) if w.top == top]
+    for top in range(0, middle.height, step):
+        strip = [w.moved(middle.top, middle.left) for w in tiles(middle.height, middle.width, step) if w.top == top]
         rows.append(torch.cat([_box(raster, window, factor) for window in strip], dim=-1))
     small = torch.cat(rows, dim=-2)
-    short = min(raster.height, raster.width)
-    size = tuple(max(1, round(full * side / short)) for full in (raster.height, raster.width))
+    size = (height, width)
     if size == tuple(small.shape[-2:]):
         return small
     return F.interpolate(small, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
@@ -117,6 +118,16 @@ def shrink(image: Image.Image, side: int | None) -> Image.Image:
     if side is None or min(image.size) <= side:
         return image
     return image.resize(scaled(image.size, side), Image.Resampling.LANCZOS)
+
+
+def as_style(width: int, height: int, side: int) -> tuple[Window, tuple[int, int]]:
+    """What is read of a style, and the width and height to which that is scaled: `side` is the shorter one.
+
+    Of a strip more than 8 times as long as wide it is the middle: the whole of 1500x1 would be 384,000 pixels wide.
+    """
+    wide, high = min(width, _LONGEST_STYLE * height), min(height, _LONGEST_STYLE * width)
+    middle = Window(0, high, 0, wide).moved((height - high) // 2, (width - wide) // 2)
+    return middle, scaled((wide, high), side)
 
 
 def scaled(size: tuple[int, int], side: int) -> tuple[int, int]:

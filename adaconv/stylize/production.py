@@ -199,7 +199,7 @@ class Production:
                     left = [one for one in left if one.key != made.key]
                     yield made
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 told = str(error).partition("\n")[0]
                 log.warning("%s: out of memory with a batch of %d and tiles of %s; trying less", path, *attempt)
@@ -368,7 +368,8 @@ def _write_levels(raster: FileRaster, window: Window, values: Tensor) -> None:
     raster.write(window, values.clamp(0, 1).mul(255).round().to(torch.uint8))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says so; torch has no class of its own for that on a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     told = str(error).lower()  # on a CPU, torch's is a RuntimeError, and oneDNN's says no more than this

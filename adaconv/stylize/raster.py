@@ -27,6 +27,9 @@ class Window(NamedTuple):
     def width(self) -> int:
         return self.right - self.left
 
+    def moved(self, down: int, right: int) -> "Window":
+        return Window(self.top + down, self.bottom + down, self.left + right, self.right + right)
+
     def scaled(self, factor: int) -> "Window":
         return Window(*(side * factor for side in self))
 

@@ -27,7 +27,7 @@ from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, pa
 from adaconv.stylize.blend import mix
 from adaconv.stylize.colour import Color, ColorStatistics, coral, with_chroma_of
 from adaconv.stylize.layers import Moments, Region
-from adaconv.stylize.pictures import P, Picture, like, pixels_of, reduced, scaled, thumbnail
+from adaconv.stylize.pictures import P, Picture, as_style, like, pixels_of, reduced, thumbnail
 from adaconv.stylize.raster import MemoryRaster, Raster, Window, tiles
 from adaconv.stylize.style_pack import StylePack, mix_packs
 from adaconv.stylize.tiling import Tiler, plan_tile
@@ -143,9 +143,14 @@ class Stylizer:
 
         Args:
             style: picture of any size; of several, the pack is their even mixture.
-            side: its shorter side is scaled to this many pixels first: the scale at which strokes are read.
+            side: its shorter side is scaled to this many pixels first: the scale at which strokes are read. Of a strip
+                more than 8 times as long as wide the middle is read.
             source: kept as the pack's name.
             source_sha256: of the style's file; None takes it of the pixels.
+
+        Raises:
+            UsageError: styles of this side take more memory than `max_memory_gb`.
+            MemoryError: this style does, which is longer than wide.
         """
         if isinstance(style, list | tuple):
             packs = [self.style_pack(one, side=side, source=f"{source or 'style'} {i}") for i, one in enumerate(style)]
@@ -153,7 +158,9 @@ class Stylizer:
         assert not isinstance(style, Sequence)
         picture = as_seen(style) if isinstance(style, Image.Image) else Image.fromarray(like(_LEVELS, _float(style)))
         digest = source_sha256 or hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-        small = picture.resize(scaled(picture.size, side), Image.Resampling.LANCZOS)
+        self._require_room(*picture.size, side)
+        (top, bottom, left, right), size = as_style(*picture.size, side)
+        small = picture.resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
         code = self._encode_style(to_tensor(small)[None])
         shown = thumbnail(picture, side=_THUMBNAIL_SIDE)
         return StylePack(code, self.info.digest, source, digest, {"side": side}, shown)
@@ -341,6 +348,7 @@ class Stylizer:
             if isinstance(self._network.transfer, AdaINTransfer):
                 own = statistics()
             else:  # read at the scale of the style, as a style is
+                self._require_room(content.width, content.height, blend.packs[0].side)
                 with torch.autocast(self._device.type, enabled=False):
                     own = self._encode_style(reduced(content, blend.packs[0].side))
         codes = [pack.code for pack in blend.packs]
@@ -362,6 +370,21 @@ class Stylizer:
             Region(code, MemoryRaster(_padded(share, smallest).to(self._device)))
             for code, share in zip(placed, shares, strict=True)
         ]
+
+    def _require_room(self, width: int, height: int, side: int) -> None:
+        """A style is read in no tiles.
+
+        Raises:
+            UsageError, MemoryError: see `style_pack`.
+        """
+        if self.tile_of(side, side) is not None:
+            raise UsageError(
+                f"style_side: expected styles that {self.max_memory_gb:g} GB (tile.max_memory_gb) have room for, "
+                f"found {side} pixels"
+            )
+        _, (wide, high) = as_style(width, height, side)
+        if self.tile_of(high, wide) is not None:
+            raise MemoryError(f"{width}x{height} would be read at {wide}x{high}, beyond {self.max_memory_gb:g} GB")
 
     def _encode_style(self, image: Tensor) -> StyleCode:
         code = self._network.encode_style(image.to(self._device))

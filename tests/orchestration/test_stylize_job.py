@@ -14,6 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -342,20 +343,29 @@ def test_files_as_they_are_found_are_made_or_named(cluster, model, contents, sty
     assert all(name in told for name in UNUSABLE)
 
 
-@pytest.mark.parametrize("refusal", ["too_many_pixels", "worker_died"])
-def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(
-    refusal, model, contents, styles, tmp_path, monkeypatch
-):
-    """The actors alone, without a cluster: two outputs are there when a third is asked for."""
+@pytest.fixture
+def alone(model, tmp_path, monkeypatch):
+    """What an actor is made with, without a cluster: for a job into tmp_path / "out", of a content that killed some."""
     monkeypatch.setattr(stylize_job.ray, "get", lambda given: given)
-    (content,), ways = list_items((str(contents),), flag="-")[:1], list_items((str(styles),), flag="-")
     files = {path.name: path.read_bytes() for path in Path(model).iterdir()}
 
-    def outputs(numbers, deaths=0, shown=frozenset({0, 1, 2}), **tile):
-        config = StylizeConfig(model="m", content=("c",), style=("s",), output=str(tmp_path), tile=TileConfig(**tile))
+    def shared(deaths=0, **settings):
+        told = {"model": "m", "content": ("c",), "style": ("s",), "output": str(tmp_path / "out"), **settings}
         begin = SimpleNamespace(remote=lambda what: 1 + deaths * what.startswith("content"))
-        shared = {"files": files, "config": config.model_dump_json(), "model": "m", "threads": None, "on_gpu": False}
-        shared["beginnings"] = SimpleNamespace(begin=begin, end=SimpleNamespace(remote=lambda begun: None))
+        beginnings = SimpleNamespace(begin=begin, end=SimpleNamespace(remote=lambda begun: None))
+        given = {"files": files, "config": StylizeConfig(**told).model_dump_json(), "model": "m", "threads": None}
+        return {**given, "on_gpu": False, "beginnings": beginnings}
+
+    return shared
+
+
+@pytest.mark.parametrize("refusal", ["too_many_pixels", "worker_died"])
+def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(refusal, alone, contents, styles):
+    """Two outputs are there when a third is asked for."""
+    (content,), ways = list_items((str(contents),), flag="-")[:1], list_items((str(styles),), flag="-")
+
+    def outputs(numbers, deaths=0, shown=frozenset({0, 1, 2}), **tile):
+        shared = alone(deaths, tile=TileConfig(**tile))
         maker = stylize_job._PackMaker(**shared)
         packs = [maker({"style": n, "side": 256, **way.to_row()})[0] for n, way in enumerate(ways)]
         actor = stylize_job._ContentStylizer(packs=packs, shown=shown, there=(), **shared)
@@ -372,6 +382,21 @@ def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(
     assert [row["state"] for row in rows] == ["skipped", "skipped", "failed"]
     assert [bool(row["output"] and row["thumbnail"]) for row in rows] == [True, True, False]
     assert [row["reason"].partition(":")[0] for row in rows] == ["", "", f"content {refusal}"]
+
+
+def test_a_style_that_memory_has_no_room_for_is_a_named_failure(alone, tmp_path, monkeypatch):
+    """The others of its job are made."""
+    Image.new("RGB", (400, 50)).save(tmp_path / "s.png")
+    (item,) = list_items((str(tmp_path / "s.png"),), flag="-")
+    maker = stylize_job._PackMaker(**alone(tile={"max_memory_gb": 1}))
+
+    def reason(side):
+        return maker({"style": 0, "side": side, **item.to_row()})[0]["reason"]
+
+    assert reason(256) == ""
+    assert reason(1300).startswith("style out_of_memory: 400x50 would be read at 10400x1300, beyond 1 GB")
+    monkeypatch.setattr(Stylizer, "style_pack", Mock(side_effect=RuntimeError("cannot allocate memory\nat ...")))
+    assert reason(255).startswith("style out_of_memory: cannot allocate memory; give actors more")
 
 
 @pytest.mark.slow

@@ -109,6 +109,28 @@ def test_other_files_are_no_packs(data):
         StylePack.from_bytes(data, name="x", model_digest="")
 
 
+def test_a_strip_is_read_by_its_middle(stylizer, monkeypatch):
+    """As a style, and as a content whose own style is faded in: at its whole length it would take all memory."""
+    strip, ends = picture(1500, 2), picture(1500, 2)
+    for left, right in ((0, 738), (762, 1500)):
+        ends.paste("red", (left, 0, right, 2))
+    sizes, encode = [], stylizer._network.encode_style
+    monkeypatch.setattr(stylizer._network, "encode_style", lambda x: sizes.append(tuple(x.shape[-2:])) or encode(x))
+    packs = [stylizer.style_pack(one, side=32) for one in (strip, ends, strip.transpose(Image.Transpose.ROTATE_90))]
+    assert all(torch.equal(packs[0].code[name], packs[1].code[name]) for name in packs[0].code)
+    stylizer.stylize(strip, packs[0], alpha=0.5, tile=64)
+    assert sizes == [(32, 256), (32, 256), (256, 32), (32, 256)]
+
+
+def test_a_style_is_not_read_at_a_side_that_memory_has_no_room_for(tmp_path):
+    small = Stylizer.from_folder(save_checkpoint(tmp_path)[1], max_memory_gb=0.5)
+    with pytest.raises(UsageError, match=r"style_side: expected styles that 0\.5 GB .*, found 1000 pixels"):
+        small.style_pack(picture(32, 32), side=1000)
+    with pytest.raises(MemoryError, match=r"400x50 would be read at 4800x600, beyond 0\.5 GB"):
+        small.style_pack(picture(400, 50), side=600)
+    assert small.style_pack(picture(32, 32), side=600).side == 600
+
+
 def test_pictures_are_shrunk_and_never_enlarged():
     assert shrink(picture(200, 100), 50).size == (100, 50)
     assert shrink(picture(40, 30), 50).size == (40, 30)
