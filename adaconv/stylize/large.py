@@ -19,9 +19,9 @@ _STRIP_BYTES = 2**20
 
 
 def reads(path: Path) -> bool:
-    """Whether libvips reads a file: it does but for BMP, and TIFF in CIELAB."""
+    """Whether libvips reads a file as Pillow does: not BMP, and not TIFF in CIELAB or of 32 bits, see images.to_rgb."""
     with open_header(path, max_pixels=10**10) as image:
-        return image.format != "BMP" and image.mode != "LAB"
+        return image.format != "BMP" and image.mode not in ("LAB", "F", "I")
 
 
 def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:

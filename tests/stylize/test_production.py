@@ -340,15 +340,25 @@ def test_an_odd_tag_of_a_turned_photograph_costs_nothing(stylizer, tmp_path):
             assert (made.state, made.width, made.height) == ("done", 80, 96)
 
 
-def test_a_picture_in_cielab_is_made_and_shown(stylizer, tmp_path):
-    lab = ImageCms.profileToProfile(
-        smooth(96, 80), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
-    )
-    lab.save(tmp_path / "c.tif")
+@pytest.mark.parametrize("kind", ["cielab", "float", "float255", "int", "int255"])
+def test_what_libvips_sees_otherwise_is_made_and_shown_as_pillow_sees_it(stylizer, tmp_path, kind):
+    """It casts pixels of 32 bits, which say nothing of where white is."""
+    picture = smooth(96, 80)
+    levels = np.asarray(picture.convert("L"))
+    if kind == "cielab":
+        srgb, lab = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+        ImageCms.profileToProfile(picture, srgb, lab, outputMode="LAB").save(tmp_path / "c.tif")
+    else:
+        dtype, whitest = (np.float32, 1) if "float" in kind else (np.int32, 65535)
+        whitest = 255 if "255" in kind else whitest
+        Image.fromarray((levels / 255 * whitest).astype(dtype)).save(tmp_path / "c.tif")
+    one = wanted(stylizer)[0]
     for tile in (None, 64):
-        (made,) = make(stylizer, tmp_path / str(tile), tmp_path / "c.tif", wanted(stylizer), tile=tile)
+        (made,) = make(stylizer, tmp_path / str(tile), tmp_path / "c.tif", [one], tile=tile)
         assert (made.state, made.width, made.height) == ("done", 96, 80)
-    assert file_thumbnail(tmp_path / "c.tif", side=50)
+    assert np.abs(pixels(tmp_path / "None", one) - pixels(tmp_path / "64", one)).max() <= 1
+    with Image.open(io.BytesIO(file_thumbnail(tmp_path / "c.tif", side=96))) as shown:
+        assert np.abs(np.asarray(shown.convert("L")).astype(int) - levels).mean() < 4
 
 
 @pytest.mark.parametrize(("kind", "side"), [("webp", 16_400), ("jpeg", 65_600)])
