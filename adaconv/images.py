@@ -214,9 +214,11 @@ def upright(image: Image.Image) -> Image.Image:
 
     Pillow's own exif_transpose writes the rest of the EXIF anew, and fails where a single field is of a wrong type.
     """
-    image.load()  # which turns a TIFF by itself
+    xmp = image.info.pop("xmp", None)
+    image.load()  # which turns a TIFF by itself, by its XMP too
+    image.info |= {"xmp": xmp} if xmp else {}
     try:
-        turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
+        turn = _TURNS.get(orientation_of(image))
     except Exception:  # EXIF is written by anything that ever touched a photograph
         return image
     if turn is None:
@@ -225,6 +227,17 @@ def upright(image: Image.Image) -> Image.Image:
     for name in _TELL_ORIENTATION:
         turned.info.pop(name, None)
     return turned
+
+
+def orientation_of(image: Image.Image) -> int:
+    """What EXIF says of how a picture lies, 1 where it says nothing; anything else that says it, no viewer asks.
+
+    Pillow's own getexif asks XMP, and in PNG a text of ImageMagick's. It may raise whatever a damaged EXIF leads to.
+    """
+    bare = Image.Image()
+    bare.info = {"exif": image.info.get("exif", b"")}
+    orientation: int = bare.getexif().get(ORIENTATION, 1)
+    return orientation
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -261,16 +274,20 @@ def to_srgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the profile cannot be read or is not one of the image's mode.
     """
-    if image.mode in ("PA", "LA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    profile, alpha = image.info["icc_profile"], None
+    if image.mode == "PA" or "transparency" in image.info:
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
     elif image.mode == "P":
         image = image.convert("RGB")
+    if image.mode == "LA":  # which no transform takes
+        image, alpha = image.split()
     try:
-        transform = _to_srgb_transform(image.info["icc_profile"], image.mode)
-        converted = ImageCms.applyTransform(image, transform)
+        converted = ImageCms.applyTransform(image, _to_srgb_transform(profile, image.mode))
     except (ImageCms.PyCMSError, OSError) as error:
         raise ValueError(f"its ICC profile does not fit: {error}") from error
     assert converted is not None
+    if alpha is not None:
+        converted.putalpha(alpha)
     return converted
 
 

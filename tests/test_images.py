@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adaconv.images import ImageError, decode, encode_jpeg, open_header, to_rgb, to_tensor, to_uint8
+from adaconv.images import ImageError, decode, encode_jpeg, open_header, to_rgb, to_tensor, to_uint8, upright
 
 
 def png(image: Image.Image, **options) -> bytes:
@@ -85,6 +85,17 @@ def test_orientation_is_applied():
     exif[0x0112] = 6  # turned by 90 degrees
     upright = decode(png(Image.new("RGB", (4, 2), "red"), exif=exif))
     assert upright.size == (2, 4)
+
+
+def test_xmp_says_nothing_of_orientation():
+    """Browsers ask EXIF alone, and so does libvips; a TIFF is turned by Pillow itself."""
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    for kind, how in (("JPEG", {"xmp": xmp}), ("TIFF", {"tiffinfo": {700: xmp}})):
+        buffer = io.BytesIO()
+        Image.new("RGB", (4, 2), "red").save(buffer, kind, **how)
+        with Image.open(buffer) as image:
+            assert upright(image).size == (4, 2)
+            assert image.info["xmp"] == xmp
 
 
 def test_pixels_survive_the_round_trip_through_floats():

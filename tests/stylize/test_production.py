@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from adaconv import storage
 from adaconv.images import ImageError, libvips
@@ -290,6 +290,17 @@ def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
     transparent.putalpha(Image.linear_gradient("L").resize(picture.size))
     transparent.save(tmp_path / "transparent.png")
     picture.convert("P").save(tmp_path / "palette.gif")
+    told = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'  # which nobody asks
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", told.decode())
+    picture.save(tmp_path / "xmp.png", pnginfo=text)
+    picture.save(tmp_path / "xmp.jpg", xmp=told, quality=95)
+    picture.save(tmp_path / "xmp.webp", xmp=told, lossless=True)
+    picture.save(tmp_path / "xmp.tif", tiffinfo={700: told})
+    grey = transparent.convert("LA")
+    for kind in ("png", "tif"):
+        grey.save(tmp_path / f"grey transparent.{kind}", icc_profile=grey_profile())
+    picture.convert("L").save(tmp_path / "grey key.png", icc_profile=grey_profile(), transparency=100)
     Image.effect_noise((160, 96), 60).convert("I;16").save(tmp_path / "16bit.png")
     inks, print_profile = _inks(160, 96), bytes(libvips().Operation.call("profile_load", "cmyk"))
     for name, profile in (("plain", None), ("of rgb", swapped_profile()), ("of print", print_profile)):
