@@ -34,6 +34,7 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
 
     Raises:
         ImageError: `truncated` or `corrupt_data` where the pixels are not all there.
+        OSError: the disk has no room; names the file.
     """
     vips = libvips()
     require_sound_jpeg(path)
@@ -54,12 +55,18 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
             image = image.colourspace("srgb")
         if image.hasalpha():
             image = image.flatten(background=[255, 255, 255])
-        image.cast("uchar").rawsave(str(raw))
+        image = image.cast("uchar")
+        raster = FileRaster(raw, 3, image.height, image.width, torch.uint8)
+        try:  # into the room that it has taken; a path would be emptied first
+            image.rawsave_target(vips.Target.new_to_descriptor(raster.fileno()))
+        except vips.Error:
+            raster.close()
+            raise
     except vips.Error as error:
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from error
         raise ImageError("truncated", " ".join(str(error.detail).split())) from error
-    return FileRaster(raw, 3, image.height, image.width, torch.uint8, fresh=False)
+    return raster
 
 
 def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata | None = None) -> None:

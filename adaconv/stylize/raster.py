@@ -74,14 +74,12 @@ class FileRaster:
         dtype: torch.dtype,
         *,
         device: torch.device | None = None,
-        fresh: bool = True,
     ) -> None:
-        """`fresh`: made anew; otherwise a file of this layout is there."""
         self.path, self.height, self.width = path, height, width
         self._channels, self._dtype, self._device = channels, dtype, device
         self._pixel_bytes = channels * dtype.itemsize
-        self._file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if fresh else 0), 0o600)
-        if fresh and hasattr(os, "posix_fallocate"):
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        if hasattr(os, "posix_fallocate"):
             # Room is taken now: a full disk says so here rather than in the middle.
             try:
                 os.posix_fallocate(self._file, 0, max(1, height * width * self._pixel_bytes))
@@ -102,6 +100,10 @@ class FileRaster:
         rows = by_rows.view(window.height, window.width * self._channels).view(torch.uint8)
         for row, offset in zip(rows.numpy(), self._offsets(window), strict=True):
             os.pwrite(self._file, row, offset)
+
+    def fileno(self) -> int:
+        """For who writes all of it; at the file's beginning."""
+        return self._file
 
     def read_bytes(self, offset: int, size: int) -> bytes:
         """Of the file as it lies."""

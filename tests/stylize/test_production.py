@@ -1,5 +1,6 @@
 """One content to its outputs: memory that runs out, large files, broken files, what is kept of a content."""
 
+import errno
 import io
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -324,6 +326,17 @@ def test_a_large_file_becomes_the_pixels_that_pillow_sees(tmp_path):
         assert np.abs(found - wanted).max() <= (3 if path.suffix == ".jpg" else 1), path
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is not taken beforehand")
+def test_a_full_disk_is_no_fault_of_the_content(stylizer, tmp_path, monkeypatch):
+    smooth(96, 80).save(tmp_path / "c.png")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=full))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/content'"):
+        make(stylizer, tmp_path / "out", tmp_path / "c.png", wanted(stylizer), tile=64, scratch=tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "c.png"]
+    assert not any("content" in name for name in held_open(tmp_path))
+
+
 def _inks(width, height):
     """CMYK with more of black than Pillow's own conversion, which makes none."""
     cyan, magenta, yellow, black = (smooth(width, height, seed).getchannel(0) for seed in range(4))
@@ -402,6 +415,7 @@ def test_broken_files_are_refused_by_both_ways(tmp_path):
         decode_picture(tmp_path / "cut.png", max_pixels=10**6)
     with pytest.raises(ImageError, match="truncated"):
         large.unpack(tmp_path / "cut.png", tmp_path / "raw")
+    assert (held_open(tmp_path), (tmp_path / "raw").exists()) == ([], False)
     with pytest.raises(ImageError, match="too_many_pixels"):
         decode_picture(tmp_path / "a.png", max_pixels=100)
 
