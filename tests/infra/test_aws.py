@@ -3,6 +3,8 @@
 import copy
 import logging
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -52,6 +54,16 @@ def validated(config):
 def test_ray_takes_the_file(config):
     whole = validated(config)
     assert whole["head_node_type"] in whole["available_node_types"]
+
+
+def test_docker_takes_every_option(config):
+    """Flags are parsed before a daemon is looked for. Shared memory is left to Ray, which measures each node's."""
+    options = config["docker"]["run_options"]
+    assert not [option for option in options if "--shm-size" in option]
+    for option in options if shutil.which("docker") else ():
+        command = ["docker", "run", *shlex.split(option), "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", [("max_worker",), ("available_node_types", "cpu", "max_worker"), ("auth", "ssh_usr")])
