@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -64,6 +65,12 @@ def test_docker_takes_every_option(config):
         command = ["docker", "run", *shlex.split(option), "--help"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_image_installs_what_the_launcher_calls_within():
+    """rsync puts its files into a container; the head's autoscaler reaches workers by ssh and rsync."""
+    install = re.search(r"apt-get install (.*tini.*) \\", (FILE.parents[1] / "docker" / "Dockerfile").read_text())
+    assert {"openssh-client", "rsync"} <= set(install[1].split())
 
 
 @pytest.mark.parametrize("path", [("max_worker",), ("available_node_types", "cpu", "max_worker"), ("auth", "ssh_usr")])

@@ -154,7 +154,8 @@ def test_a_node_runs_without_rights_with_the_pins_and_compiled(image):
         run(name, "python", "pipelines/train.py", "--help")
         run(name, "python", "pipelines/shard.py", "--config", "conf/shard/coco.yaml", "--help")
         run(name, *config["Cmd"])  # the doctor, which ends with 1 where something is wrong
-        run(name, "bash", "--login", "-c", "flock --version && ray --version")  # as Ray's cluster launcher has it
+        # As Ray's cluster launcher has it, which calls ssh and rsync within.
+        run(name, "bash", "--login", "-c", "flock --version && ray --version && ssh -V && rsync --version")
         run(name, "sh", "-c", "test -x /usr/bin/tini && test -x /usr/bin/wget && test -w /tmp/ray && ray --version")
 
 
