@@ -174,6 +174,14 @@ def test_every_worker_watches_for_notices_beside_ray(config, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_all_nodes_have_one_image(config):
+    """Ray refuses a node whose Python is not the head's to the last number, and bases bring their own."""
+    types = config["available_node_types"].values()
+    named = [config["docker"], *(node["docker"] for node in types if "docker" in node)]
+    (image,) = {name for place in named for key, name in place.items() if key.endswith("image")}
+    assert image.endswith("-cuda")
+
+
 def test_spot_is_spot_and_the_head_is_not(config):
     types = config["available_node_types"].items()
     markets = {name: "InstanceMarketOptions" in node["node_config"] for name, node in types}
