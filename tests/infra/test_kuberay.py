@@ -198,6 +198,10 @@ def test_everything_is_closed_but_what_is_opened(objects):
     assert policies["deny"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
     (rule,) = policies["postgres"]["spec"]["ingress"]
     assert rule["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "mlflow"}}}]
+    (_, _, operator) = policies["ray"]["spec"]["ingress"]
+    # Of KubeRay 1.7: its chart calls the pods kuberay-operator by name, its kustomization kuberay; both by this.
+    labels = {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
+    assert operator["from"] == [{"namespaceSelector": {}, "podSelector": labels}]
     outside, inside = policies["ray"]["spec"]["egress"]
     assert outside == {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}}]}
     assert inside == {"to": [{"namespaceSelector": {}}]}
