@@ -161,6 +161,13 @@ def test_the_operators_own_rules_hold(objects):
         assert job["spec"]["backoffLimit"] >= 3
 
 
+def test_an_upgrade_can_be_applied(objects):
+    """A Job's template cannot change, so a finished one goes; the operator refuses an upgrade strategy in a RayJob."""
+    for job in of_kind(objects, "Job").values():
+        assert job["spec"]["ttlSecondsAfterFinished"] <= 3600
+    assert not [name for name, spec in clusters(objects).items() if "upgradeStrategy" in spec]
+
+
 def test_clusters_ask_for_a_token(objects):
     for name, spec in clusters(objects).items():
         assert spec["authOptions"] == {"mode": "token", "secretName": "adaconv-ray-token"}, name
