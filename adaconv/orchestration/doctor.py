@@ -127,11 +127,11 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
 def tracking(config: DoctorConfig) -> Iterator[Finding]:
     """The tracking backend answers; runs that dead processes left RUNNING are ended."""
     from adaconv.errors import TrackingError
-    from adaconv.tracking.runs import client_of, default_uri, local_folder, ping, reap
+    from adaconv.tracking.runs import client_of, database_file, default_uri, local_folder, ping, reap
 
     try:
         uri = default_uri(config.tracking_uri, local_folder(config.output))
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        if (file := database_file(uri)) and not file.exists():
             yield Finding("ok", f"tracking: {uri} is made by the first run; one machine only, a server serves a team")
             return
         yield Finding("ok", f"tracking: {uri} answers, {ping(uri)} experiments")

@@ -38,6 +38,7 @@ from adaconv.tracking.runs import (
     RunDescription,
     change_params,
     client_of,
+    database_file,
     find_run,
     is_permanent,
     iso,
@@ -106,8 +107,6 @@ def open_run(
         datasets=datasets,
         files={"config.yaml": config_yaml, **provenance.files(code)},
         started_ms=int(time.time() * 1000),
-        # A database has no place for artifacts of its own, and MLflow's default is the folder it happens to run in.
-        artifact_root=(spool_directory.parents[1] / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None,
     )
     tracker = MlflowTracker(uri, description, spool_directory)
     try:
@@ -454,7 +453,7 @@ def logged_checkpoints(client: MlflowClient, run_id: str) -> list[dict[str, Any]
 def _inode(uri: str) -> int | None:
     """Of a SQLite file that is there; the same on all machines that share its folder."""
     try:
-        return os.stat(uri.removeprefix("sqlite:///")).st_ino if uri.startswith("sqlite:///") else None
+        return file.stat().st_ino if (file := database_file(uri)) else None
     except OSError:
         return None
 

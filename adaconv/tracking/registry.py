@@ -250,7 +250,8 @@ def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str,
             raise _unresolved(uri, tracking_uri, error) from error
         found = sorted(target.rglob("model.safetensors"))
         if not found:
-            raise CheckpointError(f"{uri} holds no model.safetensors: it was not registered by pipelines/register.py")
+            why = "it was not registered by pipelines/register.py" if any(target.iterdir()) else "its files are gone"
+            raise CheckpointError(f"{uri} holds no model.safetensors: {why}")
         yield uri, found[0].parent
 
 

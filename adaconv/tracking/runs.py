@@ -53,7 +53,6 @@ class RunDescription:
         datasets: context (`content`, `style`) to (source URI, root hash).
         files: artifacts, name to text; `config.yaml` is the resolved configuration.
         started_ms: when it began, which may be long before the server hears of it.
-        artifact_root: where a new experiment keeps artifacts; None leaves that to the server.
     """
 
     experiment: str
@@ -64,7 +63,6 @@ class RunDescription:
     datasets: Mapping[str, tuple[str, str]]
     files: Mapping[str, str]
     started_ms: int
-    artifact_root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,22 @@ def client_of(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
+def database_file(uri: str) -> Path | None:
+    """Of a SQLite database; None of a server."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path).absolute() if uri.startswith("sqlite:///") else None
+
+
 def reader_of(uri: str) -> MlflowClient:
     """The client of a backend that holds something already.
 
     Raises:
         TrackingError: a SQLite file that is not there: MLflow would make it, and find nothing in it.
     """
-    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    if uri.startswith("sqlite:///") and not file.exists():
+    file = database_file(uri)
+    if file and not file.exists():
         raise TrackingError(
-            f"tracking: expected MLflow's database at {file.absolute()}, found none; give --tracking.uri (of runs.py "
+            f"tracking: expected MLflow's database at {file}, found none; give --tracking.uri (of runs.py "
             "--tracking-uri) sqlite:////…/runs/mlflow.db with the output folder of the runs, or set MLFLOW_TRACKING_URI"
         )
     return client_of(uri)
@@ -274,8 +278,12 @@ def _experiment(client: MlflowClient, description: RunDescription) -> str:
     name = description.experiment
     found = client.get_experiment_by_name(name)
     if found is None:
+        # A database has no place for artifacts of its own, and MLflow's default is the folder it happens to run in. Not
+        # the run's own: runs of other folders come to lie there too.
+        file = database_file(client.tracking_uri)
+        beside = (file.parent / "mlartifacts").as_uri() if file else None
         try:
-            return str(client.create_experiment(name, artifact_location=description.artifact_root))
+            return str(client.create_experiment(name, artifact_location=beside))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process made it in between
                 raise

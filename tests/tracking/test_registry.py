@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -237,6 +238,29 @@ def test_what_cannot_be_registered_is_said(trained, tmp_path):
         pass
     with pytest.raises(UsageError, match="expected models:/other@ALIAS"):
         register("models:/adaconv/1", name="other", alias="champion", reason="", tracking_uri=uri)
+
+
+def test_runs_of_several_folders_share_a_database_and_no_artifacts(tmp_path):
+    """One's output folder is deleted, and the other's model is there; without its files a model says so."""
+    uri = f"sqlite:///{tmp_path / 'central' / 'mlflow.db'}"
+    (tmp_path / "central").mkdir()
+    for name in ("one", "two"):
+        tracker = open_run(
+            uri=uri, experiment="test", identity=name, name=name, params={}, tags={}, datasets={}, config_yaml="",
+            spool_directory=tmp_path / name / "run" / "spool",
+        )  # fmt: skip
+        _, saved = save_checkpoint(tmp_path / name / "run" / "checkpoints", **tracker.reference())
+        close_run(tracker, "FINISHED")
+    register(saved, name="shared", alias="champion", reason="", tracking_uri=uri)
+    shutil.rmtree(tmp_path / "one")
+    with resolved_model("models:/shared@champion", tracking_uri=uri) as (_, local):
+        assert checkpoint.load_network(local)[1].step == 7
+    shutil.rmtree(tmp_path / "central" / "mlartifacts")
+    with (
+        pytest.raises(CheckpointError, match=r"models:/shared/1 holds no model.safetensors: its files are gone"),
+        resolved_model("models:/shared@champion", tracking_uri=uri),
+    ):
+        pass
 
 
 def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path, monkeypatch):
