@@ -25,11 +25,13 @@ def sync(config: SyncConfig) -> dict[str, Any]:
     from adaconv.errors import TrackingError
     from adaconv.tracking.mlflow_tracker import sync
     from adaconv.tracking.results import keep_results
+    from adaconv.tracking.runs import default_uri
 
+    uri = default_uri(config.tracking_uri, Path.cwd()) if config.tracking_uri else None
     left, ids, going_on, problems = 0, {}, list[str](), list[str]()
     for spool in _spools(config):
         try:
-            tracker, waiting = sync(spool, uri=config.tracking_uri, timeout_seconds=config.timeout_seconds)
+            tracker, waiting = sync(spool, uri=uri, timeout_seconds=config.timeout_seconds)
         except TrackingError as error:
             if isinstance(error.__cause__, BlockingIOError):
                 log.info("%s is of a run that is going on and hands over by itself", spool)

@@ -175,12 +175,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 
 def _tracking_uri(config: TrainConfig) -> str:
-    """With an absolute path, where it is a database's."""
-    from adaconv import storage
     from adaconv.tracking.runs import default_uri, local_folder
 
-    uri, scheme = default_uri(config.tracking.uri, local_folder(config.output)), "sqlite:///"
-    return scheme + storage.absolute(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
+    return default_uri(config.tracking.uri, local_folder(config.output))
 
 
 def _initial(config: TrainConfig) -> "Initial":

@@ -9,7 +9,8 @@ class SyncConfig(Config):
     runs: LocalFolder
     """Folder of runs, or of one, on this machine: every spool below it is handed over."""
     tracking_uri: TrackingUri = None
-    """MLflow tracking server or database; None: the one that each run was started with."""
+    """MLflow tracking server or database; None: the one that each run was told to last. Another one gets all of the run
+    that its spool has, which is all but the pictures that were handed over."""
     timeout_seconds: float = Field(default=300, gt=0)
     """Longest time for one run, in seconds."""
     output: Location | None = None

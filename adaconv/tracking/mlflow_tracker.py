@@ -9,6 +9,7 @@ Nobody waits for the server. Where it is down when a run is opened, whoever firs
 down when a run ends, the status waits in the spool behind the metrics.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -160,7 +161,7 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
 
     Args:
         spool_directory: of a run, as open_run made it.
-        uri: of a tracking server, where it is another one by now.
+        uri: of a tracking server, where it is another one by now: it gets all that the run told, and what comes.
         timeout_seconds: for all of it.
 
     Returns:
@@ -245,12 +246,23 @@ class MlflowTracker:
         self._tell("checkpoint", step, {"uri": uri})
 
     def take_over(self) -> None:
-        """Become the one process that tells this run.
+        """Become the one process that tells this run; a server that was not the one so far is told all of it.
 
         Raises:
             BlockingIOError: another one does.
         """
-        self._spool = Spool(self.spool, self._deliver)
+        note, before = self.spool / "run.json", self.uri
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before = json.loads(note.read_text())["uri"]
+        self._spool = Spool(self.spool, self._deliver, from_start=before != self.uri)
+        if before != self.uri:
+            log.warning(
+                "tracking: run %s is told to %s from its beginning; pictures that %s took are there alone",
+                *(self.description.name, self.uri, before),
+            )
+        aside = self.spool / f"run.json.{os.getpid()}"
+        aside.write_text(json.dumps({"uri": self.uri, "description": asdict(self.description)}, indent=1))
+        aside.replace(note)
 
     def status(self, status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"], **more: Any) -> None:
         """Say how the run is; kept in order with everything else that was told."""
@@ -318,15 +330,12 @@ class MlflowTracker:
         if self._spool is None:
             self._refuse_another_database()
             try:
-                self._spool = Spool(self.spool, self._deliver)
+                self.take_over()
             except BlockingIOError as error:  # a rank before this one hangs: no reason to stop the training
                 self.spool = self.spool.with_name(f"{self.spool.name}-{os.getpid()}")
                 log.warning("tracking: %s; this process tells through %s", error, self.spool)
-                self._spool = Spool(self.spool, self._deliver)
-            described = {"uri": self.uri, "description": asdict(self.description)}
-            aside = self.spool / f"run.json.{os.getpid()}"
-            aside.write_text(json.dumps(described, indent=1))
-            aside.replace(self.spool / "run.json")
+                self.take_over()
+        assert self._spool is not None
         return self._spool
 
     def _deliver(self, records: list[Record]) -> None:

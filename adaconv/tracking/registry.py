@@ -6,13 +6,14 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -331,15 +332,27 @@ def _version_named(client: MlflowClient, uri: str, name: str) -> ModelVersion:
     return client.get_model_version_by_alias(name, found[2]) if found[2] else client.get_model_version(name, found[3])
 
 
+def _run_of_checkpoint(client: MlflowClient, meta: Mapping[str, Any]) -> Run | None:
+    """By its id; where the server knows none of that, for it was told of the run later, by its identity."""
+    try:
+        if meta.get("run_id"):
+            return client.get_run(meta["run_id"])
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    found = find_run(client, meta.get("experiment", ""), meta.get("identity", ""))
+    return client.get_run(found) if found else None
+
+
 def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str) -> ModelVersion:
     meta = checkpoint.meta_of(checkpoint_uri)
-    run_id = meta.get("run_id") or find_run(client, meta.get("experiment", ""), meta.get("identity", ""))
-    if run_id is None:
+    run = _run_of_checkpoint(client, meta)
+    if run is None:
         raise CheckpointError(
             f"{checkpoint_uri} names no tracking run that is known here; register a checkpoint of pipelines/train.py, "
             "after pipelines/runs.py sync if its server was down"
         )
-    run = client.get_run(run_id)
+    run_id = run.info.run_id
     with checkpoint.fetched(checkpoint_uri) as folder:
         logged = log_model(client, run, folder, checkpoint_uri=checkpoint_uri)
     for version in every(client.search_model_versions, f"name = '{name}' and run_id = '{run_id}'"):

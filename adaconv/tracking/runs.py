@@ -108,6 +108,8 @@ def reader_of(uri: str) -> MlflowClient:
 def default_uri(uri: str | None, output: Path) -> str:
     """The tracking URI to use: the one given, else MLFLOW_TRACKING_URI, else a SQLite file in the output folder.
 
+    With an absolute path, where it is a database's: other processes have other working directories.
+
     Raises:
         TrackingError: a folder, which MLflow no longer takes, or it carries a password.
     """
@@ -123,7 +125,8 @@ def default_uri(uri: str | None, output: Path) -> str:
         refuse_password(uri)
     except ValueError as error:
         raise TrackingError(f"tracking: {error}") from None
-    return uri
+    scheme = "sqlite:///"
+    return scheme + storage.absolute(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
 
 
 def local_folder(output: str) -> Path:

@@ -56,13 +56,19 @@ class Spool:
         deliver: is handed records in order and raises when the other side did not take them; it must leave out what it
             took before. `Refused` sets a record aside for good.
         interval_seconds: between two looks at new records.
+        from_start: hand over all records, for the other side is not the one that took some before.
 
     Raises:
         BlockingIOError: another process has the folder and keeps it.
     """
 
     def __init__(
-        self, directory: Path, deliver: Callable[[list[Record]], None], *, interval_seconds: float = 5.0
+        self,
+        directory: Path,
+        deliver: Callable[[list[Record]], None],
+        *,
+        interval_seconds: float = 5.0,
+        from_start: bool = False,
     ) -> None:
         self.directory, self._deliver, self._interval_seconds = directory, deliver, interval_seconds
         self.images = directory / "images"
@@ -73,6 +79,8 @@ class Spool:
         self._file = self._records.open("ab", buffering=0)
         self._size = self._file.tell()
         self._pending: list[bytes] = []
+        if from_start:
+            self._drained.unlink(missing_ok=True)
         self._offset = self._noted_offset()
         self._lock, self._wake, self._stop = threading.Lock(), threading.Event(), threading.Event()
         self.problem: Exception | None = None

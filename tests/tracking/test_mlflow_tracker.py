@@ -1,5 +1,6 @@
 """One training is one MLflow run, on a real database and a real server."""
 
+import json
 import math
 import pickle
 import shutil
@@ -139,6 +140,7 @@ def test_where_runs_go_is_said_or_found(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert default_uri(None, tmp_path) == "http://127.0.0.1:5000"
     assert default_uri("sqlite:////x.db", tmp_path) == "sqlite:////x.db"
+    assert default_uri("sqlite:///x.db", tmp_path) == f"sqlite:///{Path.cwd()}/x.db"
     with pytest.raises(TrackingError, match="no longer keeps runs in folders"):
         default_uri("./mlruns", tmp_path)
     with pytest.raises(TrackingError, match="in MLFLOW_TRACKING_USERNAME"):
@@ -330,6 +332,29 @@ def test_a_server_that_is_down_from_start_to_end_gets_everything_later(tmp_path,
         assert len(MlflowClient(server.uri).search_runs([run.info.experiment_id])) == 1
     finally:
         server.kill()
+
+
+def test_another_server_gets_all_of_a_run(tmp_path, database, caplog):
+    """Also what the first one took; and the run is the second one's from then on."""
+    tracker, other = start(database, tmp_path), f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"
+    (tmp_path / "other").mkdir()
+    for step in (1, 2):
+        tracker.metrics({"train/loss": float(step)}, step=step)
+    tracker.image("samples/grid", np.zeros((8, 8, 3), np.uint8), step=1)
+    assert close_run(tracker, "FINISHED")
+    line = {"kind": "metrics", "step": 3, "timestamp_ms": 1, "values": {"train/loss": 3.0}}
+    with (tracker.spool / "records.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    moved, left = sync(tracker.spool, uri=other)
+    assert left == 0
+    assert sorted(points(other, moved.run_id, "train/loss")) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    run = MlflowClient(other).get_run(moved.run_id)
+    assert run.info.status == "FINISHED"
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(tmp_path / "other")
+    assert f"told to {other} from its beginning; pictures that {database} took are there alone" in caplog.text
+    again, left = sync(tracker.spool)
+    assert (again.uri, again.run_id, left) == (other, moved.run_id, 0)
+    assert caplog.text.count("from its beginning") == 1
 
 
 def test_a_rank_that_hangs_stops_neither_its_successor_nor_the_run(tmp_path, database, monkeypatch):

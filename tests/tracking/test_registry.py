@@ -20,7 +20,7 @@ from adaconv import checkpoint
 from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.stylize.stylizer import Stylizer
 from adaconv.tracking.logged_model import logged_models
-from adaconv.tracking.mlflow_tracker import close_run, open_run
+from adaconv.tracking.mlflow_tracker import close_run, open_run, sync
 from adaconv.tracking.registry import history_of, register, resolved_model, rollback
 from adaconv.tracking.results import keep_models
 from tests.helpers import save_checkpoint
@@ -261,6 +261,17 @@ def test_runs_of_several_folders_share_a_database_and_no_artifacts(tmp_path):
         resolved_model("models:/shared@champion", tracking_uri=uri),
     ):
         pass
+
+
+def test_a_checkpoint_is_registered_where_its_run_was_told_later(trained, tmp_path):
+    """Its meta.json names the run's id of the first server; the second has another one."""
+    _, tracker, folder = trained
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copytree(tracker.spool, tmp_path / "spool")
+    moved, left = sync(tmp_path / "spool", uri=uri)
+    assert left == 0
+    version = register(str(folder / "step-00000200"), name="moved", alias=None, reason="", tracking_uri=uri)
+    assert version.run_id == moved.run_id != tracker.run_id
 
 
 def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path, monkeypatch):
