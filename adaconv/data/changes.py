@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -89,11 +89,12 @@ def describe_versions(root: str) -> list[dict[str, Any]]:
     """
     root = _whole(root, "versions")
     latest = latest_version(root)
-    files = sorted(storage.walk(storage.join(root, "versions")), key=lambda entry: (entry.changed, entry.path))
+    there = {f"{name}.json" for name in list_versions(root)}
+    files = [entry for entry in storage.walk(storage.join(root, "versions")) if entry.path in there]
     if not files:
         raise UsageError(f"expected a dataset at {root}, found no version in it")
     described = []
-    for file in files:
+    for file in sorted(files, key=lambda entry: (entry.changed, entry.path)):
         name = file.path.removesuffix(".json")
         written = datetime.fromtimestamp(file.changed, UTC).isoformat(timespec="seconds")
         told = {"version": name, "written": written, "latest": name == latest}
@@ -160,6 +161,7 @@ class Garbage:
     `uploads`: to an object store, that were begun and never ended.
     """
 
+    root: str
     versions: tuple[str, ...]
     files: tuple[storage.Entry, ...]
     uploads: tuple[storage.Entry, ...] = ()
@@ -187,25 +189,46 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
     if keep_last is not None:
         line = lineage(open_version(f"{root}@{latest}"))
         kept = [version.version for version, _ in zip(line, range(keep_last), strict=False)]
-    needed = {"LATEST", "result.json"}
-    for name in kept:
-        version = open_version(f"{root}@{name}")
-        needed |= {f"versions/{name}.json", f"manifests/{name}.parquet"}
-        needed |= {f"shards/{shard.name}" for shard in version.shards}
+    needed = {"LATEST", "result.json"} | _files_of(root, kept)
     dropped = tuple(name for name in everything if name not in kept)
-    of_dropped: set[str] = set()
-    for name in dropped:
-        of_dropped |= {f"versions/{name}.json", f"manifests/{name}.parquet"}
-        of_dropped |= {f"shards/{shard.name}" for shard in open_version(f"{root}@{name}").shards}
+    of_dropped = _files_of(root, dropped)
     ours = tuple(f"{name}/" for name in _ORDER)
     files = [e for e in storage.walk(root, hidden=True) if e.path.startswith(ours) and e.path not in needed]
+    last_of = _last_changes(files)
     limit = time.time() - older_than_hours * 3600
     garbage = [
-        entry for entry in files if entry.path in of_dropped or (entry.changed <= limit and not _is_build_note(entry))
+        entry for entry in files if entry.path in of_dropped or (last_of(entry) <= limit and not _is_build_note(entry))
     ]
     files = sorted(garbage, key=lambda e: (_ORDER.index(e.path.partition("/")[0]), e.path))
     uploads = storage.abandoned_uploads(root, older_than_hours=older_than_hours)
-    return Garbage(dropped, tuple(files), tuple(upload for upload in uploads if upload.path.startswith(ours)))
+    return Garbage(root, dropped, tuple(files), tuple(upload for upload in uploads if upload.path.startswith(ours)))
+
+
+def _files_of(root: str, versions: Iterable[str]) -> set[str]:
+    files = set[str]()
+    for name in versions:
+        version = open_version(f"{root}@{name}")
+        files |= {f"versions/{name}.json", f"manifests/{name}.parquet"}
+        files |= {f"shards/{shard.name}" for shard in version.shards}
+    return files
+
+
+def _last_changes(files: Iterable[storage.Entry]) -> Callable[[storage.Entry], float]:
+    """When a file was last of use, for all that is known: what a build left is as young as its youngest note, and
+    shards, which no version names yet, may be any build's.
+    """
+    builds = dict[str, float]()
+    for entry in files:
+        if entry.path.startswith("work/"):
+            build = entry.path.split("/")[1]
+            builds[build] = max(entry.changed, builds.get(build, 0))
+    youngest = max(builds.values(), default=0)
+
+    def last_of(entry: storage.Entry) -> float:
+        room, name, *_ = entry.path.split("/")
+        return builds[name] if room == "work" else max(entry.changed, youngest if room == "shards" else 0)
+
+    return last_of
 
 
 def _is_build_note(entry: storage.Entry) -> bool:
@@ -213,7 +236,15 @@ def _is_build_note(entry: storage.Entry) -> bool:
 
 
 def collect(garbage: Garbage) -> None:
-    for _, files in groupby(garbage.files, key=lambda entry: entry.path.partition("/")[0]):
-        storage.remove_files(entry.uri for entry in files)
+    """Delete it, but for what a version needs that was published since it was found.
+
+    Raises:
+        DatasetError: LATEST names one of its versions by now.
+    """
+    if latest_version(garbage.root) in garbage.versions:
+        raise DatasetError(f"LATEST of {garbage.root} is another version than before; nothing was deleted: try again")
+    for room, entries in groupby(garbage.files, key=lambda entry: entry.path.partition("/")[0]):
+        left = set[str]() if room == "versions" else _files_of(garbage.root, list_versions(garbage.root))
+        storage.remove_files(entry.uri for entry in entries if entry.path not in left)
     for upload in garbage.uploads:
         storage.abort_upload(upload)

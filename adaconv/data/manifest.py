@@ -60,6 +60,7 @@ MANIFEST = pa.schema(
 )
 _ROWS_AT_ONCE = 16_384
 _VERSION = re.compile(r"[0-9a-f]+")
+_VERSION_FILE = re.compile(r"([0-9a-f]+)\.json")
 _SHARD = re.compile(r"[0-9a-f]{16}\.tar")
 
 
@@ -165,7 +166,9 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 
 def list_versions(root: str) -> list[str]:
-    return [storage.name_of(uri).removesuffix(".json") for uri in storage.list_files(storage.join(root, "versions"))]
+    """Whatever else lies between them, such as what an editor left."""
+    names = map(storage.name_of, storage.list_files(storage.join(root, "versions")))
+    return [match[1] for name in names if (match := _VERSION_FILE.fullmatch(name))]
 
 
 def latest_version(root: str) -> str | None:
@@ -290,7 +293,6 @@ def publish_version(
             another job published meanwhile.
     """
     books = Books(shards, found)
-    _refuse_absent(root, shards)
     with scratch_folder("manifest") as scratch:
         path = scratch / "manifest.parquet"
         with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
@@ -311,6 +313,7 @@ def publish_version(
         version = _root_hash_of(content)[:16]
         _refuse_overtaken(root, after, version)
         storage.publish_file(path, manifest_uri(root, version))
+    _refuse_absent(root, shards)  # as late as can be: from here on the version keeps them from being collected
     storage.publish_bytes(version_uri(root, version), text)
     storage.publish_bytes(latest_uri(root), version.encode())
     return open_version(f"{root}@{version}")

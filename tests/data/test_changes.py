@@ -3,9 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import random
 import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ import pytest
 from adaconv import storage
 from adaconv.config.dataset import SimilarConfig
 from adaconv.data import changes
-from adaconv.data.changes import by_shard, collect, diff, find_garbage, roll_back
+from adaconv.data.changes import by_shard, collect, describe_versions, diff, find_garbage, roll_back
 from adaconv.data.manifest import (
     IN_SHARDS,
     how_to_mend,
@@ -23,6 +25,7 @@ from adaconv.data.manifest import (
     list_versions,
     manifest_uri,
     open_version,
+    publish_version,
     version_uri,
 )
 from adaconv.data.report import render
@@ -270,6 +273,66 @@ def test_garbage_is_what_no_kept_version_needs(version):
         *("LATEST", "notes.txt", f"versions/{child.version}.json", f"manifests/{child.version}.parquet"),
         *(f"shards/{shard.name}" for shard in child.shards),
     }
+
+
+def test_what_a_running_build_may_need_is_no_garbage(version):
+    """Its first notes and shards are older than a day once it runs for longer."""
+    root, now = Path(version.root), time.time()
+    ages = {"work/ab/scan/1.jsonl": 30, "work/ab/shard/2.parquet": 1, "work/cd/scan/1.jsonl": 30, "shards/ef.tar": 30}
+    for name, hours in ages.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+        os.utime(root / name, (now - hours * 3600,) * 2)
+
+    def found():
+        return {entry.path for entry in find_garbage(version.root, keep_last=None, older_than_hours=24).files}
+
+    assert found() == {"work/cd/scan/1.jsonl"}
+    os.utime(root / "work/ab/shard/2.parquet", (now - 30 * 3600,) * 2)
+    assert found() == set(ages)
+
+
+def test_what_is_published_while_garbage_is_looked_for_stays_whole(version):
+    child = child_of(version, 3)
+    mark = Path(version_uri(child.root, child.version)).read_bytes()
+    Path(version_uri(child.root, child.version)).unlink()
+    storage.publish_bytes(latest_uri(version.root), version.version.encode())
+    only_its = Path(version.root) / "shards" / "0123456789abcdef.tar"
+    only_its.write_bytes(b"of nobody")
+    garbage = find_garbage(version.root, keep_last=1, older_than_hours=0)
+    assert {entry.path for entry in garbage.files} == {f"shards/{only_its.name}", f"manifests/{child.version}.parquet"}
+    storage.publish_bytes(version_uri(child.root, child.version), mark)  # a job ends now
+    collect(garbage)
+    assert verify(child) == []
+    assert not only_its.exists()
+
+    garbage = find_garbage(version.root, keep_last=1, older_than_hours=0)
+    assert garbage.versions == (child.version,)
+    storage.publish_bytes(latest_uri(version.root), child.version.encode())
+    with pytest.raises(DatasetError, match="nothing was deleted"):
+        collect(garbage)
+    assert verify(child) == []
+
+
+def test_shards_that_are_collected_while_books_are_closed_are_missed(version):
+    """A manifest of ten million rows takes its time."""
+
+    def rows():
+        yield from (row for row in version.rows() if row["state"] in IN_SHARDS)
+        Path(version.shard_uri(version.shards[-1].name)).unlink()
+
+    with pytest.raises(DatasetError, match=r"1 of \d+ shards are not below .* any more"):
+        publish_version(version.root, recipe=version.recipe, shards=version.shards, rows=rows(), after=version.version)
+    assert list_versions(version.root) == [version.version]
+
+
+def test_a_stray_file_among_the_versions_is_none(version):
+    """Such as an editor leaves: it ended every gc and trace."""
+    (Path(version.root) / "versions" / f"{version.version}.json~").write_text("{}")
+    (Path(version.root) / "versions" / "notes.json").write_text("{}")
+    assert list_versions(version.root) == [version.version]
+    assert [told["version"] for told in describe_versions(version.root)] == [version.version]
+    assert find_garbage(version.root, keep_last=None, older_than_hours=1).versions == ()
 
 
 def test_nothing_is_garbage_where_a_version_cannot_be_read(version):

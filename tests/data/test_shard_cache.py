@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from dataclasses import replace
 
 import boto3
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from adaconv import storage
 from adaconv.data import shard_cache
-from adaconv.data.changes import Garbage, collect, find_garbage
+from adaconv.data.changes import collect, find_garbage
 from adaconv.data.loader import Geometry, PairDataset, SampleReader, make_loader, prefetching
 from adaconv.data.manifest import open_version
 from adaconv.data.shard_cache import ShardCache, ShardPrefetcher
@@ -166,7 +167,7 @@ def test_uploads_that_never_ended_are_collected(remote):
         client.upload_part(**part, Body=b"x" * 100)
     garbage = find_garbage(remote.root, keep_last=None, older_than_hours=1)  # this server dates every upload 2010
     assert [entry.path for entry in garbage.uploads] == ["shards/begun.tar"]
-    collect(Garbage((), (), garbage.uploads))
+    collect(replace(garbage, files=()))
     left = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
     assert [upload["Key"] for upload in left] == ["other/begun.tar"]
 
