@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
+_OF_WINDOWS = 0  # a zip's word for who made it
 _OF_ONE_FILE = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # links in a circle and the like
 
 
@@ -75,7 +76,7 @@ def iter_images(sources: Iterable[str], *, flag: str = "--source") -> Iterator[F
         root = storage.absolute(source)
         images, others = 0, Counter[str]()
         for found in _walk_zip(root, source, flag) if _is_zip(root, source, flag) else _walk_folder(root):
-            if posixpath.splitext(found.source)[1].lower() in EXTENSIONS:
+            if _is_image(found.source):
                 images += 1
                 yield found
             else:
@@ -150,6 +151,10 @@ def _is_zip(root: str, source: str, flag: str) -> bool:
     return True
 
 
+def _is_image(path: str) -> bool:
+    return posixpath.splitext(path)[1].lower() in EXTENSIONS
+
+
 def _kind_of(path: str) -> str:
     extension = posixpath.splitext(path)[1].lower()
     return extension if 1 < len(extension) <= 10 else "without an extension"
@@ -169,11 +174,19 @@ def _walk_zip(root: str, source: str, flag: str) -> Iterator[Found]:
     try:
         with storage.open_binary(root) as file, zipfile.ZipFile(file) as archive:
             members = [(m, _name_of(m)) for m in archive.infolist() if not m.is_dir()]
+    except UnicodeDecodeError as error:  # zipfile reads all names or none
+        raise UsageError(
+            f"{flag} {source}: a member's name is marked as UTF-8 and is none ({error.object!r:.100}); unpack the "
+            "archive and give the folder"
+        ) from None
     except (zipfile.BadZipFile, NotImplementedError, IndexError, ValueError, struct.error) as error:
         raise UsageError(
             f"{flag} {source}: expected a zip archive, found a damaged one ({error}); download it again"
         ) from None
-    members = [(m, name) for m, name in members if not any(_is_hidden(part) for part in name.split("/"))]
+    hidden = {name for _, name in members if any(_is_hidden(part) for part in name.split("/"))}
+    if images := sum(map(_is_image, hidden)):
+        log.info("%s: %d images are not taken whose names or folders begin with a dot or __MACOSX", source, images)
+    members = [(m, name) for m, name in members if name not in hidden]
     own = posixpath.splitext(storage.name_of(root))[0] + "/"
     top = own if all(name.startswith(own) for _, name in members) else ""
     stamp = storage.stamp_of(root)  # a damaged member's checksum is that of the whole one
@@ -183,11 +196,17 @@ def _walk_zip(root: str, source: str, flag: str) -> Iterator[Found]:
 
 
 def _name_of(member: zipfile.ZipInfo) -> str:
-    """The path within the archive. Many a zip program writes UTF-8 and does not say so."""
+    """The path within the archive, as plain as a folder's listing gives it.
+
+    Many a zip program writes UTF-8 and does not say so; some write ./ in front, those of old .NET backslashes.
+    """
+    name = member.filename
     if not member.flag_bits & _UTF8:
         with contextlib.suppress(UnicodeError):
-            return member.filename.encode("cp437").decode("utf-8")
-    return member.filename
+            name = name.encode("cp437").decode("utf-8")
+    if member.create_system == _OF_WINDOWS and "/" not in name:
+        name = name.replace("\\", "/")
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _is_hidden(part: str) -> bool:

@@ -81,6 +81,56 @@ def test_a_zip_that_does_not_say_that_it_is_utf8_is_read_as_such(tmp_path):
     assert found == {"Rococo/édouard.jpg": b"u", "Rococo/Θ.jpg": b"l"}  # no UTF-8: the code page of MS-DOS
 
 
+@pytest.mark.parametrize(
+    ("system", "names"),
+    [
+        (3, ("./Rococo/a.jpg", ".//Rococo/./b.jpg")),  # as `bsdtar -a` writes them
+        (3, ("./Rococo/a.jpg", "Rococo/b.jpg")),
+        (0, ("Rococo\\a.jpg", "Rococo\\b.jpg")),  # as .NET did
+    ],
+)
+def test_a_zip_of_odd_paths_gives_those_of_its_folder(tmp_path, system, names):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            member = zipfile.ZipInfo(name)
+            member.create_system = system
+            archive.writestr(member, "x")
+    found = list(iter_images((str(path),)))
+    assert [(one.source, one.label) for one in found] == [("Rococo/a.jpg", "Rococo"), ("Rococo/b.jpg", "Rococo")]
+    assert [read_found(one) for one in found] == [b"x", b"x"]
+
+
+def test_a_backslash_is_a_letter_where_it_divides_nothing(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a\\b.jpg", "x")  # of Unix
+        odd = zipfile.ZipInfo("Rococo/a\\b.jpg")
+        odd.create_system = 0
+        archive.writestr(odd, "x")
+    assert {found.source for found in iter_images((str(path),))} == {"a\\b.jpg", "Rococo/a\\b.jpg"}
+
+
+def test_hidden_images_of_a_zip_are_counted(tmp_path, caplog):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a.jpg", ".b.jpg", ".old/c.jpg", ".DS_Store"):
+            archive.writestr(name, "x")
+    with caplog.at_level("INFO"):
+        assert [found.source for found in iter_images((str(path),))] == ["a.jpg"]
+    assert "2 images are not taken whose names or folders begin with a dot" in caplog.text
+
+
+def test_a_zip_of_a_name_that_is_no_utf8_is_not_called_damaged(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("é.jpg", "x")
+        archive.writestr("b.jpg", "x")
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9x"))
+    with pytest.raises(UsageError, match=r"is marked as UTF-8 and is none .*; unpack the archive and give"):
+        list(iter_images((str(path),)))
+
+
 def test_an_archive_that_was_mended_is_another(tmp_path):
     """The directory's checksum is that of the whole file, whether or not the member is."""
     path = tmp_path / "a.zip"
