@@ -235,7 +235,7 @@ def full_disk_named(where: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and (error.filename is None or error.filename2 is not None):
-            error.filename, error.filename2 = where, None  # a copy names first what it was made of
+            raise OSError(error.errno, error.strerror, where) from error  # a copy names first what it was made of
         raise
 
 

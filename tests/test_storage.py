@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 
 from adaconv import storage
-from adaconv.data.sources import iter_images, read_found
+from adaconv.data import shard_cache
+from adaconv.data.builds import spill_listing
+from adaconv.data.manifest import publish_version
+from adaconv.data.sources import Found, iter_images, read_found
 from adaconv.errors import CredentialsError, UsageError, of_storage
 from adaconv.images import ImageError
+from adaconv.orchestration.shard_job import publish_note
 from tests.servers import S3Server
 
 
@@ -233,6 +239,31 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             write()
         where = where or places[-1]
         assert of_storage(pickle.loads(pickle.dumps(caught.value))) == f"No space left on device: {where}"
+
+
+def test_a_full_disk_is_named_wherever_scratch_is_written(tmp_path, monkeypatch, content_version):
+    """Its folder is in TMPDIR, and there may be several disks to make room on."""
+
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", no_space)
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    monkeypatch.setattr(shard_cache, "_download", no_space)
+    cache, shard = shard_cache.ShardCache(str(tmp_path), 10**9), content_version.shards[0]
+    rows = list(content_version.rows())
+    made = {"recipe": {}, "shards": content_version.shards, "rows": rows, "after": None}
+    for write in (
+        lambda: spill_listing([Found("/a.jpg", "a.jpg")], tmp_path),
+        lambda: publish_version(str(tmp_path), **made),
+        lambda: publish_note(str(tmp_path), "a", shard, rows),
+        lambda: cache.path("s3://bucket/a.tar", shard),
+    ):
+        with pytest.raises(OSError, match="No space") as caught:
+            write()
+        assert of_storage(caught.value).startswith(f"No space left on device: {tmp_path}")
+        assert "None" not in str(caught.value)
 
 
 def test_paths_become_absolute_and_uris_stay(monkeypatch, tmp_path):

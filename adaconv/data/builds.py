@@ -61,7 +61,8 @@ def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
         name = hashlib.sha256(text).hexdigest()[:24]
         if name in chunks:  # a folder that was given twice
             name = hashlib.sha256(f"{name} {len(chunks)}".encode()).hexdigest()[:24]
-        (folder / f"{name}.jsonl").write_bytes(text)
+        with storage.full_disk_named(str(folder)):
+            (folder / f"{name}.jsonl").write_bytes(text)
         chunks[name] = len(lines)
         lines.clear()
 

@@ -205,6 +205,9 @@ class SampleReader:
                 ) from None
             try:
                 return os.pread(file, size, offset)
+            except OSError as error:
+                error.filename = uri  # a disk that fails knows no path
+                raise
             finally:
                 os.close(file)
         raise AssertionError
@@ -276,10 +279,9 @@ class PairDataset(Dataset[Batch]):
             for sample, (row, place) in enumerate(zip(rows, out.numpy(), strict=True), start=first_sample):
                 draw = random.Random(stable_seed(self._seed, stream, sample))
                 loader_witness.note(f"{stream} sample {reader.key(row)} of {reader.shard_of(row)[0]}")
+                image = reader.read(row)
                 try:
-                    place[:] = decode_crop(reader.read(row), geometry, draw)
-                except (ConnectionError, TimeoutError):  # of the store, not of the sample
-                    raise
+                    place[:] = decode_crop(image, geometry, draw)
                 except OSError as error:
                     raise DatasetError(f"{stream} sample {reader.key(row)} cannot be decoded: {error}") from error
         finally:

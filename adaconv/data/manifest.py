@@ -293,7 +293,7 @@ def publish_version(
             another job published meanwhile.
     """
     books = Books(shards, found)
-    with scratch_folder("manifest") as scratch:
+    with scratch_folder("manifest") as scratch, storage.full_disk_named(str(scratch)):
         path = scratch / "manifest.parquet"
         with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
             counted = map(books.count, rows)

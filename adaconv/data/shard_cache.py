@@ -78,7 +78,8 @@ class ShardCache:
         began = time.monotonic()
         try:
             for attempt in (1, 2):
-                found = _download(uri, shard.bytes, aside)
+                with storage.full_disk_named(self.folder):
+                    found = _download(uri, shard.bytes, aside)
                 if found == shard.sha256:
                     break
                 message = f"{uri}: expected a file of sha256 {shard.sha256}, fetched one of {found}"

@@ -433,7 +433,7 @@ def _publish(
 def publish_note(work: str, name: str, shard: Shard | None, rows: list[Row]) -> None:
     """Note what a task made, for the driver and for a later start."""
     described = json.dumps(asdict(shard) if shard else None).encode()
-    with scratch_folder("note") as scratch:
+    with scratch_folder("note") as scratch, storage.full_disk_named(str(scratch)):
         note = scratch / "note.parquet"
         pq.write_table(table_of(rows).replace_schema_metadata({b"shard": described}), note)
         storage.publish_file(note, storage.join(work, "shard", f"{name}.parquet"))

@@ -268,13 +268,29 @@ def test_a_damaged_image_is_named(content_version, style_version, tmp_path):
         assert "Traceback" not in str(raised.value)
 
 
-def test_a_store_that_is_away_is_no_damaged_image(content_version, style_version, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("s3://data/0.tar: no answer"), OSError(28, "No space left on device", "/tmp/adaconv-shards")],
+)
+def test_a_store_that_is_away_or_a_full_cache_is_no_damaged_image(content_version, style_version, monkeypatch, error):
     def away(self, row):
-        raise ConnectionError("s3://data/0.tar: no answer")
+        raise error
 
     monkeypatch.setattr(SampleReader, "read", away)
-    with pytest.raises(ConnectionError, match="no answer"):
+    with pytest.raises(type(error)) as raised:
         pairs(content_version, style_version)[0]
+    assert raised.value is error
+
+
+def test_a_disk_that_fails_is_named(content_version, monkeypatch):
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    reader = SampleReader(content_version)
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        reader.read(0)
+    assert raised.value.filename == content_version.shard_uri(content_version.shards[0].name)
 
 
 def test_a_worker_that_hangs_or_dies_is_told_from_one_with_an_error(content_version, style_version, tmp_path):
