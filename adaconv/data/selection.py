@@ -5,7 +5,7 @@ A list of what is to get into none is a text file. A line names images by one th
     artist:claude-monet
     label:Impressionism/late             folders below it as well
     sha256:…                             64 hex digits, of the file
-    source:Impressionism/*_nude-*.jpg    * and ? as in a shell
+    source:Impressionism/*_nude-*.jpg    * and ? as in a shell; all else stands for itself
 """
 
 import difflib
@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing that rows are chosen by: `field` of removal (key, label, artist, source_pattern) and its value."""
+    """One thing that rows are chosen by: `field` of removal (key, label, artist, source_pattern) and its value.
+
+    The same letters may be written by other characters, as names of files are on macOS: values are composed (NFC).
+    """
 
     field: str
     value: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _composed(self.value))
 
     def as_flag(self) -> str:
         return f"--{self.field.replace('_', '-')} {self.value}"
@@ -60,15 +67,17 @@ class Selector:
         # A list of what is to go may have thousands of keys: they are looked up, only patterns are tried one by one.
         self._named = {(one.field, one.value): one for one in self.counts}
         patterns = [one for one in self.counts if one.field == "source_pattern"]
-        self._patterns = [(re.compile(fnmatch.translate(one.value)), one) for one in patterns]
+        # Only * and ? say something else than themselves: [1] is in many a name of a copy.
+        self._patterns = [(re.compile(fnmatch.translate(one.value.replace("[", "[[]"))), one) for one in patterns]
         self._known: dict[str, set[str]] = {one.field: set() for one in self.counts if one.field in _FEW_VALUES}
 
     def first(self, row: Row) -> Criterion | None:
         """The first criterion that admits a row."""
         for field, values in self._known.items():
-            values.add(row[field])
+            values.add(_composed(row[field]))
+        source = _composed(row["source"])
         admitted = [self._named[name] for name in _names_of(row) if name in self._named]
-        admitted += [criterion for pattern, criterion in self._patterns if pattern.match(row["source"])]
+        admitted += [criterion for pattern, criterion in self._patterns if pattern.match(source)]
         for criterion in admitted:
             self.counts[criterion] += 1
         return min(admitted, key=lambda criterion: self._place[criterion], default=None)
@@ -88,9 +97,13 @@ def _names_of(row: Row) -> Iterator[tuple[str, str]]:
     """What a row is named by, but for patterns: field and value."""
     yield "key", row["key"]
     yield "key", row["source_sha256"]
-    yield "artist", row["artist"]
-    parts = row["label"].split("/")
+    yield "artist", _composed(row["artist"])
+    parts = _composed(row["label"]).split("/")
     yield from (("label", "/".join(parts[:depth])) for depth in range(1, len(parts) + 1))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def criteria_of(config: RemoveConfig | TraceConfig) -> list[Criterion]:

@@ -1,5 +1,7 @@
 """Which images criteria mean: to be removed, or to get into no shard."""
 
+import unicodedata
+
 import pytest
 
 from adaconv.data.selection import Criterion, Selector, keys_to_remove, read_exclusions, without
@@ -29,12 +31,36 @@ ROWS = [
         ("label", "Impressionism", {"a", "b"}),
         ("artist", "monet", {"a", "b"}),
         ("artist", "picasso", {"c"}),  # a copy of what another path keeps: the content goes
-        ("source_pattern", "[ab].jpg", {"a", "b"}),
+        ("source_pattern", "a.*", {"a"}),
+        ("source_pattern", "c???.jpg", {"c"}),
         ("artist", "gone", set()),
     ],
 )
 def test_what_a_criterion_takes(field, value, keys):
     assert keys_to_remove(ROWS, [Criterion(field, value)]) == dict.fromkeys(keys, f"removed_by_{field}")
+
+
+def test_brackets_stand_for_themselves():
+    """They are in the names of copies; a shell's choice of letters would take other files, and not this one."""
+    rows = [row("a", source="photos/a[1].jpg"), row("b", source="photos/a1.jpg")]
+    assert keys_to_remove(rows, [Criterion("source_pattern", "photos/a[1].*")]) == {"a": "removed_by_source_pattern"}
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_letters_are_the_same_however_they_are_composed(tmp_path, forms):
+    """macOS writes names with accents apart, and people write lists with them on."""
+    listed, stored = (unicodedata.normalize(form, "renée") for form in forms)
+    assert listed != stored
+    (tmp_path / "list.txt").write_text(f"artist:{listed}\nlabel:{listed}/late\nsource:{listed}/*.jpg\n")
+    criteria = read_exclusions(str(tmp_path / "list.txt"))
+    for one in (
+        row("a", artist=stored),
+        row("a", label=f"{stored}/late/more"),
+        row("a", source=f"{stored}/x.jpg"),
+    ):
+        assert Selector(criteria).first(one)
+    with pytest.raises(UsageError, match="did you mean 'renée'"):
+        keys_to_remove([row("a", artist=stored)], [Criterion("artist", "rené")])
 
 
 def test_a_criterion_that_takes_nothing_is_answered_with_the_nearest():
