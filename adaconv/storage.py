@@ -157,7 +157,8 @@ class _Object(io.RawIOBase):
 def walk(uri: str, *, hidden: bool = False) -> Iterator[Entry]:
     """Every file below a folder, in no particular order and one at a time, so that memory does not grow with them.
 
-    Links are followed, though none in a circle. What begins with a dot is left out unless `hidden`, folders as well.
+    Links are followed, though none in a circle. What begins with a dot is left out unless `hidden`, folders as well;
+    lost+found, which most file systems have at their top and keep from all but root, is always.
     """
     if is_local(uri):
         yield from _walk_local(uri, "", (), hidden) if Path(uri).is_dir() else ()
@@ -379,7 +380,7 @@ def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hid
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") and not hidden:
+            if (entry.name.startswith(".") and not hidden) or entry.name == "lost+found":
                 continue
             if _is_folder(entry):
                 inside = (*above, (this.st_dev, this.st_ino))

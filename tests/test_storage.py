@@ -288,6 +288,15 @@ def test_every_file_below_a_folder_is_walked(root):
     assert list(storage.walk(storage.join(root, "nothing"))) == []
 
 
+@pytest.mark.parametrize("hidden", [True, False])
+def test_what_the_file_system_found_is_nobodys(tmp_path, hidden):
+    """Only root may read it, so it ended a job of whoever named a disk."""
+    (tmp_path / "lost+found").mkdir()
+    for name in ("a.jpg", "lost+found/b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [entry.path for entry in storage.walk(str(tmp_path), hidden=hidden)] == ["a.jpg"]
+
+
 def test_keys_that_were_not_deleted_are_tried_again_or_named(monkeypatch):
     """A request to delete many is answered with 200, and errors of single keys in it."""
     answers = [[{"Key": "p/a", "Code": "InternalError"}], [], [{"Key": "p/a", "Code": "AccessDenied"}]]
