@@ -18,7 +18,9 @@ import stat
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +35,7 @@ from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _TRANSIENT = {errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED}
@@ -45,6 +48,7 @@ _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
 _READ_BYTES = 2**20
 _ABANDONED_SECONDS = 600.0  # what nobody has written to for so long belongs to a process that was killed
+_AT_ONCE = 8  # small files on their way
 _CONNECTIONS = 64  # of a client; botocore's own 10 would be all that threads share
 _clients: dict[tuple[str, int], Any] = {}
 _making = threading.Lock()
@@ -360,6 +364,25 @@ def _delete(bucket: str, keys: list[dict[str, str]]) -> None:
     for error in answer.get("Errors", ()):
         kind = PermissionError if error["Code"] == "AccessDenied" else ConnectionError  # which is tried again
         raise kind(f"{uri}/{error['Key']} was not deleted: {error['Code']}")
+
+
+def few_at_once(call: Callable[[S], T], items: Iterable[S], *, where: str) -> Iterator[T]:
+    """What a call gives for each item, in order; a few are under way at once on an object store, where each takes long.
+
+    Args:
+        call: reads or writes a small file.
+        items: taken in this thread, a few ahead of what was given.
+        where: a path or URI of where they lie.
+    """
+    if is_local(where):
+        yield from map(call, items)
+        return
+    coming = iter(items)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        waiting = deque(pool.submit(call, item) for item in islice(coming, _AT_ONCE))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(call, item) for item in islice(coming, 1))
 
 
 @contextmanager

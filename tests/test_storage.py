@@ -195,6 +195,28 @@ def test_a_file_is_read_at_any_place(root):
         storage.open_binary(storage.join(root, "nothing"))
 
 
+def test_a_few_files_of_a_store_are_under_way_at_once_and_come_in_order():
+    """A disk's are read one after another: it is as fast as whoever reads."""
+    together, taken = threading.Barrier(4), []
+
+    def items():
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    def call(number):
+        together.wait(timeout=20)  # for three others: alone, it would wait in vain
+        return number
+
+    given = storage.few_at_once(call, items(), where="s3://bucket/work")
+    assert next(given) == 0
+    assert len(taken) < 20
+    assert list(given) == list(range(1, 40))
+    assert list(storage.few_at_once(str, [1, 2], where="/work")) == ["1", "2"]
+    with pytest.raises(ZeroDivisionError):
+        list(storage.few_at_once(lambda number: 1 // number, [1, 0, 2], where="s3://bucket/work"))
+
+
 def test_what_is_no_file_is_not_walked(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "a.jpg").write_bytes(b"x")

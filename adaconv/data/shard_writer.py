@@ -6,9 +6,8 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain
 from typing import BinaryIO
 
 from adaconv import storage
@@ -18,8 +17,6 @@ from adaconv.data.plan import Candidate, ShardPlan, row_of
 from adaconv.data.sources import Found, read_found
 from adaconv.data.verify import check_span
 from adaconv.images import ImageError
-
-_READ_AHEAD = 8  # files on their way from an object store, where each takes its time
 
 Ingest = Callable[[bytes, str], Sample | Refusal]
 Told = Callable[[int, int, int], None]  # images, bytes read, images refused since it was last called
@@ -136,16 +133,7 @@ def read_ahead(found: Iterable[Found], *, max_bytes: int | None = None) -> Itera
     first = next(files, None)
     if first is None:
         return
-    if storage.is_local(first.uri):
-        yield read(first)
-        yield from map(read, files)
-        return
-    with ThreadPoolExecutor(_READ_AHEAD) as pool:
-        waiting: list[Future[bytes | ImageError]] = [pool.submit(read, first)]
-        waiting += [pool.submit(read, one) for one in islice(files, _READ_AHEAD - 1)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [pool.submit(read, one) for one in islice(files, 1)]
+    yield from storage.few_at_once(read, chain((first,), files), where=first.uri)
 
 
 def refused_row(candidate: Candidate, refusal: Refusal) -> Row:

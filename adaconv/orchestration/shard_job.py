@@ -116,7 +116,8 @@ def _run(
             catalog.add_parent(parent.rows())
         memory, refused = _scan(listing, catalog, work, config, recipe, unwanted)
         _tell_excluded(unwanted, catalog)
-        plans = [_publish_plan(plan, work) for plan in _plans(catalog, config.shard)]
+        coming = _plans(catalog, config.shard)
+        plans = list(storage.few_at_once(partial(_publish_plan, work), coming, where=work))
         earlier = built_version(config.output, build)
         if earlier:
             _recall(plans, work, earlier, parent)
@@ -149,10 +150,16 @@ def _scan(
     Returns:
         the workers' peak memory in MB, and how many images were refused.
     """
-    there = {name for name in _names(storage.join(work, "scan")) if not _may_be_mended(work, name)}
+    noted = sorted(_names(storage.join(work, "scan")))
+    mended = storage.few_at_once(partial(_may_be_mended, work), noted, where=work)
+    there = {name for name, again in zip(noted, mended, strict=True) if not again}
     todo = [name for name in listing.chunks if name not in there]
-    for name in todo:
+
+    def publish(name: str) -> None:
         storage.publish_file(listing.folder / f"{name}.jsonl", storage.join(work, "listing", f"{name}.jsonl"))
+
+    for _ in storage.few_at_once(publish, todo, where=work):  # of ten million images they are 20,000
+        pass
     answers = run_tasks(
         scan_chunk,
         [{"name": name} for name in todo],
@@ -251,7 +258,7 @@ def _plans(catalog: Catalog, recipe: RecipeConfig) -> Iterator[ShardPlan]:
     return plan_shards(catalog.candidates(), recipe, duplicate=duplicate)
 
 
-def _publish_plan(plan: ShardPlan, work: str) -> dict[str, Any]:
+def _publish_plan(work: str, plan: ShardPlan) -> dict[str, Any]:
     """Store a plan under a name that follows from it: the job of a task."""
     text = plan.to_json().encode()
     name = hashlib.sha256(text).hexdigest()[:24]

@@ -79,7 +79,7 @@ def test_a_shard_of_other_images_than_planned_is_not_taken_for_the_plans(photos,
 
     def recalled(plans):
         work = str(tmp_path / str(len(plans[0])))
-        jobs = [shard_job._publish_plan(ShardPlan(tuple(plan)), work) for plan in plans]
+        jobs = [shard_job._publish_plan(work, ShardPlan(tuple(plan))) for plan in plans]
         shard_job._recall(jobs, work, content_version, None)
         noted = {Path(uri).stem for uri in storage.list_files(f"{work}/shard")}
         return [job["name"] in noted for job in jobs]
