@@ -34,7 +34,7 @@ from adaconv.progress import Progress
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.books import Books, culprit
 from adaconv.stylize.gallery import Failure, Picture, render
-from adaconv.stylize.inputs import Item, decode_picture, local_file, mixture_of, read_item, sha256_of
+from adaconv.stylize.inputs import Item, decode_picture, local_file, mixture_of, read_item, reading_order, sha256_of
 from adaconv.stylize.outputs import INDEX, Published, Recipe, pack_name, publish_index, slug
 from adaconv.stylize.pairing import Pair
 from adaconv.stylize.pictures import thumbnail
@@ -181,6 +181,7 @@ def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig,
     memory = config.tile.max_memory_gb * 1e9
     if not scaling.gpus_per_actor and num_actors * memory <= ray.cluster_resources().get("memory", 0):
         reserved["memory"] = memory  # so that no node is given more actors than it can feed
+    jobs = sorted(jobs, key=reading_order)
     dataset = ray.data.from_items(jobs, override_num_blocks=min(len(jobs), _BLOCKS_AT_MOST))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

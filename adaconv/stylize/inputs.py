@@ -7,7 +7,6 @@ style pack, seen from the table's folder) and `weight` (1). All may lie here or 
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -78,6 +77,11 @@ def list_items(sources: Iterable[str], *, flag: str, packs: bool = False) -> lis
             raise UsageError(f"{flag} {source}: expected images, found none")
         items += found
     return items
+
+
+def reading_order(row: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
+    """A key to sort items' rows by: cells of one row group follow one another, whatever they are called."""
+    return (row["uri"], tuple(row["place"])) if row["kind"] == "cell" else ("", ())
 
 
 def spread(found: list[Item], limit: int | None) -> list[Item]:
@@ -328,18 +332,20 @@ def _holds_images(kind: Any) -> bool:
 
 def _cell(item: Item) -> bytes:
     group, row = item.place
-    value = _row_group(item.uri, group, item.column)[row].as_py()
+    try:
+        value = _row_group(item.uri, group, item.column)[row].as_py()
+    except (pa.ArrowException, OSError) as error:
+        of_a_page = type(error) is OSError and error.errno is None  # Arrow's own; the storage's say more
+        if isinstance(error, (OSError, MemoryError)) and not of_a_page:
+            raise
+        raise ImageError("corrupt_data", f"its row group cannot be read: {str(error).strip()}") from error
     data = value["bytes"] if isinstance(value, dict) else value
     if data is None:
         raise ImageError("empty", "the cell has no bytes")
     return bytes(data)
 
 
-@lru_cache(maxsize=1)  # neighbours are read one after the other
+@lru_cache(maxsize=1)  # neighbours are read one after the other, see reading_order
 def _row_group(uri: str, group: int, column: str) -> Any:
     with storage.open_binary(uri) as file:
-        return (
-            pq.ParquetFile(io.BytesIO(file.read()) if not storage.is_local(uri) else file)
-            .read_row_group(group, [column])
-            .column(0)
-        )
+        return pq.ParquetFile(file).read_row_group(group, [column]).column(0)

@@ -15,7 +15,16 @@ from adaconv import storage
 from adaconv.errors import UsageError
 from adaconv.images import ImageError, decode
 from adaconv.scratch import scratch_folder
-from adaconv.stylize.inputs import Item, decode_picture, list_items, local_file, mixture_of, read_item, sha256_of
+from adaconv.stylize.inputs import (
+    Item,
+    decode_picture,
+    list_items,
+    local_file,
+    mixture_of,
+    read_item,
+    reading_order,
+    sha256_of,
+)
 from adaconv.stylize.outputs import Recipe, pack_name, read_recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.style_pack import StylePack
@@ -176,6 +185,7 @@ def _find(sources: Sequence[str], name: str, sha256: str, scratch: Path, flag: s
     """The file with these bytes, wherever it lies now; one of the same name is looked at first."""
     found = list_items(sources, flag=flag, packs=True)
     items: list[Item] = [item for item in found if item.kind not in ("pack", "mixture")]
+    items.sort(key=lambda item: reading_order(item.to_row()))
     for item in sorted(items, key=lambda item: (item.source != name, not item.source.endswith(Path(name).name))):
         with contextlib.suppress(ImageError):  # what cannot be had is not it
             path = local_file(item, scratch)

@@ -276,7 +276,7 @@ def test_the_gallery_shows_the_first_pairs_of_its_first_contents_and_columns():
 
 @pytest.mark.parametrize(("jobs", "blocks"), [(12, 12), (100_000, 4096)])
 def test_a_hundred_thousand_contents_are_handed_out_some_at_a_time(jobs, blocks, monkeypatch):
-    """Ray takes as long to hand one out, and to prepare for it, as a GPU does to stylize it."""
+    """Ray takes as long to hand one out, and to prepare for it, as a GPU does to stylize it. Cells go as they lie."""
     asked = []
 
     class Asked(Exception):
@@ -284,14 +284,16 @@ def test_a_hundred_thousand_contents_are_handed_out_some_at_a_time(jobs, blocks,
 
     def from_items(items, *, override_num_blocks):
         asked.append((len(items), override_num_blocks))
+        assert [item["place"] for item in items] == sorted(item["place"] for item in items)
         raise Asked
 
     monkeypatch.setattr(stylize_job, "set_up_ray_data", lambda: None)
     monkeypatch.setattr(stylize_job.ray, "cluster_resources", dict)
     monkeypatch.setattr(stylize_job.ray.data, "from_items", from_items)
     config = StylizeConfig(model="m", content=("c",), style=("s",), output="o")
+    cells = [{"kind": "cell", "uri": "t.parquet", "place": (n % 7, n)} for n in range(jobs)]
     with pytest.raises(Asked):
-        next(stylize_job._on_actors(object, [{}] * jobs, {}, config, 1))
+        next(stylize_job._on_actors(object, cells, {}, config, 1))
     assert asked == [(jobs, blocks)]
 
 

@@ -1,11 +1,15 @@
 """Where contents and styles come from: what is listed, what is read, what is refused by name."""
 
 import contextlib
+import errno
+import hashlib
 import io
 import json
+import random
 import re
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +29,7 @@ from adaconv.stylize.inputs import (
     list_items,
     local_file,
     read_item,
+    reading_order,
     sha256_of,
 )
 from tests.helpers import build_version
@@ -99,6 +104,45 @@ def test_a_parquet_column(tmp_path, shape):
     assert read_item(list_items((f"{tmp_path / 't.parquet'}#other",), flag="--content")[0]) == b"x"
     with pytest.raises(UsageError, match=r"expected a column of images .* found number: int64, image"):
         list_items((f"{tmp_path / 't.parquet'}#number",), flag="--content")
+
+
+def test_row_groups_are_fetched_once_whatever_their_cells_are_called(tmp_path, monkeypatch):
+    """Also from an object store, where the rest of the file stays."""
+    names = [hashlib.md5(str(number).encode()).hexdigest() for number in range(40)]
+    table = pa.table({"name": names, "image": [random.randbytes(100_000) for _ in names]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
+    items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
+    assert [item.source for item in items] == sorted(names)
+    opened, fetched = [], []
+
+    class Fetched(io.FileIO):
+        def readinto(self, buffer):
+            fetched.append(len(buffer))
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(storage, "is_local", lambda uri: False)
+    monkeypatch.setattr(storage, "open_binary", lambda uri: opened.append(uri) or io.BufferedReader(Fetched(uri), 64))
+    for row in sorted((item.to_row() for item in items), key=reading_order):
+        assert len(read_item(Item.from_row(row))) == 100_000
+    assert len(opened) == 10
+    assert sum(fetched) < 1.5 * (tmp_path / "t.parquet").stat().st_size
+
+
+def test_a_damaged_row_group_is_of_its_cells_and_a_storage_that_fails_is_not(tmp_path, monkeypatch):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [png(n) for n in range(8)]}), path, row_group_size=4, use_dictionary=False)
+    place = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[place : place + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    items = list_items((str(path),), flag="--content")
+    assert read_item(items[3]) == png(3)
+    with pytest.raises(ImageError, match="corrupt_data: its row group cannot be read"):
+        read_item(items[4])
+    for error in (ConnectionError("no answer"), OSError(errno.EIO, "an error of the disk")):
+        monkeypatch.setattr(storage, "open_binary", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            read_item(items[5])
 
 
 def test_a_names_column(tmp_path):
