@@ -50,9 +50,13 @@ class Progress:
         self._started = clock()
         self._notes: dict[str, str] = {}
 
-    def advance(self, count: int = 1, **notes: object) -> None:
-        """Add `count` units of work; `notes` stay on the line until they change (`failed=3` reads `3 failed`)."""
+    def advance(self, count: int = 1, *, free: bool = False, **notes: object) -> None:
+        """Add `count` units of work; `notes` stay on the line until they change (`failed=3` reads `3 failed`).
+
+        What is `free`, such as what was found done, does not count towards the rate.
+        """
         self.done += count
+        self._done_at_start += count * free
         self._notes.update({name: str(value) for name, value in notes.items()})
         if self._is_due():
             self._emit(self.line())

@@ -41,6 +41,16 @@ def test_work_that_was_done_before_does_not_count_towards_the_rate():
     assert "0.5 images/s" in lines[0]
 
 
+def test_what_is_found_done_does_not_count_towards_the_rate_either():
+    """A job that goes on finds 9,000 of 10,000 in 9 s, then makes one a second: 900 are left, not two seconds' work."""
+    now, lines = [0.0], []
+    progress = Progress("stylize", total=10_000, clock=lambda: now[0], emit=lines.append)
+    progress.advance(9000, free=True)
+    now[0] = 100
+    progress.advance(100)
+    assert lines == ["stylize 9100/10000 | 91 % | 1 images/s | eta 15.0 min"]
+
+
 def test_the_last_line_says_how_long_it_took():
     now, lines = [0.0], []
     progress = Progress("shard", clock=lambda: now[0], emit=lines.append)

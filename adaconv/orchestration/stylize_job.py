@@ -145,7 +145,8 @@ def _make_outputs(
         if row["number"] in columns:
             shown.append(row | {"column": columns[row["number"]]})
         counter.inc(1, {"state": row["state"]})
-        progress.advance(skipped=books.states["skipped"], failed=books.states["failed"])
+        counts = {state: books.states[state] for state in ("skipped", "failed")}
+        progress.advance(free=row["state"] == "skipped", **counts)
     progress.close()
     return sorted(shown, key=lambda row: row["number"])
 
