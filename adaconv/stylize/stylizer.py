@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adaconv.checkpoint import ModelInfo, fetched, load_network
 from adaconv.errors import UsageError
-from adaconv.images import as_seen, to_tensor, upright
+from adaconv.images import as_seen, to_rgb, to_tensor, upright
 from adaconv.model.kernels import EPS
 from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, padded_side, reflected
 from adaconv.stylize.blend import mix
@@ -184,7 +184,8 @@ class Stylizer:
             style: a pack, or several to be mixed, or to be applied each under its mask.
             alpha: from 0, the content in its own style, to 1, the style.
             weights: of several packs in a mixture; None takes equal ones.
-            mask: one a pack, of the content's size, white where the pack applies.
+            mask: one a pack, of the content's size, white where the pack applies; PIL of any mode, see images.to_rgb;
+                arrays and tensors of uint8, or floating in [0, 1].
             color: `style`; `luminance` keeps the content's chroma, `coral` its mean and covariance of colours.
             tile: side of tiles in pixels; None takes the whole frame; `auto` tiles what would take more memory than
                 `max_memory_gb`. The result is the same but for rounding.
@@ -461,8 +462,12 @@ def _statistics(moments: Moments) -> StyleCode:
 def _mask(mask: Mask, height: int, width: int) -> Tensor:
     """(1, 1, H, W) float32 in [0, 1]."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(upright(mask).convert("L"))
+        picture = upright(mask)
+        wide = picture.mode.startswith("I") or picture.mode == "F"  # which `convert` would clip
+        mask = np.asarray((to_rgb(picture) if wide else picture).convert("L"))
     values = torch.as_tensor(np.array(mask) if isinstance(mask, np.ndarray) else mask)
+    if values.dtype not in (torch.uint8, torch.bool) and not values.is_floating_point():
+        raise UsageError(f"expected a mask of uint8, or floating in [0, 1], found {values.dtype}")
     values = values.float().div(255) if values.dtype == torch.uint8 else values.float()
     if values.ndim not in (2, 3, 4) or values.numel() != values.shape[-1] * values.shape[-2]:
         raise UsageError(f"expected a mask of {width}x{height} with one channel, found {tuple(values.shape)}")

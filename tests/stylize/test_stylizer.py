@@ -324,6 +324,22 @@ def test_under_a_mask_each_style_is_as_if_alone(stylizer):
         stylizer.stylize(content, packs, mask=left)
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "I", "F"])
+def test_masks_of_any_depth_apply_as_far_as_they_are_white(stylizer, mode):
+    content, pack = picture(64, 48), stylizer.style_pack(picture(32, 32, 1), side=32)
+    levels = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(48, 0)
+    dtype, whitest = {"L": (np.uint8, 1), "I;16": (np.uint16, 257), "I": (np.int32, 257), "F": (np.float32, 1 / 255)}[
+        mode
+    ]
+    mask = Image.fromarray((levels * np.float64(whitest)).astype(dtype))
+    assert mask.mode == mode
+    wanted = stylizer.stylize(content, pack, mask=levels)
+    assert stylizer.stylize(content, pack, mask=mask).tobytes() == wanted.tobytes()
+    if mode in ("I;16", "I"):
+        with pytest.raises(UsageError, match="expected a mask of uint8, or floating in"):
+            stylizer.stylize(content, pack, mask=np.asarray(mask))
+
+
 def test_colours_of_the_content_are_kept(stylizer):
     content = floats(smooth(96, 80, 3)) * 0.5 + 0.2
     pack = stylizer.style_pack(smooth(64, 64, 4), side=32)
