@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from adaconv.stylize.books import Books, culprit
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.inputs import Item, decode_picture, local_file, mixture_of, read_item, reading_order, sha256_of
 from adaconv.stylize.outputs import INDEX, Published, Recipe, pack_name, publish_index, slug
-from adaconv.stylize.pairing import Pair
 from adaconv.stylize.pictures import thumbnail
 from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail, is_out_of_memory
 from adaconv.stylize.style_pack import StylePack
@@ -84,9 +83,10 @@ def run_stylize_job(config: StylizeConfig, plan: Plan, *, model: str, folder: Pa
     beginnings = ray.remote(_Beginnings).options(num_cpus=0, **lasting).remote()
     named = checkpoint.public_name(model)
     shared = {"files": files, "config": config.model_dump_json(), "model": named, "beginnings": beginnings}
-    packs = _make_packs(plan, config, num_actors, shared)
+    columns = _columns_of_shown(plan, config)
+    packs = _make_packs(plan, columns, config, num_actors, shared)
     with scratch_folder("books", config.tile.scratch) as aside, Books(aside / "rows", len(plan.pairs)) as books:
-        shown = _make_outputs(plan, packs, books, config, num_actors, shared)
+        shown = _make_outputs(plan, columns, packs, books, config, num_actors, shared)
         return _close_books(config, model, books, shown, packs)
 
 
@@ -105,11 +105,16 @@ def _num_actors(config: StylizeConfig) -> int:
     return max(1, int(min(cpus / scaling.cpus_per_actor, by_memory)))
 
 
-def _make_packs(plan: Plan, config: StylizeConfig, num_actors: int, shared: Row) -> list[Row]:
+def _make_packs(
+    plan: Plan, columns: Mapping[int, int], config: StylizeConfig, num_actors: int, shared: Row
+) -> list[Row]:
     """A row for each style and side at which some pair reads it."""
     default = config.options.style_side
     needed = sorted({(pair.style, int(pair.options.get("style_side", default))) for pair in plan.pairs})
-    jobs = [{"style": style, "side": side, **plan.styles[style].to_row()} for style, side in needed]
+    shown = {plan.pairs[number].style for number in columns}
+    jobs = [
+        {"style": style, "side": side, "shown": style in shown, **plan.styles[style].to_row()} for style, side in needed
+    ]
     progress = Progress("style packs", total=len(jobs), unit="styles")
     packs = []
     for row in _on_actors(_PackMaker, jobs, shared, config, num_actors):
@@ -120,14 +125,19 @@ def _make_packs(plan: Plan, config: StylizeConfig, num_actors: int, shared: Row)
 
 
 def _make_outputs(
-    plan: Plan, packs: list[Row], books: Books, config: StylizeConfig, num_actors: int, shared: Row
+    plan: Plan,
+    columns: Mapping[int, int],
+    packs: list[Row],
+    books: Books,
+    config: StylizeConfig,
+    num_actors: int,
+    shared: Row,
 ) -> list[Row]:
     """Enter a row for each pair.
 
     Returns:
         those that the gallery shows, in the plan's order.
     """
-    columns = _columns_of_shown(plan, config)
     jobs = []
     for content, group in groupby(enumerate(plan.pairs), key=lambda numbered: numbered[1].content):
         numbered = [(number, pair.style, dict(pair.options)) for number, pair in group]
@@ -152,17 +162,22 @@ def _make_outputs(
 
 
 def _columns_of_shown(plan: Plan, config: StylizeConfig) -> dict[int, int]:
-    """The pairs that the gallery shows, by number, and their columns: one for each style and own options."""
+    """The pairs that the gallery shows, by number, and their columns: one for each style and own options.
 
-    def key(pair: Pair) -> tuple[int, str]:
-        return pair.style, json.dumps(dict(pair.options), sort_keys=True) if pair.options else "{}"
-
-    order = {key: column for column, key in enumerate(sorted({key(pair) for pair in plan.pairs}))}
-    gallery = config.gallery
-    placed = (
-        (number, order[key(pair)]) for number, pair in enumerate(plan.pairs) if pair.content < gallery.max_contents
-    )
-    return dict(islice(((n, column) for n, column in placed if column < gallery.max_styles), gallery.max_outputs))
+    Of the contents and columns that are paired it takes the first, wherever they are in their lists.
+    """
+    contents: dict[int, int] = {}
+    columns: dict[tuple[int, str], int] = {}
+    shown: dict[int, int] = {}
+    for number, pair in enumerate(plan.pairs):
+        row = contents.setdefault(pair.content, len(contents))
+        if row >= config.gallery.max_contents or len(shown) >= config.gallery.max_outputs:
+            break
+        options = json.dumps(dict(pair.options), sort_keys=True) if pair.options else "{}"
+        column = columns.setdefault((pair.style, options), len(columns))
+        if column < config.gallery.max_styles:
+            shown[number] = column
+    return shown
 
 
 def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig, num_actors: int) -> Iterator[Row]:
@@ -278,7 +293,7 @@ class _PackMaker(_ModelActor):
 
     @plain_errors()
     def __call__(self, job: Row) -> list[Row]:
-        item = Item.from_row({name: value for name, value in job.items() if name not in ("style", "side")})
+        item = Item.from_row({name: value for name, value in job.items() if name not in ("style", "side", "shown")})
         row = {"style": job["style"], "side": job["side"], "source": item.source, "uri": "", "digest": "", "reason": ""}
         row |= {"sha256": "", "thumbnail": b"", "model_digest": "", "error": "", "usage": False}
         try:
@@ -304,7 +319,7 @@ class _PackMaker(_ModelActor):
         row["uri"] = storage.join(self.output, pack_name(row["source"], pack.digest))
         if not storage.exists(row["uri"]):
             storage.publish_bytes(row["uri"], pack.to_bytes())
-        if job["style"] < self.config.gallery.max_styles and pack.thumbnail:
+        if job["shown"] and pack.thumbnail:
             shown = Image.open(io.BytesIO(pack.thumbnail))
             row["thumbnail"] = thumbnail(shown, side=self.config.gallery.thumbnail_side)
         return [row]

@@ -270,8 +270,14 @@ def test_the_gallery_shows_the_first_pairs_of_its_first_contents_and_columns():
     pairs = [Pair(0, 2), Pair(0, 0, more), Pair(0, 0), Pair(1, 1), Pair(1, 0), Pair(2, 0), Pair(2, 1), Pair(3, 0)]
     shows = {"max_contents": 3, "max_styles": 3, "max_outputs": 4}
     config = StylizeConfig(model="m", content=("c",), style=("s",), output="o", gallery=shows)
-    # Columns: style 0 with alpha, style 0, style 1, style 2; the last is one too many, and so are two of the outputs.
-    assert stylize_job._columns_of_shown(Plan([], [], pairs), config) == {1: 0, 2: 1, 3: 2, 4: 1}
+    # Columns: style 2, style 0 with alpha, style 0, style 1; the last is one too many, and so are two of the outputs.
+    assert stylize_job._columns_of_shown(Plan([], [], pairs), config) == {0: 0, 1: 1, 2: 2, 4: 2}
+
+
+def test_the_gallery_shows_pairs_from_anywhere_in_the_lists():
+    """Two of 2,000 contents and 300 styles, the gallery having room for 500 and 100."""
+    config = StylizeConfig(model="m", content=("c",), style=("s",), output="o")
+    assert stylize_job._columns_of_shown(Plan([], [], [Pair(1200, 201), Pair(1201, 200)]), config) == {0: 0, 1: 1}
 
 
 @pytest.mark.parametrize(("jobs", "blocks"), [(12, 12), (100_000, 4096)])
@@ -369,7 +375,7 @@ def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(r
     def outputs(numbers, deaths=0, shown=frozenset({0, 1, 2}), **tile):
         shared = alone(deaths, tile=TileConfig(**tile))
         maker = stylize_job._PackMaker(**shared)
-        packs = [maker({"style": n, "side": 256, **way.to_row()})[0] for n, way in enumerate(ways)]
+        packs = [maker({"style": n, "side": 256, "shown": True, **way.to_row()})[0] for n, way in enumerate(ways)]
         actor = stylize_job._ContentStylizer(packs=packs, shown=shown, there=(), **shared)
         pairs = json.dumps([(n, n, {}) for n in numbers])
         return actor({"content": 0, "pairs": pairs, **content.to_row()})
@@ -393,7 +399,7 @@ def test_a_style_that_memory_has_no_room_for_is_a_named_failure(alone, tmp_path,
     maker = stylize_job._PackMaker(**alone(tile={"max_memory_gb": 1}))
 
     def reason(side):
-        return maker({"style": 0, "side": side, **item.to_row()})[0]["reason"]
+        return maker({"style": 0, "side": side, "shown": True, **item.to_row()})[0]["reason"]
 
     assert reason(256) == ""
     assert reason(1300).startswith("style out_of_memory: 400x50 would be read at 10400x1300, beyond 1 GB")
