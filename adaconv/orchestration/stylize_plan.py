@@ -40,7 +40,7 @@ def plan_job(config: StylizeConfig) -> Plan:
 
 
 def _checked(base: OptionsConfig) -> Any:
-    """A check of one pair's options: values as they would be on the command line."""
+    """A check of one pair's options: values as they would be on the command line, without those that all pairs have."""
 
     def check(options: Mapping[str, Any]) -> Mapping[str, Any]:
         unknown = sorted(set(options) - set(_COLUMNS))
@@ -51,6 +51,6 @@ def _checked(base: OptionsConfig) -> Any:
         except ValidationError as error:
             told = "; ".join(f"{e['loc'][0]}: {e['msg']}, found {e['input']!r}" for e in error.errors())
             raise UsageError(told) from None
-        return {name: getattr(merged, name) for name in options}
+        return {name: value for name in options if (value := getattr(merged, name)) != getattr(base, name)}
 
     return check

@@ -5,7 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from adaconv.config.stylize import OptionsConfig
 from adaconv.errors import UsageError
+from adaconv.orchestration.stylize_plan import _checked
 from adaconv.stylize.pairing import Pair, pair_up
 
 CONTENTS, STYLES = ["a", "b/c", "d"], ["s", "t", "u", "v", "w"]
@@ -56,6 +58,12 @@ def test_a_file_of_pairs(tmp_path):
     for name in ("p.parquet", "p.csv"):
         pairs = pair_up(str(tmp_path / name), CONTENTS, STYLES, check=lambda o: {k: float(v) for k, v in o.items()})
         assert pairs == [Pair(0, 0), Pair(2, 1, {"alpha": 0.5})]
+
+
+def test_a_row_that_states_a_default_is_no_other_pair(tmp_path):
+    (tmp_path / "p.csv").write_text("content,style,alpha,color\na,s,,\na,s,1,\na,s,1.0,style\na,s,0.5,\n")
+    pairs = pair_up(str(tmp_path / "p.csv"), CONTENTS, STYLES, check=_checked(OptionsConfig()))
+    assert pairs == [Pair(0, 0), Pair(0, 0, {"alpha": 0.5})]
 
 
 def test_a_file_of_pairs_whose_names_are_numbers(tmp_path):
