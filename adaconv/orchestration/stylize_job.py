@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -295,7 +296,7 @@ class _PackMaker(_ModelActor):
     def __call__(self, job: Row) -> list[Row]:
         item = Item.from_row({name: value for name, value in job.items() if name not in ("style", "side", "shown")})
         row = {"style": job["style"], "side": job["side"], "source": item.source, "uri": "", "digest": "", "reason": ""}
-        row |= {"sha256": "", "thumbnail": b"", "model_digest": "", "error": "", "usage": False}
+        row |= {"sha256": "", "thumbnail": b"", "model_digest": "", "read_at": job["side"], "error": "", "usage": False}
         try:
             self.begin(f"style {job['style']} {job['side']}")
             pack = self._pack(item, job["side"])
@@ -311,7 +312,9 @@ class _PackMaker(_ModelActor):
         finally:
             self.end()
         row |= {
-            "source": pack.source or item.source,
+            # Of a style that lies twice the pack is one, and called as it was found first.
+            "source": (pack.source or item.source) if item.kind == "pack" else item.source,
+            "read_at": pack.side,
             "sha256": pack.source_sha256,
             "digest": pack.digest,
             "model_digest": pack.model_digest,
@@ -370,11 +373,14 @@ class _ContentStylizer(_ModelActor):
         sha256, thumbnail_of_content, reason = "", b"", ""
         made: dict[int, Made] = {}
         recipes: dict[int, Recipe] = {}
+        firsts: dict[str, int] = {}  # an output that several pairs have is made once, for the first
         try:
             with scratch_folder("content", self.scratch) as folder:
                 path = local_file(item, folder)
                 sha256 = sha256_of(path)
                 recipes = {n: r for n, style, o in pairs if (r := self._recipe(item, sha256, style, o)) is not None}
+                for number, recipe in recipes.items():
+                    firsts.setdefault(recipe.name, number)
                 # What is left is part of the name: who dies after having made something has not died of the content.
                 name = f"content {job['content']} {pairs[0][0]}"
                 for output in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left")):
@@ -389,7 +395,10 @@ class _ContentStylizer(_ModelActor):
             self.end()
         rows: list[Row] = []
         for number, style, options in pairs:
-            one = made.get(number)
+            first = firsts[recipes[number].name] if number in recipes else number
+            one = made.get(first)
+            if one and one.state == "done" and first != number:
+                one = replace(one, state="skipped", seconds=0.0)
             failed = self._style(style, options)["reason"] or (one.reason if one else reason)
             rows.append(
                 {
@@ -429,11 +438,15 @@ class _ContentStylizer(_ModelActor):
             scratch=self.scratch,
             thumbnail_side=self.config.gallery.thumbnail_side,
         )
-        wanted = [
-            Wanted(number, recipes[number], partial(self._pack, style, options), number in self.shown)
-            for number, style, options in pairs
+        shown = {recipe.name for number, recipe in recipes.items() if number in self.shown}
+        alike = {
+            recipes[number].name: Wanted(
+                number, recipes[number], partial(self._pack, style, options), recipes[number].name in shown
+            )
+            for number, style, options in reversed(pairs)
             if number in recipes
-        ]
+        }
+        wanted = list(reversed(alike.values()))
         production = Production(lambda: self.stylizer, self.output, limits, self.there, look=self._look)
         yield from production.make(path, wanted, begin=begin)
 
@@ -459,7 +472,8 @@ class _ContentStylizer(_ModelActor):
             pack_digest=row["digest"],
             model=self.model,
             model_digest=row["model_digest"],
-            options={**self.config.options.model_dump(mode="json"), **options},
+            # A ready pack was read at its own side, whatever the options say.
+            options={**self.config.options.model_dump(mode="json"), **options, "style_side": row["read_at"]},
         )
 
 

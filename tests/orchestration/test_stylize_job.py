@@ -392,6 +392,30 @@ def test_outputs_that_are_there_stay_in_the_books_of_a_content_that_is_refused(r
     assert [row["reason"].partition(":")[0] for row in rows] == ["", "", f"content {refusal}"]
 
 
+def test_a_style_that_lies_twice_and_a_pack_of_its_own_side_are_what_they_are_called(alone, contents, styles, tmp_path):
+    """The output is one: made once, and found by both pairs. A pack keeps the side that it was read at."""
+    (content,), one = list_items((str(contents),), flag="-")[:1], next(iter(sorted(styles.iterdir())))
+    for folder in ("s/a", "s/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(one, tmp_path / folder / "monet.jpg")
+    maker = stylize_job._PackMaker(**alone())
+
+    def outputs(source, side):
+        ways = list_items((str(source),), flag="-", packs=True)
+        told = {"side": side, "shown": True}
+        packs = [maker({"style": n, **told, **way.to_row()})[0] for n, way in enumerate(ways)]
+        actor = stylize_job._ContentStylizer(packs=packs, shown={1}, there=(), **alone(options={"style_side": side}))
+        pairs = json.dumps([(n, n, {}) for n in range(len(ways))])
+        return actor({"content": 0, "pairs": pairs, **content.to_row()})
+
+    rows = outputs(tmp_path / "s", 32)
+    assert [(row["style"], row["state"]) for row in rows] == [("a/monet.jpg", "done"), ("b/monet.jpg", "skipped")]
+    assert rows[0]["output"] == rows[1]["output"]
+    assert rows[1]["thumbnail"]
+    (row,) = outputs(tmp_path / "out" / "styles", 64)
+    assert (row["state"], row["output"].rpartition("-")[2]) == ("skipped", rows[0]["output"].rpartition("-")[2])
+
+
 def test_a_style_that_memory_has_no_room_for_is_a_named_failure(alone, tmp_path, monkeypatch):
     """The others of its job are made."""
     Image.new("RGB", (400, 50)).save(tmp_path / "s.png")
