@@ -80,6 +80,8 @@ def _pairs_of_file(
     pairs: list[Pair] = []
     seen: set[tuple[int, int, str]] = set()
     for where, row in read_table(uri, flag="--pairs"):
+        if any(";" in column for column in row):
+            raise UsageError(f"{where}: expected columns parted by commas, found {next(iter(row))!r}")
         found: dict[str, int] = {}
         for name, place in places.items():
             cell = row.pop(name, None)

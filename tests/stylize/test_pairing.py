@@ -81,6 +81,7 @@ def test_a_file_of_pairs_whose_names_are_numbers(tmp_path):
         ("content,style\na,s\na,s,\n", "row 2: expected 2 fields, as the first line has, found 3"),
         ("content,style,alpha\na,s,0.5,x,y\n", "row 1: expected 3 fields, as the first line has, found 5"),
         ("content,style\n", "expected rows, found none"),
+        ("content;style\na;s\n", "row 1: expected columns parted by commas, found 'content;style'"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, text, words):
