@@ -8,6 +8,7 @@ style pack, seen from the table's folder) and `weight` (1). All may lie here or 
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,8 @@ from adaconv.stylize.tables import read_table
 
 if TYPE_CHECKING:
     from adaconv.stylize.style_pack import StylePack
+
+log = logging.getLogger(__name__)
 
 _NAMES = ("path", "name", "file_name", "filename", "key", "id")  # columns that may tell what an image is called
 
@@ -223,8 +226,14 @@ def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
         yield Item("file", storage.name_of(uri), uri, (storage.size_of(uri), 0))
     else:
         root = storage.absolute(source)
-        found = [e for e in storage.walk(root) if e.path.endswith(".safetensors")] if packs else []
+        entries = list(storage.walk(root)) if packs else []
+        found = [entry for entry in entries if entry.path.endswith(".safetensors")]
         yield from (Item("pack", entry.path, entry.uri) for entry in found)
+        images = sum(PurePath(entry.path).suffix.lower() in EXTENSIONS for entry in entries)
+        if found and images:
+            log.warning(
+                "%s %s: %d style packs are taken, %d images beside them are not", flag, source, len(found), images
+            )
         if not found:
             yield from (
                 Item("file", f.source, f.uri, (f.bytes, 0), member=f.member) for f in iter_images((source,), flag=flag)
@@ -319,9 +328,14 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
                 paths = table.read_row_group(group, [f"{column}.path"]).column(0).to_pylist()
                 names = [cell and cell["path"] for cell in paths]
             for row, name in enumerate(names):
-                called = f"row-{number:08d}" if name in (None, "") else str(name)  # 0 is a name
+                called = f"row-{number:08d}" if name in (None, "") else _told(str(name))  # 0 is a name
                 yield Item("cell", called, uri, (group, row), column)
                 number += 1
+
+
+def _told(path: str) -> str:
+    """A name without the folders of the machine where an absolute path was one: it travels with every output."""
+    return "/".join(PurePath(path).parts[-2:]) if path.startswith("/") else path
 
 
 def _holds_images(kind: Any) -> bool:

@@ -152,14 +152,22 @@ def test_a_names_column(tmp_path):
     pq.write_table(pa.table({"id": [0, None, 7], "image": [png(0)] * 3}), tmp_path / "t.parquet")
     items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
     assert [item.source for item in items] == ["0", "7", "row-00000001"]
+    paths = ["/home/me/private/a/1.jpg", "a/b/c/2.jpg"]
+    pq.write_table(pa.table({"path": paths, "image": [png(0)] * 2}), tmp_path / "t.parquet")
+    items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
+    assert [item.source for item in items] == ["a/1.jpg", "a/b/c/2.jpg"]
 
 
-def test_style_packs(tmp_path):
+def test_style_packs(tmp_path, caplog):
     for name in ("b.safetensors", "a.safetensors"):
         storage.publish_bytes(str(tmp_path / "styles" / name), b"x")
     items = list_items((str(tmp_path / "styles"),), flag="--style", packs=True)
     assert [(item.kind, item.source) for item in items] == [("pack", "a.safetensors"), ("pack", "b.safetensors")]
     assert list_items((str(tmp_path / "styles" / "a.safetensors"),), flag="--style", packs=True) == [items[0]]
+    (tmp_path / "styles" / "c.png").write_bytes(png())
+    assert list_items((str(tmp_path / "styles"),), flag="--style", packs=True) == items
+    assert "2 style packs are taken, 1 images beside them are not" in caplog.text
+    (tmp_path / "styles" / "c.png").unlink()
     with pytest.raises(UsageError, match=r"--content .*found 2 other files"):
         list_items((str(tmp_path / "styles"),), flag="--content")
 
