@@ -47,7 +47,7 @@ _NOT_BELIEVED = {  # S3's codes, which s3fs makes PermissionErrors of, or EINVAL
 _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
 _READ_BYTES = 2**20
-_ABANDONED_SECONDS = 600.0  # what nobody has written to for so long belongs to a process that was killed
+_ABANDONED_SECONDS = 3600.0  # what nobody has written to for so long belongs to a process that was killed
 _AT_ONCE = 8  # small files on their way
 _CONNECTIONS = 64  # of a client; botocore's own 10 would be all that threads share
 _clients: dict[tuple[str, int], Any] = {}
@@ -282,7 +282,7 @@ def publish_directory(source: Path, uri: str, *, last: str) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes were publishing right below a folder; what is young may be another's work."""
-    for aside in folder.glob(".*.tmp-????????"):
+    for aside in folder.glob(".*.tmp-*"):
         with suppress(FileNotFoundError):  # published, or swept by another
             if time.time() - aside.stat().st_mtime < _ABANDONED_SECONDS:
                 continue

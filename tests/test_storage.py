@@ -135,7 +135,7 @@ def test_what_a_killed_process_was_publishing_is_swept_by_the_next_one(tmp_path)
     for place in (source, folder / ".step-1.tmp-0123abcd", folder / ".step-1.tmp-4567abcd", folder / ".mine"):
         place.mkdir(parents=True)
         (place / "meta").write_text("x")
-    long_ago = time.time() - 3600
+    long_ago = time.time() - 7200
     os.utime(folder / ".step-1.tmp-0123abcd", (long_ago, long_ago))
     os.utime(folder / ".mine", (long_ago, long_ago))
     storage.publish_directory(source, str(folder / "step-2"), last="meta")

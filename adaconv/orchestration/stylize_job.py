@@ -4,12 +4,10 @@ No picture passes through the driver, but for the gallery's thumbnails. An outpu
 a job that was broken off, or an actor that died, makes again at most what was in flight.
 """
 
-import contextlib
 import io
 import json
 import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,7 +45,6 @@ log = logging.getLogger(__name__)
 _MODEL_FILES = ("model.safetensors", "model.json")
 _DEATHS_ADMITTED = 5  # of workers at one picture, before it is named a failure
 _PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
-_LEFT_BEHIND_SECONDS = 3600
 _PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
 _BLOCKS_AT_MOST = 4096  # of jobs that actors are handed: Ray takes 12 ms for one, whatever it holds
 _SHOWN = 100  # kinds of failure that result.json lists
@@ -507,13 +504,11 @@ def _close_books(config: StylizeConfig, model: str, books: Books, shown: list[Ro
 
 
 def _sweep(output: str) -> None:
-    """Remove what killed processes were writing aside; what is young may be another job's. An object store has none."""
-    if not storage.is_local(output):
-        return
-    for aside in (path for folder in (".", "images/*", "styles") for path in Path(output).glob(f"{folder}/.*.tmp-*")):
-        with contextlib.suppress(FileNotFoundError):  # another job has cleaned up, or published it
-            if time.time() - aside.stat().st_mtime > _LEFT_BEHIND_SECONDS:
-                aside.unlink()
+    """Of what killed processes were writing; an object store has nothing that is half-written."""
+    if storage.is_local(output):
+        root = Path(output)
+        for folder in (root, *root.glob("images/*"), root / "styles"):
+            storage.sweep(folder)
 
 
 def _gallery(config: StylizeConfig, model: str, books: Books, shown: list[Row], packs: list[Row]) -> str:
