@@ -7,6 +7,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from email.message import Message
 from pathlib import Path
 
 from filelock import FileLock
@@ -30,7 +31,8 @@ def download(url: str, target: Path, *, sha256: str | None, backoff_seconds: flo
 
     Args:
         url: http or https.
-        target: local file; what is not whole yet lies beside it as `NAME.part`.
+        target: local file; what is not whole yet lies beside it as `NAME.part`, and which version of the file it is of
+            as `NAME.part.version`.
         sha256: the file's, or as many of its first hex digits as are known; None takes what comes.
         backoff_seconds: wait before the second attempt; doubled before each further one.
 
@@ -48,7 +50,7 @@ def download(url: str, target: Path, *, sha256: str | None, backoff_seconds: flo
             return target
         for attempt in range(_ATTEMPTS):
             try:
-                _continue(url, part)
+                _continue(url, part, checked=sha256 is not None)
                 break
             except urllib.error.HTTPError as error:
                 if error.code < 500 and error.code != 429:
@@ -61,14 +63,19 @@ def download(url: str, target: Path, *, sha256: str | None, backoff_seconds: flo
                 raise DownloadError(f"{url}: {failure} ({have} bytes of it are kept)") from failure
             log.warning("%s: %s; trying again", url, failure)
             time.sleep(backoff_seconds * 2**attempt)
+        _version_file(part).unlink(missing_ok=True)
         _verify(url, part, sha256)
         os.replace(part, target)
     return target
 
 
-def _continue(url: str, part: Path) -> None:
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _continue(url: str, part: Path, *, checked: bool) -> None:
+    """Fetch what is missing, of the same version of the file; all of it where nothing tells versions apart."""
+    note = _version_file(part)
+    version = note.read_text() if note.exists() else ""
+    have = part.stat().st_size if part.exists() and (version or checked) else 0
+    only_of = {"If-Range": version} if version else {}
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", **only_of} if have else {})
     try:
         answer = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
@@ -85,6 +92,8 @@ def _continue(url: str, part: Path) -> None:
         progress = Progress(f"download {url.rpartition('/')[2]}", total=round(total / 1e6), unit="MB")
         done = have if resumed else 0
         with part.open("ab" if resumed else "wb") as file:
+            if not resumed:  # behind the old bytes, which are gone now
+                note.write_text(_version_of(answer.headers))
             while chunk := answer.read(_CHUNK_BYTES):
                 file.write(chunk)
                 progress.advance(round((done + len(chunk)) / 1e6) - round(done / 1e6))
@@ -92,6 +101,16 @@ def _continue(url: str, part: Path) -> None:
         if total and done < total:
             raise http.client.IncompleteRead(b"", total - done)
         progress.close()
+
+
+def _version_file(part: Path) -> Path:
+    return part.with_name(f"{part.name}.version")
+
+
+def _version_of(headers: Message) -> str:
+    """What tells a file's versions apart: a strong ETag, else when it was changed; nothing of silent servers."""
+    etag = headers.get("ETag", "")
+    return str(etag if etag.startswith('"') else headers.get("Last-Modified", ""))
 
 
 def _verify(url: str, part: Path, sha256: str | None) -> None:

@@ -19,17 +19,22 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         server.asked.append(start)
+        data, version = server.files.pop(0) if len(server.files) > 1 else server.files[0]
+        if "If-Range" in self.headers and self.headers["If-Range"] not in version.values():
+            start = 0
         if server.failures:
             self.send_error(server.failures.pop(0))
             return
-        if start and server.ranges and start >= len(DATA):
+        if start and server.ranges and start >= len(data):
             self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(DATA)}")
+            self.send_header("Content-Range", f"bytes */{len(data)}")
             self.end_headers()
             return
-        body = DATA[start:] if server.ranges else DATA
+        body = data[start:] if server.ranges else data
         self.send_response(206 if start and server.ranges else 200)
         self.send_header("Content-Length", str(len(body)))
+        for header in version.items():
+            self.send_header(*header)
         self.end_headers()
         if server.break_after:
             self.wfile.write(body[: server.break_after.pop(0)])
@@ -44,6 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
 def server():
     running = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     running.asked, running.failures, running.break_after, running.ranges = [], [], [], True
+    running.files = [(DATA, {})]  # that one request after the other finds, and what it is told of their versions
     thread = threading.Thread(target=running.serve_forever)
     thread.start()
     yield running
@@ -84,6 +90,29 @@ def test_what_was_fetched_to_its_last_byte_is_not_fetched_again(server, tmp_path
 def test_the_rest_of_another_file_is_thrown_away(server, tmp_path):
     (tmp_path / "w.part").write_bytes(b"x" * 400_000)
     assert download(url_of(server), tmp_path / "w", sha256=SHA256, backoff_seconds=0).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "asked"),
+    [
+        ({"ETag": '"a"'}, {"ETag": '"b"'}, [0, 100_000]),
+        ({"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}, {"Last-Modified": "Tue, 02 Jan 2024 00:00:00 GMT"}, None),
+        ({"ETag": 'W/"a"'}, {"ETag": 'W/"a"'}, [0, 0]),
+        ({}, {}, [0, 0]),
+    ],
+)
+def test_no_two_versions_of_a_file_become_one(server, tmp_path, first, second, asked):
+    """It is replaced between two attempts, and nobody knows its sha256."""
+    server.files, server.break_after = [(bytes(len(DATA)), first), (DATA, second)], [100_000]
+    assert download(url_of(server), tmp_path / "w", sha256=None, backoff_seconds=0).read_bytes() == DATA
+    assert server.asked == (asked or [0, 100_000])
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_the_same_version_goes_on_where_it_stopped(server, tmp_path):
+    server.files, server.break_after = [(DATA, {"ETag": '"a"'})], [100_000]
+    assert download(url_of(server), tmp_path / "w", sha256=None, backoff_seconds=0).read_bytes() == DATA
+    assert server.asked == [0, 100_000]
 
 
 def test_passing_server_errors_are_waited_for(server, tmp_path):
