@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adaconv import cli
-from adaconv.config.base import refuse_password
+from adaconv.config.base import refuse_password, refuse_secret
 from adaconv.config.submit import SubmitConfig
 from adaconv.errors import JobError, UsageError
 
@@ -29,6 +29,7 @@ def command(config: SubmitConfig, entrypoint: Sequence[str], *, variables: Mappi
     try:
         for argument in entrypoint:
             refuse_password(argument)
+            refuse_secret(argument)
     except ValueError as error:
         raise UsageError(f"the job's command: {error}") from None
     cli.require_directory(config.working_dir, "--working-dir")

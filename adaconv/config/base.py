@@ -19,15 +19,34 @@ def refuse_password(uri: str | None) -> str | None:
     Raises:
         ValueError: it does; the message leaves the URI out.
     """
-    if uri and re.match(r"[^/]+://([^/@]*:[^/@]+@|.*[?&]password=)", uri):
-        raise ValueError(
-            "the URI carries a password, which would be printed and kept with runs; give it in "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's by an MLflow server in front of it"
-        )
+    where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's by an MLflow server in front of it"
+    _refuse(r"[^/]+://([^/@]*:[^/@]+@|.*[?&]password=)", uri, f"a password, {_KEPT}; give it in {where}")
     return uri
 
 
+def refuse_secret(url: str) -> str:
+    """The URL of a file as it is, unless it carries a user, a token or a signature.
+
+    Raises:
+        ValueError: it does; the message leaves the URL out.
+    """
+    key = r"(access_?|x-amz-security-)?token|(x-amz-|x-goog-)?(signature|credential)|sig|api_?key|password"
+    _refuse(
+        rf"[^/]*https?://([^/@]+@|.*[?&]({key})=)", url, f"a token or signature, {_KEPT}; fetch the file, and name that"
+    )
+    return url
+
+
+_KEPT = "which would be printed and kept with runs"
+
+
+def _refuse(secret: str, uri: str | None, why: str) -> None:
+    if uri and re.match(secret, uri, re.IGNORECASE):
+        raise ValueError(f"the URI carries {why}")
+
+
 TrackingUri = Annotated[str | None, AfterValidator(refuse_password)]
+Weights = Annotated[str, AfterValidator(refuse_secret)]
 
 
 def _refuse_no_path(path: str) -> str:

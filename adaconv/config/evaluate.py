@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Alias, Config, Location, TrackingUri
+from adaconv.config.base import Alias, Config, Location, TrackingUri, Weights
 from adaconv.config.model import Count
 
 Margin = Field(default=0.05, ge=0)
@@ -24,7 +24,7 @@ class ProtocolConfig(Config):
 
 
 class JudgeConfig(Config):
-    weights: str = "imagenet"
+    weights: Weights = "imagenet"
     """Of the VGG-19 that compares, the same for all models: `imagenet`, a file or URL, or `seeded:<n>` (not for
     quality)."""
     widths: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)

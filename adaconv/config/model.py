@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config
+from adaconv.config.base import Config, Weights
 
 Count = Annotated[int, Field(ge=1)]
 
 
 class EncoderConfig(Config):
-    weights: str = "imagenet"
+    weights: Weights = "imagenet"
     """VGG-19 weights: `imagenet` (torchvision's, downloaded once), a file or URL, or `seeded:<n>` (offline runs and
     tests; not for quality)."""
     normalise: Literal["data", "none"] = "data"

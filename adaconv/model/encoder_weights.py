@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -38,10 +39,11 @@ def cached_file(spec: str) -> Path:
     """Where the file of `imagenet` or a URL is kept; a file is where it is."""
     if spec == "imagenet" or "://" in spec:
         url, _ = _url_and_hash(spec)
+        name = urlsplit(url).path.rpartition("/")[2]  # a query says nothing of what the file is, and may be long
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adaconv"
         if spec == "imagenet":
-            return home / url.rpartition("/")[2]
-        return home / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rpartition("/")[2]  # many are `model.pth`
+            return home / name
+        return home / hashlib.sha256(url.encode()).hexdigest()[:8] / name  # many are `model.pth`
     return Path(spec).expanduser()
 
 

@@ -135,6 +135,13 @@ def test_two_urls_of_one_file_name_have_two_places(monkeypatch, tmp_path):
     assert cached_file("https://a.org/model.pth#sha256=ab") == cached_file("https://a.org/model.pth")
 
 
+def test_a_query_is_no_part_of_a_files_name(monkeypatch, tmp_path):
+    """`.safetensors?download=true` would be read as a pickle, and a long one is no name at all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for query in ("download=true", f"revision={'0' * 400}&path=a/b"):
+        assert cached_file(f"https://a.org/vgg.safetensors?{query}#sha256=ab").name == "vgg.safetensors"
+
+
 @pytest.mark.parametrize("spec", ["seeded:", "seeded:x", "seeded:-1", "no/such/file.pth"])
 def test_a_wrong_spec_is_answered(spec):
     with pytest.raises(WeightsError, match="expected"):

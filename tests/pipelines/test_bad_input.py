@@ -219,6 +219,24 @@ def test_a_password_in_a_tracking_uri_is_refused_and_never_printed(capsys, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("name", "argv", "flag"),
+    [
+        ("train", ("--content", "c", "--style", "s", "--output", "o"), "--encoder.weights"),
+        ("evaluate", ("--model", "m", "--content", "c", "--style", "s", "--output", "o"), "--judge.weights"),
+        ("doctor", (), "--encoder-weights"),
+        ("submit", ("--dry-run", "--", "python", "pipelines/train.py"), "--encoder.weights"),
+    ],
+)
+def test_a_secret_in_the_url_of_weights_is_refused_and_never_printed(capsys, name, argv, flag):
+    main = importlib.import_module(f"pipelines.{name}").main
+    for place in ("ann:secret@h/v.pth", "secret@h/v.pth", "h/v.pth?token=secret", "h/v.pth?a=b&X-Amz-Signature=secret"):
+        assert main([*argv, f"{flag}=https://{place}"]) == 2
+        written = capsys.readouterr()
+        assert "which would be printed and kept with runs" in written.err
+        assert "secret" not in written.out + written.err
+
+
+@pytest.mark.parametrize(
     ("flag", "given"),
     [
         ("--tracking.uri", "sqlite:///runs/mlflow.db"),
