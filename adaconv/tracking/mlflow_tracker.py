@@ -45,6 +45,7 @@ from adaconv.tracking.runs import (
     iso,
     make_or_find,
     process_here,
+    revive,
     set_status,
 )
 from adaconv.tracking.spool import Record, Refused, Spool
@@ -308,6 +309,7 @@ class MlflowTracker:
                 if self.run_id:
                     tags = {PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
                     client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+                    revive(client, self.run_id)
             except Exception as error:  # an outage; the spool speaks of it
                 log.debug("tracking: no sign of life given: %s", error)
 

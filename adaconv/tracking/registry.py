@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,17 +157,38 @@ def rollback(*, name: str, alias: str, reason: str, tracking_uri: str) -> Regist
     try:
         client = reader_of(tracking_uri)
         now = str(client.get_model_version_by_alias(name, alias).version)
-        moved = [move for move in history_of(client, name, alias) if move.version == now and not move.rollback]
-        if not moved or moved[-1].before is None:
+        held = _held(history_of(client, name, alias), now)
+        if len(held) == 1:
             raise TrackingError(
                 f"models:/{name}@{alias} is version {now}, and nothing says what it was before; name a version: "
                 f"pipelines/register.py --model models:/{name}/VERSION --name {name} --alias {alias}"
             )
-        version = client.get_model_version(name, moved[-1].before)
+        version = client.get_model_version(name, held[-2])
         move_alias(client, name, alias, version, why=reason or f"back from version {now}", rollback=True)
     except (MlflowException, OSError) as error:
         raise TrackingError(f"cannot move {name}@{alias} back at {tracking_uri}: {error}") from error
     return RegisteredVersion(name, str(version.version), alias, f"models:/{name}@{alias}", version.run_id)
+
+
+def _held(moves: Sequence[Move], now: str) -> list[str]:
+    """The versions that an alias had, the present one last, without those that it was moved back from."""
+    held: list[str] = []
+    for move in moves:
+        if move.before is not None:
+            _go_back(held, move.before)  # from a move that was told and never done, or past one by other means
+        if move.rollback:
+            _go_back(held, move.version)
+        else:
+            held.append(move.version)
+    _go_back(held, now)
+    return held
+
+
+def _go_back(held: list[str], version: str) -> None:
+    while version in held and held[-1] != version:
+        held.pop()
+    if held[-1:] != [version]:
+        held.append(version)
 
 
 def move_alias(

@@ -14,6 +14,7 @@ from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
 from adaconv.tracking.runs import NAME_TAG, client_of, every, find_run
+from adaconv.tracking.spool import handed_over
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,5 @@ def find(client: MlflowClient, run: str) -> Run:
 
 
 def _waiting(spool: Path) -> bool:
-    records, drained = spool / "records.jsonl", spool / "drained"
-    done = int(drained.read_text()) if drained.exists() else 0
-    return records.exists() and records.stat().st_size > done
+    records = spool / "records.jsonl"
+    return records.exists() and records.stat().st_size > handed_over(spool)

@@ -32,6 +32,7 @@ ERROR_TAG, STATUS_TIME_TAG = "adaconv.error", "adaconv.status_time"
 INITIAL_RUN_TAG = "adaconv.init_from.run_id"  # of the run whose model's weights this one began with
 PROCESS_TAG, ALIVE_TAG = "adaconv.process", "adaconv.alive"
 _LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST, _AT_ONCE = 6000, 5000, 36, 100  # MLflow's limits, with room in tags
+_REAPED = "; the same command takes the run up again"  # ends what is told of a run that was taken for dead
 _SILENT_SECONDS = 15 * 60.0  # of a run on another machine, after which it counts as dead
 # Answers that will be the same the second time.
 _PERMANENT = {
@@ -242,9 +243,17 @@ def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
             continue
         alive_ms = max(int(tags.get(ALIVE_TAG, "0")), run.info.start_time)
         client.set_terminated(run.info.run_id, "FAILED", end_time=alive_ms)
-        client.set_tag(run.info.run_id, ERROR_TAG, f"{why}; the same command takes the run up again")
+        client.set_tag(run.info.run_id, ERROR_TAG, why + _REAPED)
         reaped.append(Reaped(run.info.run_id, tags[NAME_TAG], why))
     return reaped
+
+
+def revive(client: MlflowClient, run_id: str) -> None:
+    """Say that a run goes on which was taken for dead: its server may have been away longer than it gave signs."""
+    run = client.get_run(run_id)
+    if run.info.status == "FAILED" and run.data.tags.get(ERROR_TAG, "").endswith(_REAPED):
+        client.update_run(run_id, status="RUNNING")
+        client.delete_tag(run_id, ERROR_TAG)
 
 
 def every(search: Callable[..., Any], *what: Any, **how: Any) -> list[Any]:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["metrics", "image", "checkpoint", "status"]
 
+_DRAINED = "drained"
 _LONGEST_WAIT_SECONDS = 60.0
 _RECORDS_AT_ONCE = 500
 _PENDING_AT_MOST = 100_000  # lines kept in memory while the disk takes none
@@ -46,6 +47,13 @@ class Record:
     step: int
     timestamp_ms: int
     values: dict[str, Any]
+
+
+def handed_over(directory: Path) -> int:
+    """Bytes of a spool's records that the other side has taken, as its note says; 0 where this is cut or not there."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return int((directory / _DRAINED).read_bytes())
+    return 0
 
 
 class Spool:
@@ -74,7 +82,7 @@ class Spool:
         self.images = directory / "images"
         self.images.mkdir(parents=True, exist_ok=True)
         self._owner = _own(directory / "lock")
-        self._records, self._drained = directory / "records.jsonl", directory / "drained"
+        self._records, self._drained = directory / "records.jsonl", directory / _DRAINED
         self._drop_torn_line()
         self._file = self._records.open("ab", buffering=0)
         self._size = self._file.tell()
@@ -151,9 +159,8 @@ class Spool:
         """What `drained` says, if it fits the records: a loss of power may take the end of these, which are not synced,
         and leave a note that counts it.
         """
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if (offset := int(self._drained.read_bytes())) <= self._size:
-                return offset
+        if 0 < (offset := handed_over(self.directory)) <= self._size:
+            return offset
         self._drained.unlink(missing_ok=True)  # else it would fit again once the records have grown
         return 0  # what was handed over is recognised by whoever takes it
 

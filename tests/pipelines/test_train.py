@@ -130,6 +130,9 @@ def test_the_same_command_ends_a_run_that_lacks_its_end_alone(user, first):
     assert user.run(first).info.status == "FINISHED"
     assert user.train() == 0
     assert (user.trained, user.kept) == (1, 2)
+    (Path(first["run"]) / "spool" / "drained").write_bytes(b"")  # as a loss of power leaves it
+    assert user.train() == 0
+    assert user.trained == 1
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "meta.json"])

@@ -288,6 +288,22 @@ def test_a_run_of_another_machine_is_dead_after_fifteen_silent_minutes(tmp_path,
     assert dead.why == "no sign of life for 16 minutes"
 
 
+def test_a_run_that_was_taken_for_dead_says_that_it_goes_on(tmp_path, database, monkeypatch):
+    """Its server was away for a while, and somebody reaped before its next sign of life."""
+    monkeypatch.setattr(mlflow_tracker, "_BEAT_SECONDS", 1.0)
+    tracker, client = start(database, tmp_path), client_of(database)
+    client.set_tag(tracker.run_id, "adaconv.process", "elsewhere/0/0 1 1.00")
+    [dead] = reap(client, now=time.time() + 16 * 60)
+    assert client.get_run(dead.run_id).info.status == "FAILED"
+    deadline = time.monotonic() + 30
+    while client.get_run(dead.run_id).info.status != "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert client.get_run(dead.run_id).info.status == "RUNNING"
+    close_run(tracker, "FINISHED")
+    run = client.get_run(dead.run_id)
+    assert (run.info.status, run.data.tags.get("adaconv.error")) == ("FINISHED", None)
+
+
 def test_what_mlflow_tells_a_page_at_a_time_is_read_to_its_end(tmp_path, database, monkeypatch):
     """Pages of one instead of a thousand: the newest experiment is alone on the first."""
     for name in ("search_experiments", "search_runs"):

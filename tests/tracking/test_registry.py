@@ -184,6 +184,17 @@ def test_a_champion_goes_back_step_by_step_and_every_move_is_told(trained, versi
     assert len(client.search_model_versions("name = 'adaconv'")) == 3  # moves make no versions
 
 
+def test_an_alias_that_was_moved_back_by_name_goes_back_all_its_way(trained, versions):
+    uri = trained[0]
+    first, second = (version.version for version in versions[:2])
+    for version in (first, second, first):
+        register(f"models:/adaconv/{version}", name="adaconv", alias="round", reason="", tracking_uri=uri)
+    for version in (second, first):
+        assert rollback(name="adaconv", alias="round", reason="", tracking_uri=uri).version == version
+    with pytest.raises(TrackingError, match=f"is version {first}, and nothing says what it was before"):
+        rollback(name="adaconv", alias="round", reason="", tracking_uri=uri)
+
+
 def test_no_number_of_moves_outgrows_a_tag(trained, versions):
     """PostgreSQL keeps 5000 characters of a registered model's tag; SQLite does not count."""
     uri, client = trained[0], MlflowClient(trained[0])
