@@ -44,6 +44,7 @@ _ROWS_AT_ONCE = 16_384  # of the index
 _ENDS = {"png": b"\x00\x00\x00\x00IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}  # pixels that a format has room for
 _XMP_TAG = 700  # of TIFF
+_EXIF_TAG, _SIZE_TAGS = 0x8769, (0xA002, 0xA003)  # the directory that cameras write, and width and height in it
 # Of TIFF: how and where its pixels lie, and packets that are no EXIF: XMP, IPTC, Photoshop, ICC.
 _LAYOUT_TAGS = frozenset(
     (*range(254, 267), 273, *range(277, 282), 284, *range(288, 294), 301, 317, *range(320, 348), *range(512, 533))
@@ -126,6 +127,8 @@ class Metadata:
             exif = image.getexif()
             for tag in (ORIENTATION, *_LAYOUT_TAGS):  # the orientation has been applied
                 exif.pop(tag, None)
+            for tag in _SIZE_TAGS if _EXIF_TAG in exif else ():  # of what was stored, not turned nor scaled
+                exif.get_ifd(_EXIF_TAG).pop(tag, None)
             kept = exif.tobytes() if len(exif) else b""
         except Exception:  # EXIF is written by anything that ever touched a photograph
             kept = b""

@@ -442,6 +442,22 @@ def test_colours_are_srgb_or_kept_with_their_profile(stylizer, tmp_path, mode):
         assert np.abs(pixels(tmp_path / "None", one) - pixels(tmp_path / "64", one)).max() <= 1
 
 
+@pytest.mark.parametrize("tile", [None, 64])
+def test_metadata_that_is_kept_says_nothing_wrong_of_the_size(stylizer, tmp_path, tile):
+    """Of a turned photograph, whose EXIF has the width and height of what was stored."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    exif.get_ifd(0x8769).update({0x9003: "2020:01:01 00:00:00", 0xA002: 96, 0xA003: 80})
+    smooth(96, 80).save(tmp_path / "c.jpg", exif=exif)
+    (one,) = wanted(stylizer, keep_metadata=True)
+    make(stylizer, tmp_path, tmp_path / "c.jpg", [one], tile=tile)
+    with Image.open(tmp_path / one.recipe.name) as image:
+        kept = image.getexif()
+        inner = kept.get_ifd(0x8769)
+    assert (image.size, kept[0x010F], inner[0x9003]) == ((80, 96), "Maker", "2020:01:01 00:00:00")
+    assert (inner.get(0xA002, 80), inner.get(0xA003, 96)) == (80, 96)
+
+
 def test_what_killed_workers_is_made_in_small_tiles(stylizer, tmp_path):
     smooth(96, 80).save(tmp_path / "c.png")
     for deaths, tile in ((2, None), (3, 256)):
