@@ -32,6 +32,7 @@ from adaconv.images import (
     is_srgb,
     libvips,
     open_header,
+    orientation_of,
     scale_down,
     to_rgb,
     to_srgb,
@@ -278,9 +279,9 @@ def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
 
 def _orientation(image: Image.Image) -> tuple[int, list[str]]:
     if image.format == "PNG":
-        _loaded(image)  # as getexif does by itself, and damaged pixels are not damaged EXIF
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        _loaded(image)  # whose EXIF may lie behind the pixels, and damaged pixels are not damaged EXIF
+    try:  # a TIFF is turned when it is loaded, by its own tag
+        orientation = image.getexif().get(ORIENTATION, 1) if image.format == "TIFF" else orientation_of(image)
     except Exception:  # EXIF is written by anything that ever touched a photograph
         return 1, ["exif_invalid"]
     if orientation == 1:

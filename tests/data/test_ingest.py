@@ -117,6 +117,7 @@ def with_a_flipped_byte(fmt: str) -> bytes:
 
 
 SCAN, END = b"\xff\xda", b"\xff\xd9"
+ON_ITS_SIDE = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
 PHONE = {"fmt": "MPO", "save_all": True, "append_images": [Image.new("RGB", (200, 150))]}
 GOOD = encoded()
 
@@ -141,6 +142,7 @@ DEFECTS = {
     "png named jpg": ("a.jpg", encoded(fmt="PNG"), ("wrong_extension",)),
     "animated": ("a.gif", animated(), ("first_frame", "mode_p")),
     "on its side": ("a.jpg", oriented(8), ("exif_orientation",)),
+    "on its side by XMP alone": ("a.jpg", encoded(size=(60, 40), xmp=ON_ITS_SIDE), ()),  # no viewer asks that
     "impossible orientation": ("a.jpg", oriented(99), ("exif_invalid",)),
     "another colour space": ("a.jpg", encoded(icc_profile=swapped_profile()), ("icc_profile",)),
     "profile of another mode": ("a.jpg", encoded(icc_profile=profile_of("LAB")), ("icc_unreadable",)),
