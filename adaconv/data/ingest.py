@@ -233,6 +233,7 @@ def _admitted(data: bytes, recipe: RecipeConfig) -> Image.Image:
 
 def _ingest(data: bytes, name: str, recipe: RecipeConfig) -> Sample:
     image = _admitted(data, recipe)
+    image.info.pop("xmp", None)  # by which Pillow would turn a TIFF, and nobody else
     stored_format, mode = image.format or "", image.mode
     repairs = []
     if PurePath(name).suffix.lower() not in _EXTENSIONS.get(stored_format, (f".{stored_format.lower()}",)):

@@ -143,6 +143,7 @@ DEFECTS = {
     "animated": ("a.gif", animated(), ("first_frame", "mode_p")),
     "on its side": ("a.jpg", oriented(8), ("exif_orientation",)),
     "on its side by XMP alone": ("a.jpg", encoded(size=(60, 40), xmp=ON_ITS_SIDE), ()),  # no viewer asks that
+    "a tiff on its side by XMP alone": ("a.tif", encoded(size=(60, 40), fmt="TIFF", tiffinfo={700: ON_ITS_SIDE}), ()),
     "impossible orientation": ("a.jpg", oriented(99), ("exif_invalid",)),
     "another colour space": ("a.jpg", encoded(icc_profile=swapped_profile()), ("icc_profile",)),
     "profile of another mode": ("a.jpg", encoded(icc_profile=profile_of("LAB")), ("icc_unreadable",)),
