@@ -105,7 +105,7 @@ def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata |
 def thumbnail_of(path: Path, *, side: int) -> Image.Image:
     """At most `side` pixels a side, without the whole picture in memory."""
     vips = libvips()
-    small = vips.Image.thumbnail(str(path), side, height=side, size="down").colourspace("srgb")
+    small = vips.Image.thumbnail(str(path), side, height=side, size="down", export_profile="srgb").colourspace("srgb")
     small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
     return Image.fromarray(small.cast("uchar").numpy())
 
