@@ -1,6 +1,7 @@
 """Status lines of long work, more and more seldom: how far, how fast, how long still. A job log is no terminal."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -47,19 +48,29 @@ class Progress:
         self._what, self.total, self._unit = what, total, unit
         self._clock, self._emit, self._is_due = clock, emit, Due(clock)
         self.done = self._done_at_start = done
+        self._ahead = 0
         self._started = clock()
         self._notes: dict[str, str] = {}
+        self._lock = threading.Lock()
 
     def advance(self, count: int = 1, *, free: bool = False, **notes: object) -> None:
         """Add `count` units of work; `notes` stay on the line until they change (`failed=3` reads `3 failed`).
 
         What is `free`, such as what was found done, does not count towards the rate.
         """
-        self.done += count
-        self._done_at_start += count * free
-        self._notes.update({name: str(value) for name, value in notes.items()})
-        if self._is_due():
-            self._emit(self.line())
+        with self._lock:
+            self.done += count
+            self._done_at_start += count * free
+            self._notes.update({name: str(value) for name, value in notes.items()})
+            if self._is_due():
+                self._emit(self.line())
+
+    def look_ahead(self, count: int) -> None:
+        """Say how many units are done that `advance` is yet to be told of, in place of how many were; by any thread."""
+        with self._lock:
+            self._ahead = count
+            if self._is_due():
+                self._emit(self.line())
 
     def close(self) -> None:
         """Emit the last line, due or not."""
@@ -68,14 +79,15 @@ class Progress:
     def line(self) -> str:
         """The status as of now."""
         seconds = self._clock() - self._started
-        rate = (self.done - self._done_at_start) / seconds if seconds > 0 else 0.0
-        parts = [f"{self._what} {self.done}" + (f"/{self.total}" if self.total is not None else "")]
+        done = self.done + self._ahead
+        rate = (done - self._done_at_start) / seconds if seconds > 0 else 0.0
+        parts = [f"{self._what} {done}" + (f"/{self.total}" if self.total is not None else "")]
         if self.total:
-            parts.append(f"{100 * self.done / self.total:.0f} %")
+            parts.append(f"{100 * done / self.total:.0f} %")
         parts.append(f"{rate:.3g} {self._unit}/s")
         parts += [f"{value} {name.replace('_', ' ')}" for name, value in self._notes.items()]
-        if self.total is not None and self.done < self.total:
-            parts.append(f"eta {duration((self.total - self.done) / rate)}" if rate > 0 else "eta unknown")
+        if self.total is not None and done < self.total:
+            parts.append(f"eta {duration((self.total - done) / rate)}" if rate > 0 else "eta unknown")
         else:
             parts.append(f"took {duration(seconds)}")
         return " | ".join(parts)

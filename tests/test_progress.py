@@ -41,6 +41,19 @@ def test_work_that_was_done_before_does_not_count_towards_the_rate():
     assert "0.5 images/s" in lines[0]
 
 
+def test_what_is_told_ahead_is_on_the_line_until_it_is_counted():
+    now, lines = [0.0], []
+    progress = Progress("stylize", total=100, clock=lambda: now[0], emit=lines.append)
+    for seconds, ahead in ((6, 20), (12, 40)):
+        now[0] = seconds
+        progress.look_ahead(ahead)
+    progress.look_ahead(0)
+    progress.advance(45)
+    assert lines[0] == "stylize 20/100 | 20 % | 3.33 images/s | eta 24 s"
+    assert lines[1].startswith("stylize 40/100 ")
+    assert progress.line().startswith("stylize 45/100 ")
+
+
 def test_what_is_found_done_does_not_count_towards_the_rate_either():
     """A job that goes on finds 9,000 of 10,000 in 9 s, then makes one a second: 900 are left, not two seconds' work."""
     now, lines = [0.0], []

@@ -21,6 +21,10 @@ class Board:
     def set(self, task: str, images: int, read_bytes: int, refused: int) -> None:
         self._of_task[task] = (images, read_bytes, refused)
 
+    def forget(self, task: str) -> None:
+        """What it did is counted by other means."""
+        self._of_task.pop(task, None)
+
     def totals(self) -> tuple[int, int, int]:
         images, read_bytes, refused = zip((0, 0, 0), *self._of_task.values(), strict=True)
         return sum(images), sum(read_bytes), sum(refused)

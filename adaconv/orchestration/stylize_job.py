@@ -8,8 +8,10 @@ import io
 import json
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
@@ -25,6 +27,7 @@ from adaconv import checkpoint, storage
 from adaconv.config.stylize import StylizeConfig
 from adaconv.errors import AdaConvError, JobError, UsageError
 from adaconv.images import ImageError
+from adaconv.orchestration.board import Board, Teller
 from adaconv.orchestration.cluster import require_resources, set_up_ray_data
 from adaconv.orchestration.metrics import output_counter
 from adaconv.orchestration.stylize_plan import Plan
@@ -45,6 +48,7 @@ log = logging.getLogger(__name__)
 _MODEL_FILES = ("model.safetensors", "model.json")
 _DEATHS_ADMITTED = 5  # of workers at one picture, before it is named a failure
 _PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
+_ASK_SECONDS = 2.0
 _PAIRS_AT_ONCE = 256  # of a content that one actor makes before another may take the rest
 _BLOCKS_AT_MOST = 4096  # of jobs that actors are handed: Ray takes 12 ms for one, whatever it holds
 _SHOWN = 100  # kinds of failure that result.json lists
@@ -148,15 +152,39 @@ def _make_outputs(
     progress = Progress("stylize", total=len(plan.pairs))
     counter = output_counter()
     shown: list[Row] = []
-    for row in _on_actors(_ContentStylizer, jobs, handed, config, num_actors):
-        books.enter(row["number"], {name: row[name] for name in INDEX.names})
-        if row["number"] in columns:
-            shown.append(row | {"column": columns[row["number"]]})
-        counter.inc(1, {"state": row["state"]})
-        counts = {state: books.states[state] for state in ("skipped", "failed")}
-        progress.advance(free=row["state"] == "skipped", **counts)
+    board = shared["beginnings"]
+    with _told_ahead(progress, board):
+        for row in _on_actors(_ContentStylizer, jobs, handed, config, num_actors):
+            if row["number"] == row["job"]:
+                board.forget.remote(str(row["job"]))
+            books.enter(row["number"], {name: row[name] for name in INDEX.names})
+            if row["number"] in columns:
+                shown.append(row | {"column": columns[row["number"]]})
+            counter.inc(1, {"state": row["state"]})
+            counts = {state: books.states[state] for state in ("skipped", "failed")}
+            progress.advance(free=row["state"] == "skipped", **counts)
     progress.close()
     return sorted(shown, key=lambda row: row["number"])
+
+
+@contextmanager
+def _told_ahead(progress: Progress, board: ray.actor.ActorHandle) -> Iterator[None]:
+    """Rows of a job come all at once, and a job of large pictures takes an hour: count what actors tell of before."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(_ASK_SECONDS):
+            with suppress(ray.exceptions.RayError):
+                progress.look_ahead(ray.get(board.totals.remote(), timeout=10)[0])
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        progress.look_ahead(0)
 
 
 def _columns_of_shown(plan: Plan, config: StylizeConfig) -> dict[int, int]:
@@ -216,10 +244,11 @@ def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig,
         raise_cause(error)
 
 
-class _Beginnings:
-    """How often each style and content was begun: once more than workers died at it."""
+class _Beginnings(Board):
+    """How often each style and content was begun, once more than workers died at it; and outputs of jobs on the way."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._of: dict[str, int] = {}
 
     def begin(self, job: str) -> int:
@@ -379,9 +408,10 @@ class _ContentStylizer(_ModelActor):
                 for number, recipe in recipes.items():
                     firsts.setdefault(recipe.name, number)
                 # What is left is part of the name: who dies after having made something has not died of the content.
-                name = f"content {job['content']} {pairs[0][0]}"
+                name, told = f"content {job['content']} {pairs[0][0]}", Teller(self._beginnings, str(pairs[0][0]))
                 for output in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left")):
                     made[output.key] = output  # and stays so, whatever comes after
+                    told(1, 0, False)
                 if shown is not None:
                     thumbnail_of_content = file_thumbnail(path, side=self.config.gallery.thumbnail_side)
         except (ImageError, FileNotFoundError) as error:
@@ -400,6 +430,7 @@ class _ContentStylizer(_ModelActor):
             rows.append(
                 {
                     "number": number,
+                    "job": pairs[0][0],
                     "content_index": job["content"],
                     "style_index": style,
                     "output": recipes[number].name if number in recipes and not failed else "",

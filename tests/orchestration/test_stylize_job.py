@@ -125,6 +125,24 @@ def test_a_grid_again_makes_nothing_and_another_option_everything(cluster, model
 
 
 @pytest.mark.slow
+def test_a_long_job_of_one_content_says_how_far_it_is(cluster, model, contents, styles, tmp_path):
+    """Its rows come all at once, when the last output is made."""
+    content, style = sorted(contents.iterdir())[0], sorted(styles.iterdir())[0]
+    rows = "".join(f"{content.name},{style.name},{number / 80}\n" for number in range(80))
+    (tmp_path / "pairs.csv").write_text("content,style,alpha\n" + rows)
+    big = tmp_path / "contents" / content.name
+    big.parent.mkdir()
+    with Image.open(content) as image:
+        image.resize((900, 900)).save(big)
+    flags = ("--pairs", tmp_path / "pairs.csv", "--options.content-side", 900)
+    done = stylize(cluster, model, big.parent, styles, tmp_path / "out", *flags)
+    told = [int(number) for number in re.findall(r"stylize (\d+)/80 ", done.stdout + done.stderr)]
+    assert told == sorted(told)
+    assert told[-1] == 80
+    assert any(0 < number < 80 for number in told), told
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["zip", "version", "parquet", "s3", "packs"])
 def test_contents_and_styles_come_from_everywhere(given, cluster, model, contents, styles, grid, tmp_path, bucket):
     """The same pictures, wherever they lie, give the same outputs."""
