@@ -205,7 +205,8 @@ def test_a_few_files_of_a_store_are_under_way_at_once_and_come_in_order():
             yield number
 
     def call(number):
-        together.wait(timeout=20)  # for three others: alone, it would wait in vain
+        if number < 4:
+            together.wait(timeout=20)  # for three others: alone, it would wait in vain
         return number
 
     given = storage.few_at_once(call, items(), where="s3://bucket/work")
