@@ -13,6 +13,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+_KEPT = "which would be printed and kept with runs"
+
+
 def refuse_password(uri: str | None) -> str | None:
     """The tracking URI as it is, unless it carries a password.
 
@@ -35,9 +38,6 @@ def refuse_secret(url: str) -> str:
         rf"[^/]*https?://([^/@]+@|.*[?&]({key})=)", url, f"a token or signature, {_KEPT}; fetch the file, and name that"
     )
     return url
-
-
-_KEPT = "which would be printed and kept with runs"
 
 
 def _refuse(secret: str, uri: str | None, why: str) -> None:

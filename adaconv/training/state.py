@@ -91,11 +91,10 @@ class TrainState:
         """Go on from a checkpoint whose `inference_weights` the network has."""
         self.step = saved["step"]
         self.optimizer.load_state_dict(saved["optimizer"])
+        # Fused Adam pairs weights and moments as they lie in memory, and `channels_last` may be another than before.
         for p, moments in self.optimizer.state.items():
             for name, values in moments.items():
-                if (
-                    values.shape == p.shape
-                ):  # fused Adam pairs them as they lie in memory, and `channels_last` may differ
+                if values.shape == p.shape:  # not the count of steps
                     moments[name] = torch.empty_like(p).copy_(values)
         if self.average:
             with torch.no_grad():
