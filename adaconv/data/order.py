@@ -88,7 +88,8 @@ class StreamOrder:
                 f"data.partitions ({self.partitions}): an epoch of the {self.name} dataset would hold "
                 f"{100 * self._share(self.partitions):.0f} % of its samples, for its shards have "
                 f"{min(self.shard_rows)} to {max(self.shard_rows)} and the smallest is in every epoch: it would be "
-                f"seen {1 / self._share(self.partitions):.0f} times as often as the mean; {fits[-1]} partitions would do"
+                f"seen {1 / self._share(self.partitions):.0f} times as often as the mean; {fits[-1]} partitions "
+                "would do"
             )
         self._epoch_length = self._rows_of_a_part(self.partitions)
 
