@@ -181,11 +181,10 @@ def _refuse_what_is_no_text(argv: Sequence[str]) -> None:
 
 def _refuse_unknown_flags(model: type[Config], argv: Sequence[str]) -> None:
     known = [*flag_names(model), "config", "dry-run", "help"]
-    for argument in argv:
-        if argument.startswith("--") and len(argument) > 2:
-            name = argument[2:].partition("=")[0].replace("_", "-")
-            if name not in known:
-                raise ConfigError(f"unknown flag --{name}{_nearest(name, known, '--')}; --help lists every flag")
+    given = [a[2:].partition("=")[0].replace("_", "-") for a in argv if a.startswith("--") and len(a) > 2]
+    unknown = [f"unknown flag --{name}{_nearest(name, known, '--')}" for name in given if name not in known]
+    if unknown:
+        raise ConfigError("\n".join([*unknown[:-1], f"{unknown[-1]}; --help lists every flag"]))
 
 
 def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:

@@ -108,6 +108,14 @@ def test_an_unknown_flag_is_refused_with_the_one_that_was_probably_meant(flag, m
         load("--source", "a", "--output", "o", flag, "4")
 
 
+def test_every_unknown_flag_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load("--source", "a", "--ouput=o", "--trian.steps", "4")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "unknown flag --ouput; did you mean --output?"
+    assert lines[1] == "unknown flag --trian.steps; did you mean --train.steps?; --help lists every flag"
+
+
 def test_a_flag_may_repair_what_two_fields_of_a_file_disagree_on(tmp_path):
     file = write(tmp_path / "c.yaml", "source: [a]\noutput: o\ntrain: {compile: true}\n")
     assert load("--config", file, "--train.steps", "50").config.train.steps == 50
