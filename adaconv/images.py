@@ -42,7 +42,8 @@ _TURNS = {
 _TELL_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in Pillow's `info`
 _SCAN, _END = b"\xda", b"\xff\xd9"  # a JPEG's markers of its pixels, and of what ends them
 _NO_SEGMENT = (b"", b"\x00", b"\xff")  # behind an \xff: neither begins one
-_PADDING = re.compile(rb"(?<!\xff)\x00+\xff+\xd9")
+# From a run's first zero on, and the whole run or nothing: trying each zero of a hole of a megabyte takes hours.
+_PADDING = re.compile(rb"(?:(?<=\xff\x00)|(?<![\xff\x00]))\x00++\xff+\xd9")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 

@@ -166,6 +166,7 @@ DEFECTS = {
     "png of a flipped byte": ("a.png", with_a_flipped_byte("PNG"), "truncated"),
     "cut webp": ("a.webp", encoded(fmt="WEBP")[:-300], "damaged_header"),
     "overwritten": ("a.jpg", with_overwritten_scan(), "corrupt_data"),
+    "zeros where a block was lost": ("a.jpg", with_stray_bytes(END, bytes(2_000_000) + b"\1"), "corrupt_data"),
     "left over behind the scan": ("a.jpg", with_stray_bytes(END, bytes(range(1, 100))), "corrupt_data"),
     "grey that ends early": ("a.jpg", ended_early(mode="L"), "corrupt_data"),
     "cmyk that ends early": ("a.jpg", ended_early(mode="CMYK"), "corrupt_data"),
