@@ -200,11 +200,12 @@ def _name_of(member: zipfile.ZipInfo) -> str:
 
     Many a zip program writes UTF-8 and does not say so; some write ./ in front, those of old .NET backslashes.
     """
-    name = member.filename
-    if not member.flag_bits & _UTF8:
+    name, known = member.filename, bool(member.flag_bits & _UTF8)
+    if not known:
         with contextlib.suppress(UnicodeError):
-            name = name.encode("cp437").decode("utf-8")
-    if member.create_system == _OF_WINDOWS and "/" not in name:
+            name, known = name.encode("cp437").decode("utf-8"), True
+    # In code pages of East Asia the second byte of many a letter is a backslash's.
+    if known and member.create_system == _OF_WINDOWS and "/" not in name:
         name = name.replace("\\", "/")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 

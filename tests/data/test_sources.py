@@ -111,6 +111,24 @@ def test_a_backslash_is_a_letter_where_it_divides_nothing(tmp_path):
     assert {found.source for found in iter_images((str(path),))} == {"a\\b.jpg", "Rococo/a\\b.jpg"}
 
 
+def test_letters_of_east_asia_that_end_like_a_backslash_divide_nothing(tmp_path):
+    """As Windows packs them in Japan: Shift-JIS, and nothing says so."""
+    path, names = tmp_path / "set.zip", ("能.jpg", "ソ連の絵.jpg", "花.jpg")
+    stand_ins = {name: b"Q" * (len(name.encode("shift_jis")) - 5) + b"%d.jpg" % i for i, name in enumerate(names)}
+    with zipfile.ZipFile(path, "w") as archive:
+        for plain in stand_ins.values():
+            member = zipfile.ZipInfo(plain.decode())
+            member.create_system = 0
+            archive.writestr(member, "x")
+    data = path.read_bytes()
+    for name, plain in stand_ins.items():
+        data = data.replace(plain, name.encode("shift_jis"))
+    path.write_bytes(data)
+    found = list(iter_images((str(path),)))
+    assert [one.label for one in found] == [""] * 3
+    assert {one.source.encode("cp437").decode("shift_jis") for one in found} == set(names)
+
+
 def test_hidden_images_of_a_zip_are_counted(tmp_path, caplog):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
