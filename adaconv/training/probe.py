@@ -89,8 +89,8 @@ class Probe:
 
 
 def _deviation(images: Tensor) -> float:
-    """Mean over images (n, 3, S, S) of the deviation of their pixels."""
-    return images.flatten(1).std(dim=1).mean().item()
+    """Mean over images (n, 3, S, S) and channels of the deviation of their pixels: a picture of one colour has none."""
+    return images.std(dim=(-2, -1)).mean().item()
 
 
 def collapse(metrics: Mapping[str, float]) -> str | None:

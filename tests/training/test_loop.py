@@ -409,6 +409,7 @@ def test_outputs_that_collapse_are_told(content_version, style_version, unbroken
     with torch.no_grad():
         for weight in network.transfer.scales[-1].convs[-1].parameters():
             weight.zero_()
+        network.transfer.scales[-1].convs[-1].bias.copy_(torch.tensor([0.1, 0.5, 0.9]))  # one colour need not be grey
     assert "lost their contrast (0.00 of" in collapse(probe.look(network, loss).metrics)
     network, _ = checkpoint.load_network(tmp_path / checkpoint.name_of(1))
     with torch.no_grad():
