@@ -340,7 +340,8 @@ class _PackMaker(_ModelActor):
         row |= {
             # Of a style that lies twice the pack is one, and called as it was found first.
             "source": (pack.source or item.source) if item.kind == "pack" else item.source,
-            "read_at": pack.side,
+            # A ready pack was read at its own side; images of a mixture are read at that of the job.
+            "read_at": pack.side if item.kind == "pack" else job["side"],
             "sha256": pack.source_sha256,
             "digest": pack.digest,
             "model_digest": pack.model_digest,
@@ -500,7 +501,6 @@ class _ContentStylizer(_ModelActor):
             pack_digest=row["digest"],
             model=self.model,
             model_digest=row["model_digest"],
-            # A ready pack was read at its own side, whatever the options say.
             options={**self.config.options.model_dump(mode="json"), **options, "style_side": row["read_at"]},
         )
 

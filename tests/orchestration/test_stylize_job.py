@@ -432,6 +432,11 @@ def test_a_style_that_lies_twice_and_a_pack_of_its_own_side_are_what_they_are_ca
     assert rows[1]["thumbnail"]
     (row,) = outputs(tmp_path / "out" / "styles", 64)
     assert (row["state"], row["output"].rpartition("-")[2]) == ("skipped", rows[0]["output"].rpartition("-")[2])
+    # Images of a mixture are read at the job's side, whatever its packs were read at.
+    (pack,) = (tmp_path / "out" / "styles").iterdir()
+    (tmp_path / "mixed.csv").write_text(f"name,style\nmixed,{pack}\nmixed,{tmp_path}/s/a/monet.jpg\n")
+    (row,) = outputs(tmp_path / "mixed.csv", 64)
+    assert read_recipe((tmp_path / "out" / row["output"]).read_bytes()).options["style_side"] == 64
 
 
 def test_a_style_that_memory_has_no_room_for_is_a_named_failure(alone, tmp_path, monkeypatch):
