@@ -76,6 +76,9 @@ class EvaluateConfig(Config):
     """Registered model that the alias belongs to; a --model models:/… says so itself."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
+    max_memory_gb: float = Field(default=4.0, gt=0)
+    """Memory of this process (with a GPU: of that), in 10^9 bytes; pictures that would take more are made in tiles, and
+    a protocol.style_side that would is refused."""
     protocol: ProtocolConfig = ProtocolConfig()
     judge: JudgeConfig = JudgeConfig()
     gate: GateConfig = GateConfig()

@@ -69,7 +69,7 @@ def run_evaluation(
     progress = Progress("evaluate", total=pairs * (len(models) + 1), unit="pairs")
     scores: list[Scores] = []
     for name, folder in models.items():
-        stylizer = Stylizer.from_folder(folder, device=device)
+        stylizer = Stylizer.from_folder(folder, device=device, max_memory_gb=config.max_memory_gb)
         scores.append(evaluation.scores(name, stylizer, progress.advance))
     scores.append(evaluation.unchanged(progress.advance))
     progress.close()

@@ -380,8 +380,7 @@ class Stylizer:
         """
         if self.tile_of(side, side) is not None:
             raise UsageError(
-                f"style_side: expected styles that {self.max_memory_gb:g} GB (tile.max_memory_gb) have room for, "
-                f"found {side} pixels"
+                f"style_side: expected styles that max_memory_gb, {self.max_memory_gb:g}, has room for, found {side} px"
             )
         _, (wide, high) = as_style(width, height, side)
         if self.tile_of(high, wide) is not None:

@@ -124,7 +124,7 @@ def test_a_strip_is_read_by_its_middle(stylizer, monkeypatch):
 
 def test_a_style_is_not_read_at_a_side_that_memory_has_no_room_for(tmp_path):
     small = Stylizer.from_folder(save_checkpoint(tmp_path)[1], max_memory_gb=0.5)
-    with pytest.raises(UsageError, match=r"style_side: expected styles that 0\.5 GB .*, found 1000 pixels"):
+    with pytest.raises(UsageError, match=r"style_side: expected styles that max_memory_gb, 0\.5, .*, found 1000 px"):
         small.style_pack(picture(32, 32), side=1000)
     with pytest.raises(MemoryError, match=r"400x50 would be read at 4800x600, beyond 0\.5 GB"):
         small.style_pack(picture(400, 50), side=600)
