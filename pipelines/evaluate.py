@@ -93,13 +93,16 @@ def _seen_in_training(config: EvaluateConfig, datasets: dict[str, list[str]]) ->
     wanted = config.protocol.model_dump(include={"contents", "styles"})
     seen = {}
     for name, items in zip(("content", "style"), choose(config.content, config.style, **wanted), strict=True):
-        try:
-            versions = [open_version(spec) for spec in datasets[name]]
-            hashes = np.array([perceptual_hash(open_exhibit(item)[0]) for item in items], np.uint64)
-            found = {place: source for version in versions for place, source in seen_in(version, hashes).items()}
-        except (KeyError, AdaConvError, OSError) as error:
-            log.info("whether the model was trained on the %s pictures is not known: %r", name, error)
+        if name not in datasets:
+            log.info("whether the model was trained on the %s pictures is not known", name)
             continue
+        hashes = np.array([perceptual_hash(open_exhibit(item)[0]) for item in items], np.uint64)
+        found: dict[int, str] = {}
+        for spec in datasets[name]:
+            try:
+                found |= seen_in(open_version(spec), hashes)
+            except (AdaConvError, OSError) as error:
+                log.warning("whether the %s pictures are among those of %s is not known: %s", name, spec, error)
         if found:
             told = [f"{items[place].source} (as {source})" for place, source in sorted(found.items())]
             log.warning(

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from adaconv.config.evaluate import EvaluateConfig, ProtocolConfig
 from adaconv.errors import TrackingError
 from adaconv.tracking.mlflow_tracker import close_run, open_run
 from adaconv.tracking.registry import history_of, named_by, promote, rollback
@@ -128,12 +129,13 @@ def test_without_an_alias_it_says_what_each_got(registry, run, tmp_path):
     assert low < mean < high
 
 
-def test_pictures_that_it_was_trained_on_are_told(content_version, paintings, run, tmp_path, caplog):
+def test_pictures_that_it_was_trained_on_are_told(content_version, photos, paintings, run, tmp_path, caplog):
     """Known by what they look like: they were stored at another size. The styles' dataset is not there any more."""
     caplog.set_level("INFO")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    datasets = {"content": (f"{content_version.root}@{content_version.version}", content_version.root_hash)}
-    tracker = opened(uri, tmp_path, datasets | {"style": (f"{tmp_path}/gone@0123456789abcdef", "5" * 64)})
+    there, gone = f"{content_version.root}@{content_version.version}", f"{tmp_path}/gone@0123456789abcdef"
+    datasets = {"content": (there, content_version.root_hash)}
+    tracker = opened(uri, tmp_path, datasets | {"style": (gone, "5" * 64)})
     _, model = save_checkpoint(tmp_path / "run-1" / "checkpoints", 11, **tracker.reference())
     tracker.checkpoint(model, step=11)
     assert close_run(tracker, "FINISHED")
@@ -141,7 +143,13 @@ def test_pictures_that_it_was_trained_on_are_told(content_version, paintings, ru
     assert code == 0, said
     assert len(result["seen_in_training"]["content"]) == 3
     assert "3 of 3 pictures of --content, or near copies, are among those that the model was trained on" in caplog.text
-    assert "whether the model was trained on the style pictures is not known" in caplog.text
+    assert f"whether the style pictures are among those of {gone} is not known" in caplog.text
+    pictures = {name: (str(folder),) for name, folder in (("content", photos), ("style", paintings))}
+    config = EvaluateConfig(model="m", output="o", protocol=ProtocolConfig(contents=3, styles=4), **pictures)
+    # One of the versions that it was trained on hides nothing of the others.
+    assert evaluate._seen_in_training(config, {"content": [gone, there, gone]}) == {
+        "content": result["seen_in_training"]["content"]
+    }
     strangers = tmp_path / "strangers"
     strangers.mkdir()
     for number, path in enumerate(sorted(paintings.iterdir())[:3]):
