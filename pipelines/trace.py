@@ -8,6 +8,7 @@ ends with the commands that would.
 """
 
 import logging
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -56,8 +57,9 @@ def execute(config: TraceConfig) -> dict[str, Any]:
         len(outputs),
         *(counted[by] for by in ("content", "style", "model")),
     )
-    advice = [f"pipelines/dataset.py remove --dataset {root} {_flags(config)}" for root in roots]
-    advice += [f"pipelines/dataset.py gc --dataset {root} --keep-last 1" for root in roots]
+    held_in = [shlex.quote(root) for root in roots if any(held.version.root == root for held in images.holdings)]
+    advice = [f"pipelines/dataset.py remove --dataset {root} {_flags(config)}" for root in held_in]
+    advice += [f"pipelines/dataset.py gc --dataset {root} --keep-last 1" for root in held_in]
     advice += [f"train {run.name} anew on the versions that come of it" for run in runs]
     result: dict[str, Any] = {
         "images": len(images.keys),
@@ -85,8 +87,6 @@ def execute(config: TraceConfig) -> dict[str, Any]:
 
 
 def _flags(config: TraceConfig) -> str:
-    import shlex
-
     fields = ("key", "label", "artist", "source_pattern")
     given = {name.replace("_", "-"): getattr(config, name) for name in fields}
     return " ".join(f"--{flag} {shlex.join(values)}" for flag, values in given.items() if values)

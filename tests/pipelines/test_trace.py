@@ -121,6 +121,11 @@ def test_everything_that_came_of_some_images_is_found_and_nothing_else(history, 
     )
     assert result["outputs"] == {"content": 4, "style": 2, "model": 1}
     assert f"pipelines/dataset.py remove --dataset {root}/data --label Cubism" in result["advice"]
+    (tmp_path / "my data").symlink_to(root / "data")
+    argv[1] = f"{tmp_path}/my data"
+    assert trace.main([*argv, "--output", str(tmp_path / "trace")]) == 0
+    result = json.loads((tmp_path / "trace" / "result.json").read_text())
+    assert f"pipelines/dataset.py gc --dataset '{tmp_path}/my data' --keep-last 1" in result["advice"]
 
 
 def test_of_what_both_versions_hold_both_runs_are_told(history, tmp_path):
