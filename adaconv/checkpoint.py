@@ -129,9 +129,9 @@ def keep(folder: str, *, last: int, best: int, metric: str, passed_over: Collect
             storage.remove_directory(uri, first="meta.json")
 
 
-def best_step(folder: str, *, metric: str) -> int | None:
-    """The step of the checkpoint with the lowest metric; None where no checkpoint has it."""
-    scores = _scores_of(steps_in(folder), metric)
+def best_step(steps: Mapping[int, str], *, metric: str) -> int | None:
+    """Which of some checkpoints, by step, has the lowest metric; None where none has it."""
+    scores = _scores_of(steps, metric)
     return min(scores, key=lambda s: (scores[s], s), default=None)
 
 

@@ -112,7 +112,7 @@ def test_the_newest_and_the_best_stay(tmp_path, last, best, left):
         save_checkpoint(tmp_path, step, metrics={"probe/loss": loss})
     checkpoint.keep(str(tmp_path), last=last, best=best, metric="probe/loss")
     assert list(checkpoint.steps_in(str(tmp_path))) == left
-    assert checkpoint.best_step(str(tmp_path), metric="probe/loss") == min(
+    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path)), metric="probe/loss") == min(
         left, key=lambda step: [0, 0.5, 9, 0.6, 0.7][step]
     )
 
@@ -122,7 +122,7 @@ def test_a_damaged_one_holds_up_neither_keeping_nor_choosing(tmp_path):
     for step, loss in ((1, 0.1), (2, 0.5), (3, 0.6), (4, 0.7)):
         save_checkpoint(tmp_path, step, metrics={"probe/loss": loss})
     (tmp_path / "step-00000001" / "meta.json").write_bytes(b"\0" * 100)
-    assert checkpoint.best_step(str(tmp_path), metric="probe/loss") == 2
+    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path)), metric="probe/loss") == 2
     checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss")
     assert list(checkpoint.steps_in(str(tmp_path))) == [2, 4]
 

@@ -152,6 +152,9 @@ class _DeskControl:
         self._saving = False
         self._desk.published.remote(step)
 
+    def not_published(self) -> None:
+        self._saving = False
+
     def _ask(self) -> None:
         while not self._stop:
             before = self._node_ends

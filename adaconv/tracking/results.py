@@ -1,6 +1,8 @@
 """What is made of a run when it has ended: its page, and models of its last and best checkpoints."""
 
 import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from adaconv import checkpoint, storage
-from adaconv.errors import AdaConvError, Interrupted, TrackingError
+from adaconv.errors import AdaConvError, CheckpointError, Interrupted, TrackingError
 from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
@@ -90,21 +92,37 @@ def keep_page(client: MlflowClient, run: Run, folder: Path) -> str | None:
 
 
 def keep_models(client: MlflowClient, run: Run, checkpoints: str) -> dict[str, str]:
-    """Models of the last and the best checkpoint that are there: role to models:/ URI."""
-    there = checkpoint.steps_in(checkpoints)
-    if not there:
-        return {}
-    roles: dict[int, list[str]] = {}
-    best = checkpoint.best_step(checkpoints, metric=checkpoint.BEST_BY)
-    for role, step in (("best", max(there) if best is None else best), ("last", max(there))):
-        roles.setdefault(step, []).append(role)
-    ids = {}
-    for step, named in roles.items():
-        with checkpoint.fetched(there[step]) as folder:
-            model = log_model(client, run, folder, checkpoint_uri=there[step], roles=",".join(named))
-        ids[model.model_id] = ",".join(named)
-    give_roles(client, run, ids)
+    """Models of the last and the best checkpoint that are whole: role to models:/ URI.
+
+    Raises:
+        CheckpointError: none is, of those that are there.
+    """
+    there, ids = checkpoint.steps_in(checkpoints), {}
+    with ExitStack() as stack:
+        folders: dict[int, Path] = {}
+        while (roles := _roles(there)).keys() - folders:
+            step = min(roles.keys() - folders)
+            try:
+                folders[step] = stack.enter_context(checkpoint.fetched(there[step]))
+            except CheckpointError as error:
+                del there[step]
+                if not there:
+                    raise
+                log.warning("passing over a damaged checkpoint: %s", error)
+        for step, named in roles.items():
+            model = log_model(client, run, folders[step], checkpoint_uri=there[step], roles=named)
+            ids[model.model_id] = named
+    if ids:
+        give_roles(client, run, ids)
     return {role: f"models:/{model_id}" for model_id, named in ids.items() for role in named.split(",")}
+
+
+def _roles(steps: Mapping[int, str]) -> dict[int, str]:
+    """Which of some checkpoints are the best and the last."""
+    if not steps:
+        return {}
+    last, best = max(steps), checkpoint.best_step(steps, metric=checkpoint.BEST_BY)
+    return {last: "best,last"} if best in (None, last) else {best: "best", last: "last"}
 
 
 def find(client: MlflowClient, run: str) -> Run:

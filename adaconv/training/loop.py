@@ -64,6 +64,9 @@ class Control(Protocol):
     def published(self, step: int) -> None:
         """The checkpoint of this step is whole and where it belongs."""
 
+    def not_published(self) -> None:
+        """The last checkpoint could not be written; the next one that is asked for is waited for."""
+
 
 class NoControl:
     def word(self) -> Word:
@@ -73,6 +76,9 @@ class NoControl:
         log.info(line)
 
     def published(self, step: int) -> None:
+        pass
+
+    def not_published(self) -> None:
         pass
 
 
@@ -189,6 +195,8 @@ def _tell_published(writer: CheckpointWriter, tracker: Tracker, control: Control
     for step, uri in writer.take_published():
         tracker.checkpoint(uri, step=step)
         control.published(step)
+    if writer.has_failed:
+        control.not_published()
 
 
 @contextlib.contextmanager

@@ -81,6 +81,11 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last checkpoint is known not to have been written, though nobody has waited for it yet."""
+        return self._error is not None
+
     def take_published(self) -> list[tuple[int, str]]:
         """Steps and URIs of the checkpoints published since this was last asked."""
         taken, self._published = self._published, []
@@ -91,6 +96,10 @@ class CheckpointWriter:
             uri = checkpoint.save(self._folder, settings=self._settings, encoder_fingerprint=self._fingerprint, **copy)
             self._published.append((copy["step"], uri))
             self._passed_over.discard(copy["step"])
+        except BaseException as error:  # for whoever waits
+            self._error = error
+            return
+        try:
             checkpoint.keep(
                 self._folder,
                 last=self._keep_last,
@@ -98,5 +107,5 @@ class CheckpointWriter:
                 metric=checkpoint.BEST_BY,
                 passed_over=self._passed_over,
             )
-        except BaseException as error:  # for whoever waits
-            self._error = error
+        except Exception as error:  # the next one tries again
+            log.warning("step %d is saved, but checkpoints before it could not be removed: %s", copy["step"], error)

@@ -326,6 +326,16 @@ def test_a_store_that_stays_away_ends_the_run_and_is_named(training, s3, bucket)
     assert f"The last one ended with: ConnectionError: {bucket}" in training.text()
 
 
+def test_a_checkpoint_for_a_node_that_goes_is_asked_for_again_where_it_failed(monkeypatch):
+    monkeypatch.setattr(train_job._DeskControl, "_ask", lambda self: None)
+    monkeypatch.setattr(train_job, "_NOTICED_SAVE_SECONDS", 0.0)
+    control = train_job._DeskControl(None)
+    control._node_ends = time.time() + 120
+    assert [control.word(), control.word()] == ["checkpoint", "go"]
+    control.not_published()
+    assert control.word() == "checkpoint"
+
+
 class Rank:
     """A rank's start without a cluster: what it asks Ray for, and the desk in this process."""
 

@@ -315,3 +315,7 @@ def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path, monke
     assert roles == {"300": "last", "400": "best,last"}  # 200 went, 300 has a version
     weights = list((tmp_path / "mlartifacts").rglob("model.safetensors"))
     assert len(weights) == 2
+    damaged = folder / "step-00000400" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    _, _, kept, roles = part((500, 0.7))
+    assert (set(kept), roles["500"]) == ({"best", "last"}, "best,last")  # the better one is lost

@@ -232,7 +232,11 @@ def test_the_best_checkpoint_stays(content_version, style_version, tmp_path):
     losses = {step: meta["metrics"]["probe/loss"] for step, meta in metas.items()}
     assert 4 in losses
     assert [step for step, _ in tracker.checkpoints] == [1, 2, 3, 4]
-    assert min(losses, key=losses.get) == checkpoint.best_step(str(tmp_path), metric="probe/loss") != 4
+    assert (
+        min(losses, key=losses.get)
+        == checkpoint.best_step(checkpoint.steps_in(str(tmp_path)), metric="probe/loss")
+        != 4
+    )
 
 
 def test_a_damaged_checkpoint_takes_the_place_of_none_that_follows(content_version, style_version, tmp_path):
@@ -283,6 +287,46 @@ def test_a_stop_leaves_a_checkpoint_though_the_one_before_could_not_be_written(
     result = run(content_version, style_version, tmp_path, control=StopAfter(3), tracker=tracker)
     assert (result.step, result.finished, list(checkpoint.steps_in(str(tmp_path)))) == (3, False, [3])
     assert [step for step, _ in tracker.checkpoints] == [3]
+
+
+def test_old_checkpoints_that_cannot_be_removed_end_no_run(
+    content_version, style_version, tmp_path, monkeypatch, caplog
+):
+    """As where a store lets nobody delete."""
+
+    def refuse(*_, **__):
+        raise PermissionError("no right to delete")
+
+    monkeypatch.setattr(storage, "remove_directory", refuse)
+    tracker = RecordingTracker()
+    changes = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 0, "checkpoint__every_steps": 1}
+    assert run(content_version, style_version, tmp_path, tracker=tracker, **changes).finished
+    there = list(checkpoint.steps_in(str(tmp_path)))
+    assert there == [step for step, _ in tracker.checkpoints] == [1, 2, 3, 4]
+    assert "step 4 is saved, but checkpoints before it could not be removed: no right to delete" in caplog.text
+
+
+def test_a_checkpoint_that_failed_is_told_at_once(content_version, style_version, tmp_path, monkeypatch):
+    """Who asked for it, for a node is about to go, asks again."""
+
+    class Asking(NoControl):
+        asked, failed = 0, 0
+
+        def word(self):
+            self.asked += 1
+            return "checkpoint" if self.asked == 1 else "go"
+
+        def not_published(self):
+            self.failed += 1
+
+    def refuse(*_, **__):
+        raise ConnectionError("no answer in 60 s")
+
+    control = Asking()
+    monkeypatch.setattr(storage, "publish_directory", refuse)
+    with pytest.raises(ConnectionError):
+        run(content_version, style_version, tmp_path, control=control, checkpoint__every_steps=100)
+    assert control.failed
 
 
 def test_a_checkpoint_that_was_published_is_told_though_the_run_fails(
