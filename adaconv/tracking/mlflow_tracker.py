@@ -44,6 +44,7 @@ from adaconv.tracking.runs import (
     is_permanent,
     iso,
     make_or_find,
+    ping,
     process_here,
     revive,
     set_status,
@@ -173,6 +174,8 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
     """
     try:
         told = json.loads((spool_directory / "run.json").read_text())
+        if uri and uri != told["uri"]:
+            ping(uri)  # one that is not there must not become the run's own
         tracker = MlflowTracker(uri or told["uri"], RunDescription(**told["description"]), spool_directory)
         tracker.take_over()
         left = tracker.flush(timeout_seconds=timeout_seconds)

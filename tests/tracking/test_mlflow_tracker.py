@@ -20,7 +20,7 @@ from adaconv.tracking import spool as spool_module
 from adaconv.tracking.mlflow_tracker import close_run, logged_checkpoints, open_run, sync
 from adaconv.tracking.results import find
 from adaconv.tracking.runs import client_of, default_uri, identity_of, make_or_find, ping, reap
-from tests.servers import MlflowServer
+from tests.servers import MlflowServer, free_port
 
 SLOW = pytest.mark.slow
 
@@ -361,6 +361,10 @@ def test_another_server_gets_all_of_a_run(tmp_path, database, caplog):
     line = {"kind": "metrics", "step": 3, "timestamp_ms": 1, "values": {"train/loss": 3.0}}
     with (tracker.spool / "records.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+    nobody = f"http://127.0.0.1:{free_port()}"  # a typo must not become where the run is told
+    with pytest.raises(TrackingError, match=f"{nobody} does not answer"):
+        sync(tracker.spool, uri=nobody)
+    assert json.loads((tracker.spool / "run.json").read_text())["uri"] == database
     moved, left = sync(tracker.spool, uri=other)
     assert left == 0
     assert sorted(points(other, moved.run_id, "train/loss")) == [(1, 1.0), (2, 2.0), (3, 3.0)]
