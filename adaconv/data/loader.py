@@ -236,7 +236,8 @@ class PairDataset(Dataset[Batch]):
         self._seed, self._global_batch_size = seed, global_batch_size
         self._skipped = skipped
         self._slice = rank_slice(global_batch_size, rank, num_ranks)
-        self.cache, self.partitions = cache or ShardCache(default_cache_dir(), sys.maxsize), partitions
+        self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
+        self.cache_share = self.cache.limit_bytes // min(num_ranks, partitions)  # ranks of other partitions have theirs
         self._streams = {
             name: (
                 SampleReader(version, cache=self.cache, verify=verify),
@@ -397,7 +398,7 @@ def prefetching(dataset: PairDataset, *, ahead: int) -> Iterator[ShardPrefetcher
         dataset.shards_of,
         dataset.cache,
         ahead=0 if dataset.is_local else ahead,
-        limit_bytes=dataset.cache.limit_bytes // dataset.partitions,  # ranks of other partitions share the cache
+        limit_bytes=dataset.cache_share,
     )
     try:
         yield prefetcher

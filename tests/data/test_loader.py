@@ -24,6 +24,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from adaconv.data import loader
 from adaconv.data.loader import Geometry, PairDataset, SampleReader, decode_crop, is_lost_worker, make_loader
 from adaconv.data.manifest import open_version
+from adaconv.data.shard_cache import ShardCache
 from adaconv.errors import DatasetError
 
 GEOMETRY = Geometry(resize=48, crop=32, flip=True)
@@ -64,6 +65,15 @@ def test_skipped_batches_are_left_out_and_no_other_one_changes(content_version, 
     assert [less[step].step for step in (0, 1, 2)] == [0, 1, 2]
     assert all(same(less[step], whole[batch]) for step, batch in ((0, 0), (1, 3), (2, 4)))
     assert less.shards_of(1) == whole.shards_of(3)
+
+
+@pytest.mark.parametrize(("num_ranks", "share"), [(1, 1200), (2, 600), (4, 600)])
+def test_a_rank_has_the_share_of_the_cache_of_the_partitions_that_it_reads(
+    content_version, style_version, tmp_path, num_ranks, share
+):
+    cache = ShardCache(tmp_path, 1200)
+    ours = pairs(content_version, style_version, num_ranks=num_ranks, partitions=2, cache=cache)
+    assert ours.cache_share == share
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
