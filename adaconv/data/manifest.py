@@ -243,7 +243,10 @@ def lineage(version: DatasetVersion) -> Iterator[DatasetVersion]:
 
 def how_to_mend(version: DatasetVersion) -> str:
     """The commands that make a version's files again, each with the version that it was given then."""
-    *later, first = lineage(version)
+    try:
+        *later, first = lineage(version)
+    except DatasetError as error:  # which must not hide what is to be mended
+        return f"copy it from a backup: of what it was made from, too, something is damaged: {error}"
     if first.parent is not None:
         return f"copy it from a backup: version {first.parent}, which it was made from, is gone"
     told = "run pipelines/shard.py with the same sources"

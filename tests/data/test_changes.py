@@ -362,7 +362,10 @@ def test_what_mends_a_version_is_named_with_what_each_command_was_given(version)
         f"that followed, in their order, with --dataset {version.root}@{version.version}, --dataset "
         f"{version.root}@{child.parent}: what is missing"
     ) in how_to_mend(child)
-    Path(version_uri(version.root, version.version)).unlink()
+    first = Path(version_uri(version.root, version.version))
+    first.write_bytes(first.read_bytes()[:-5])
+    assert "copy it from a backup: of what it was made from, too, something is damaged" in how_to_mend(child)
+    first.unlink()
     assert f"from a backup: version {version.version}, which it was made from, is gone" in how_to_mend(child)
 
 
