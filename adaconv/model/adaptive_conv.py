@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adaconv.model import gpu
-from adaconv.model.kernels import EPS, AdaConvKernels, compose, narrow, per_input, widen
+from adaconv.model.kernels import EPS, AdaConvKernels, compose, instance_scale, narrow, per_input, widen
 
 
 def adaptive_conv_reference(x: Tensor, kernels: AdaConvKernels, *, groups: int) -> Tensor:
@@ -28,9 +28,8 @@ def adaptive_conv_reference(x: Tensor, kernels: AdaConvKernels, *, groups: int) 
     outputs = []
     half = kernels.depthwise.shape[-1] // 2
     for image, depthwise, pointwise, bias in zip(x, *kernels, strict=True):
-        mean = image.mean(dim=(1, 2), keepdim=True)
-        variance = image.var(dim=(1, 2), keepdim=True, correction=0)
-        normal = ((image - mean) / (variance + EPS).sqrt())[None]
+        mean, variance = image.mean(dim=(1, 2)), image.var(dim=(1, 2), correction=0)
+        normal = ((image - mean[:, None, None]) * instance_scale(mean, variance)[:, None, None])[None]
         filtered = F.conv2d(F.pad(normal, (half,) * 4, mode="reflect"), depthwise, groups=groups)
         outputs.append(F.conv2d(filtered, pointwise, bias, groups=groups))
     return torch.cat(outputs)
@@ -125,7 +124,7 @@ class _AdaptiveConv(torch.autograd.Function):
         _reflect_(padded, half)
         # By rows first: 5 times as fast on a CPU as over a strided map at once, and with shorter sums.
         norm = torch.linalg.vector_norm(torch.linalg.vector_norm(centred, dim=3, dtype=weight.dtype), dim=2)
-        scale = (norm.square() / (height * width) + EPS).rsqrt()  # (B, C)
+        scale = instance_scale(mean.flatten(1), norm.square() / (height * width))  # (B, C)
 
         wide = widen(weight * per_input(scale, weight), x.device)  # (B*C, C/G or 8, k, k)
         groups = batch * channels // wide.shape[1]

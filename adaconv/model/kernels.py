@@ -10,6 +10,9 @@ from torch import Tensor
 
 EPS = 1e-5  # on the variance: 1e-7 on the deviation would amplify the noise of a constant channel 200 times
 
+# Of the largest mean of a map's channels: what 32 bits leave of a constant after a convolution deviates by less.
+_ROUNDING = 2e-6
+
 # oneDNN's vectorised kernels want 8 channels a group; zeros that fill up 2 or 4 to 8 cost less than its plain loops.
 _CPU_GROUP_WIDTH = 8
 
@@ -30,6 +33,16 @@ def compose(kernels: AdaConvKernels, *, groups: int) -> Tensor:
     # Products of single numbers would go through a library's matrix product one by one.
     joined = pointwise * depthwise if per_group == 1 else pointwise @ depthwise
     return joined.reshape(batch, channels, per_group, size, size)
+
+
+def instance_scale(mean: Tensor, variance: Tensor) -> Tensor:
+    """What instance norm multiplies the channels of a map with: mean and variance (..., C) -> (..., C).
+
+    0 where a channel deviates by no more than rounding does: three blocks one after another would make a picture of it,
+    another one in each tile, of a frame that is black.
+    """
+    flat = variance <= (_ROUNDING * mean.abs().amax(dim=-1, keepdim=True)).square()
+    return (variance + EPS).rsqrt().masked_fill(flat, 0)
 
 
 def per_input(scale: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaconv.model.encoder import GROUPS, VGGEncoder
-from adaconv.model.kernels import EPS, compose, per_input, widen
+from adaconv.model.kernels import compose, instance_scale, per_input, widen
 from adaconv.model.network import AdaConvTransfer, DecoderScale, StyleCode, StyleTransferNet
 from adaconv.stylize.blend import kernels_of
 from adaconv.stylize.raster import Raster, Window
@@ -138,7 +138,7 @@ class Moments:
     @property
     def scale(self) -> Tensor:
         """(C,) float32: what instance norm multiplies with."""
-        return (self.squares / self.count + EPS).rsqrt().float()
+        return instance_scale(self.mean, self.squares / self.count).float()
 
 
 @dataclass

@@ -59,6 +59,19 @@ def test_tiles_equal_the_whole_frame(settings, height, width, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 64), (180, 320, 64), (180, 320, 88), (256, 256, 64)])
+def test_a_frame_of_one_colour_becomes_one_colour(level, height, width, side):
+    """As when a film fades: what rounding leaves of a constant is not normalised to a picture of its own."""
+    network, picture = tiny(), torch.full((1, 3, height, width), level)
+    with torch.inference_mode():
+        code = network.encode_style(smooth(64, 64, seed=1))
+        whole = network.stylize(picture, code)
+    tiled = in_tiles(network, picture, code, side)
+    assert (tiled - whole).abs().max() < 1e-4
+    assert max((one.amax(dim=(2, 3)) - one.amin(dim=(2, 3))).max() for one in (whole, tiled)) < 1e-4
+
+
 def test_a_walk_that_ends_early_gives_back_the_disk(tmp_path):
     """Memory may run out at any tile, and the next attempt needs the room: an open file takes it, though removed."""
     network, picture = tiny(), smooth(200, 136)
