@@ -182,17 +182,24 @@ def _without_stray_bytes(data: bytes) -> Iterator[bytes]:
         yield head + _PADDING.sub(own + _END, scan)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An upright RGB picture of whatever was stored; transparency lies on white.
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, keep_colours: bool = False) -> Image.Image:
+    """An upright RGB picture in sRGB of whatever was stored; transparency lies on white.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: more are refused by the header.
+        keep_colours: leave the colours in those of its RGB profile.
 
     Raises:
         ImageError: as open_header, or `truncated` where the pixels are not all there.
     """
     image = open_header(data, max_pixels=max_pixels)
     try:
-        return to_rgb(upright(image))
+        picture = as_seen(image, keep_colours=keep_colours)
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("truncated", str(error)) from error
+    picture.info.clear()  # all that it said has been done
+    return picture
 
 
 def as_seen(image: Image.Image, *, keep_colours: bool = False) -> Image.Image:

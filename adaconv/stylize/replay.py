@@ -128,7 +128,7 @@ def _compared(uri: str, recipe: Recipe, original: bytes, again: bytes) -> dict[s
 def _levels_apart(one: bytes, other: bytes) -> tuple[int, float]:
     """At most and on average, of two files' pixels; all 255 where they are not of one size, or none can be read."""
     with contextlib.suppress(ImageError):
-        first, second = (decode(data, max_pixels=10**10) for data in (one, other))
+        first, second = (decode(data, max_pixels=10**10, keep_colours=True) for data in (one, other))
         if first.size == second.size:
             apart = ImageStat.Stat(ImageChops.difference(first, second))
             return max(int(most) for _, most in apart.extrema), sum(apart.mean) / len(apart.mean)

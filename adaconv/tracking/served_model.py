@@ -7,9 +7,9 @@ hand: a service draws many contents in few styles.
 """
 
 import base64
-import binascii
 import hashlib
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class ServedStylizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.stylizer = Stylizer.from_folder(Path(context.artifacts["model"]), device=device)
         self.packs: dict[tuple[Any, ...], StylePack] = {}
+        self._lock = threading.Lock()
 
     # Hints would make MLflow check inputs by them instead of by the signature, and it knows none for pictures.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
@@ -52,10 +53,13 @@ class ServedStylizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def _pack(self, style: Image.Image, side: int) -> StylePack:
         key = (hashlib.sha256(style.tobytes()).digest(), style.size, side)
-        pack = self.packs.pop(key, None) or self.stylizer.style_pack(style, side=side)
-        self.packs[key] = pack  # the last
-        if len(self.packs) > _PACKS_AT_HAND:
-            del self.packs[next(iter(self.packs))]
+        with self._lock:  # MLflow's server answers in threads
+            pack = self.packs.pop(key, None)
+        pack = pack or self.stylizer.style_pack(style, side=side)
+        with self._lock:
+            self.packs[key] = pack  # the last
+            if len(self.packs) > _PACKS_AT_HAND:
+                del self.packs[next(iter(self.packs))]
         return pack
 
 
@@ -76,7 +80,7 @@ def picture(value: Any, name: str) -> Image.Image:
     if isinstance(value, str):
         try:
             value = base64.b64decode(value)
-        except binascii.Error as error:
+        except ValueError as error:  # also of text that is no ASCII
             raise UsageError(f"{name}: expected an image file in base64, found other text: {error}") from None
     if isinstance(value, (bytes, bytearray)):
         try:

@@ -23,7 +23,7 @@ from adaconv.tracking.logged_model import logged_models
 from adaconv.tracking.mlflow_tracker import close_run, open_run, sync
 from adaconv.tracking.registry import history_of, register, resolved_model, rollback
 from adaconv.tracking.results import keep_models
-from tests.helpers import save_checkpoint
+from tests.helpers import save_checkpoint, swapped_profile
 from tests.tracking.grids import grid_of
 
 
@@ -139,12 +139,18 @@ def test_a_model_takes_pixels_or_image_files_and_gives_the_same_picture(trained,
         served._pack(Image.fromarray(style[0]), other)
     assert len(served.packs) == 64
     assert kept[0] not in served.packs
+    coloured = io.BytesIO()  # Pillow forgets a profile where it lays transparency on white
+    Image.fromarray(content[0]).convert("RGBA").save(coloured, "PNG", icc_profile=swapped_profile())
+    by_profile = model.predict({"content": [coloured.getvalue()], "style": [files["style"]]})["stylized"][0]
+    pack = stylizer.style_pack(Image.fromarray(style[0]))
+    np.testing.assert_array_equal(Image.open(io.BytesIO(by_profile)), stylizer.stylize(Image.open(coloured), pack))
     with pytest.raises(UsageError, match="color: expected style, luminance, coral, found sepia"):
         model.predict({"content": content, "style": style}, params={"color": "sepia"})
     example = model.predict(model.input_example)["stylized"][0]
     assert Image.open(io.BytesIO(example)).size == (64, 64)
     for wrong, words in (
         ({"content": [b"GIF9"], "style": [b"x"]}, "content: not_an_image"),
+        ({"content": ["écran.jpg"], "style": ["x"]}, "content: expected an image file in base64"),
         ({"content": content[:, :, :, :2], "style": style}, "pixels (H, W, 3) uint8"),
         ({"content": content.astype(float), "style": style}, "found float64"),
         ({"content": content.astype(int) + 256, "style": style}, "pixels from 0 to 255"),
