@@ -322,11 +322,16 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
         number = 0
         for group in range(table.num_row_groups):
             names: list[Any] = [None] * table.metadata.row_group(group).num_rows
-            if named is not None:
-                names = table.read_row_group(group, [named]).column(0).to_pylist()
-            elif inside and "path" in [f.name for f in table.schema_arrow.field(column).type]:
-                paths = table.read_row_group(group, [f"{column}.path"]).column(0).to_pylist()
-                names = [cell and cell["path"] for cell in paths]
+            try:
+                if named is not None:
+                    names = table.read_row_group(group, [named]).column(0).to_pylist()
+                elif inside and "path" in [f.name for f in table.schema_arrow.field(column).type]:
+                    paths = table.read_row_group(group, [f"{column}.path"]).column(0).to_pylist()
+                    names = [cell and cell["path"] for cell in paths]
+            except (pa.ArrowInvalid, OSError) as error:
+                if getattr(error, "errno", None) is not None:  # of the storage, not of a damaged row group
+                    raise
+                log.warning("%s %s: the names in row group %d cannot be read: %s", flag, source, group, error)
             for row, name in enumerate(names):
                 called = f"row-{number:08d}" if name in (None, "") else _told(str(name))  # 0 is a name
                 yield Item("cell", called, uri, (group, row), column)

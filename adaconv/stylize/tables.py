@@ -41,10 +41,12 @@ def _rows(uri: str, flag: str) -> list[dict[str, Any]]:
         data = storage.read_bytes(uri)
     except FileNotFoundError:
         raise UsageError(f"{flag} {uri}: expected a table, found nothing there") from None
+    except IsADirectoryError:
+        raise UsageError(f"{flag} {uri}: expected a table, found a folder") from None
     if uri.endswith(".parquet"):
         try:
             rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:  # which Arrow raises of a damaged row group
             raise UsageError(f"{flag} {uri}: expected a Parquet file, found: {error}") from None
         return rows
     try:

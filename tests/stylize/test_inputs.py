@@ -32,6 +32,7 @@ from adaconv.stylize.inputs import (
     reading_order,
     sha256_of,
 )
+from adaconv.stylize.tables import read_table
 from tests.helpers import build_version
 
 
@@ -143,6 +144,23 @@ def test_a_damaged_row_group_is_of_its_cells_and_a_storage_that_fails_is_not(tmp
         monkeypatch.setattr(storage, "open_binary", Mock(side_effect=error))
         with pytest.raises(type(error)):
             read_item(items[5])
+
+
+def test_a_damaged_row_group_of_names_leaves_its_cells_without(tmp_path):
+    path = tmp_path / "t.parquet"
+    columns = {"name": [f"picture-{n}" for n in range(8)], "image": [png(n) for n in range(8)]}
+    pq.write_table(pa.table(columns), path, row_group_size=4, use_dictionary=False)
+    place = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[place : place + 30] = b"\xff" * 30
+    path.write_bytes(data)
+    items = list_items((str(path),), flag="--content")
+    assert [item.source for item in items] == [f"picture-{n}" for n in range(4)] + [f"row-{n:08d}" for n in range(4, 8)]
+    with pytest.raises(UsageError, match=r"--pairs .*t\.parquet: expected a Parquet file, found: "):
+        read_table(str(path), flag="--pairs")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UsageError, match="expected a table, found a folder"):
+        read_table(str(tmp_path / "folder.csv"), flag="--pairs")
 
 
 def test_a_names_column(tmp_path):
