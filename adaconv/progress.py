@@ -79,7 +79,8 @@ class Progress:
     def line(self) -> str:
         """The status as of now."""
         seconds = self._clock() - self._started
-        done = self.done + self._ahead
+        done = self.done + self._ahead  # both may know of the same ones, for as long as nobody looks ahead again
+        done = done if self.total is None else max(self.done, min(done, self.total))
         rate = (done - self._done_at_start) / seconds if seconds > 0 else 0.0
         parts = [f"{self._what} {done}" + (f"/{self.total}" if self.total is not None else "")]
         if self.total:

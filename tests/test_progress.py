@@ -52,6 +52,8 @@ def test_what_is_told_ahead_is_on_the_line_until_it_is_counted():
     assert lines[0] == "stylize 20/100 | 20 % | 3.33 images/s | eta 24 s"
     assert lines[1].startswith("stylize 40/100 ")
     assert progress.line().startswith("stylize 45/100 ")
+    progress.look_ahead(70)  # some of which are among the 45
+    assert progress.line().startswith("stylize 100/100 | 100 % ")
 
 
 def test_what_is_found_done_does_not_count_towards_the_rate_either():
