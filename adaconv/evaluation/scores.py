@@ -165,7 +165,7 @@ def _defects(of: Mapping[str, NDArray[np.float64]], *, apart: float) -> list[str
     broken = int((of["finite"] == 0).sum())
     if broken:
         return [f"{broken} of {of['finite'].size} outputs hold values that are no numbers"]
-    defects = []
+    defects = [f"{name} is no number" for name in METRICS if not np.isfinite(of[name]).all()]
     contrast = float(np.median(of["contrast"]))
     if not contrast >= _LEAST_CONTRAST:
         defects.append(f"the outputs are grey: their contrast is {contrast:.2f} of the contents'")

@@ -15,7 +15,7 @@ from adaconv.errors import UsageError
 from adaconv.evaluation.job import _verdict
 from adaconv.evaluation.metrics import METRICS, OF_PAIRS, Judge, compare
 from adaconv.evaluation.protocol import read_protocol
-from adaconv.evaluation.scores import Evaluation, table_of
+from adaconv.evaluation.scores import Evaluation, _defects, table_of
 from adaconv.model.encoder_weights import fingerprint, load_encoder
 from adaconv.stylize.stylizer import Stylizer
 from tests.helpers import save_checkpoint
@@ -150,6 +150,14 @@ def test_a_model_that_changes_nothing_is_told(protocol, encoder, tmp_path):
     verdict = _verdict(GateConfig(), [replace(unchanged, model="mine"), unchanged], None)
     assert not verdict.promoted
     assert verdict.reasons[0].startswith("no stylization")
+
+
+def test_a_metric_that_is_no_number_is_a_defect():
+    of = {name: np.zeros((3, 4 if name in OF_PAIRS else 1)) for name in METRICS}
+    of |= {"finite": np.ones((3, 4)), "contrast": np.ones((3, 4)), "spread": np.ones((3, 1))}
+    assert _defects(of, apart=0.0) == []
+    of["identity"][1] = math.nan  # of a content in its own style, while all else is sound
+    assert _defects(of, apart=0.0) == ["identity is no number"]
 
 
 def broken(net, how):
