@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,17 +32,15 @@ def render(scores: Sequence[Scores], protocol: Protocol, verdict: Verdict | None
         "judge": f"{judge}, {protocol.judge[:12]}",
     }
     parts = {
-        "title": f"Evaluation of {scores[0].model}",
+        "title": html.escape(f"Evaluation of {scores[0].model}"),
         "facts": _list(facts),
         "verdict": _verdict(scores[0].model, verdict, alias) if verdict else "",
         "scores": _table(scores),
         "metrics": _list(_definitions()),
         "outputs": _outputs(scores, protocol),
     }
-    page = _PAGE
-    for name, text in parts.items():
-        page = page.replace(f"{{{{{name}}}}}", html.escape(text) if name == "title" else text)
-    return page
+    # In one pass: what is filled in may hold a mark itself.
+    return re.sub(rf"{{{{({'|'.join(parts)})}}}}", lambda found: parts[found[1]], _PAGE)
 
 
 def _verdict(model: str, verdict: Verdict, alias: str) -> str:

@@ -9,6 +9,7 @@ import html
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,9 @@ def render(client: MlflowClient, runs: Sequence[Run], *, max_bytes: int = _MAX_B
     title = " and ".join(f"{one['name']}" for one in shown)
     # A JSON text may hold </script>, which would end the element.
     data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
-    return _PAGE.replace("{{title}}", html.escape(f"{title}: samples over time")).replace("{{data}}", data)
+    parts = {"{{title}}": html.escape(f"{title}: samples over time"), "{{data}}": data}
+    # In one pass: what is filled in may hold a mark itself.
+    return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], _PAGE)
 
 
 def _data_of(client: MlflowClient, run: Run, max_bytes: int) -> dict[str, Any] | None:
@@ -56,8 +59,13 @@ def _data_of(client: MlflowClient, run: Run, max_bytes: int) -> dict[str, Any] |
             return None
         side = int(run.data.params.get("data.crop", "0"))
         with Image.open(grids[max(grids)]) as newest:
-            layout = _Layout.of(newest.size, side)
+            size, layout = newest.size, _Layout.of(newest.size, side)
             headers = layout.headers(newest.convert("RGB"))
+        # A run that was resumed with other pictures has earlier grids of another layout.
+        others = {step for step, path in grids.items() if _size_of(path) != size}
+        if others:
+            log.info("the page is without %d grids of other pictures, up to step %d", len(others), max(others))
+        grids = {step: path for step, path in grids.items() if step not in others}
         budget = int(max_bytes * 0.75) - sum(map(len, (*headers[0], *headers[1])))  # base64 is a third longer
         shrunk = layout.fitting(grids[max(grids)], budget // len(grids))
         checkpoints = logged_checkpoints(client, run.info.run_id)
@@ -78,6 +86,11 @@ def _data_of(client: MlflowClient, run: Run, max_bytes: int) -> dict[str, Any] |
         "frames": frames,
         "loss": _curve(client, run),
     }
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as grid:
+        return grid.size
 
 
 class _Layout:
