@@ -9,6 +9,7 @@ Relative paths mean nothing on the cluster: give absolute ones or s3://.
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,9 +28,10 @@ def command(config: SubmitConfig, entrypoint: Sequence[str], *, variables: Mappi
     if not entrypoint:
         raise UsageError("expected the job's command after --, as in: -- python pipelines/train.py --config FILE ...")
     try:
-        for argument in entrypoint:
+        for before, argument in zip(("", *entrypoint), entrypoint, strict=False):
             refuse_password(argument)
-            refuse_secret(argument)
+            if not re.match(r"--tracking[._-]uri", argument if argument.startswith("--") else before):
+                refuse_secret(argument)  # a server may be given with a user's name
     except ValueError as error:
         raise UsageError(f"the job's command: {error}") from None
     cli.require_directory(config.working_dir, "--working-dir")

@@ -33,7 +33,7 @@ def refuse_secret(url: str) -> str:
     Raises:
         ValueError: it does; the message leaves the URL out.
     """
-    key = r"(access_?|x-amz-security-)?token|(x-amz-|x-goog-)?(signature|credential)|sig|api_?key|password"
+    key = r"([a-z-]+_?)?token|jwt|(x-amz-|x-goog-)?(signature|credential)|sig|api_?key|password"
     _refuse(
         rf"[^/]*https?://([^/@]+@|.*[?&]({key})=)", url, f"a token or signature, {_KEPT}; fetch the file, and name that"
     )
