@@ -92,6 +92,19 @@ def test_every_cell_lies_where_it_belongs(two, capsys):
         assert [step for step, _ in run["loss"]] == [0, 100, 200]
 
 
+def test_grids_of_other_pictures_and_names_like_marks_spoil_no_page(tmp_path, caplog):
+    """A run that was resumed with more samples than it began with."""
+    caplog.set_level("INFO")
+    grids = {0: grid_of(2, 2, side=32, step=0), 100: grid_of(3, 2, side=32, step=100)}
+    tracker = run_with(tmp_path, "{{data}}", grids, crop=32)
+    client = MlflowClient(tracker.uri)
+    page = render(client, [client.get_run(tracker.run_id)])
+    [run] = data_of(page)
+    assert [frame["step"] for frame in run["frames"]] == [100]
+    assert "<title>{{data}}: samples over time</title>" in page
+    assert "without 1 grids of other pictures, up to step 0" in caplog.text
+
+
 def test_a_series_that_is_no_grid_of_known_cells_is_one_picture(tmp_path):
     tracker = run_with(tmp_path, "odd", {0: grid_of(3, 2, side=32, step=0)[:50, :70]}, crop=32)
     client = MlflowClient(tracker.uri)
