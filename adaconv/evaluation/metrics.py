@@ -27,7 +27,7 @@ from adaconv.training.losses import channel_statistics
 
 OF_PAIRS = ("content", "structure", "style", "gram", "colour")
 METRICS = (*OF_PAIRS, "identity")
-VERSION = 1  # of the definitions: scores of others cannot be compared
+VERSION = 2  # of the definitions: scores of others cannot be compared
 
 _PLACES_SIDE = 32  # of a side of the map whose places are compared, all with all
 _DIRECTIONS, _QUANTILES, _COLOURS_SIDE = 16, 256, 256
@@ -113,11 +113,24 @@ def _gram(features: Tensor) -> Tensor:
 
 def _colours(picture: Tensor) -> Tensor:
     """Quantiles of a picture's colours along directions of RGB, each scaled to a range of 1: (16, 256)."""
-    every = math.ceil(max(picture.shape[-2:]) / _COLOURS_SIDE)  # to sort all of them takes as long as the encoder
-    values = picture[0, :, ::every, ::every].flatten(1)  # (3, pixels)
+    values = picture[0, :, *_some_places(*picture.shape[-2:])].flatten(1)  # (3, pixels)
     along = (_directions(values) @ values).sort(dim=1).values
     places = torch.linspace(0, along.shape[1] - 1, _QUANTILES, device=along.device).round().long()
     return along[:, places]
+
+
+def _some_places(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of pixels, at most 256 a side, (h, w) each: to sort all of them takes as long as the encoder.
+
+    One of each block, anywhere in it but always the same: those of a grid would see one phase of a fine pattern, such
+    as upsampling leaves.
+    """
+    every = math.ceil(max(height, width) / _COLOURS_SIDE)
+    down, across = math.ceil(height / every), math.ceil(width / every)
+    within = torch.randint(every, (2, down, across), generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(down)[:, None] * every + within[0]
+    columns = torch.arange(across) * every + within[1]
+    return rows.clamp(max=height - 1), columns.clamp(max=width - 1)
 
 
 def _directions(like: Tensor) -> Tensor:

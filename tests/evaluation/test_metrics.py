@@ -31,6 +31,15 @@ def test_a_copy_of_the_content_has_its_content_and_a_copy_of_the_style_its_style
         assert taken[name] == 0 < kept[name]
 
 
+def test_fine_patterns_have_all_their_colours(judge):
+    """Stripes as wide as a pixel, of a picture of which not every pixel is looked at."""
+    stripes = torch.zeros(1, 3, 64, 512)
+    stripes[..., 1::2] = 1
+    looks = [judge.look(picture) for picture in (stripes, stripes.roll(1, dims=-1), torch.zeros_like(stripes))]
+    assert compare(looks[0], looks[1], looks[1])["colour"] < 0.05
+    assert compare(looks[0], looks[2], looks[2])["colour"] == pytest.approx(0.34, abs=0.05)
+
+
 def test_colour_is_how_far_colours_have_to_be_moved(judge):
     one = picture(0)
     shifts = [compare(judge.look(one + step), judge.look(one), judge.look(one))["colour"] for step in (0.05, 0.1)]
