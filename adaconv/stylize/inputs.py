@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -319,7 +319,7 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
             )
         named = next((n for n in _NAMES if n in table.schema_arrow.names and n != column), None)
         inside = pa.types.is_struct(table.schema_arrow.field(column).type)
-        number = 0
+        found: list[tuple[int, int, str]] = []
         for group in range(table.num_row_groups):
             names: list[Any] = [None] * table.metadata.row_group(group).num_rows
             try:
@@ -332,15 +332,22 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
                 if getattr(error, "errno", None) is not None:  # of the storage, not of a damaged row group
                     raise
                 log.warning("%s %s: the names in row group %d cannot be read: %s", flag, source, group, error)
-            for row, name in enumerate(names):
-                called = f"row-{number:08d}" if name in (None, "") else _told(str(name))  # 0 is a name
-                yield Item("cell", called, uri, (group, row), column)
-                number += 1
+            found += ((group, row, "" if name is None else str(name)) for row, name in enumerate(names))  # 0 is a name
+        told = _told([name for _, _, name in found])
+        for number, ((group, row, _), name) in enumerate(zip(found, told, strict=True)):
+            yield Item("cell", name or f"row-{number:08d}", uri, (group, row), column)
 
 
-def _told(path: str) -> str:
-    """A name without the folders of the machine where an absolute path was one: it travels with every output."""
-    return "/".join(PurePath(path).parts[-2:]) if path.startswith("/") else path
+def _told(names: Sequence[str]) -> list[str]:
+    """Names without the folders that all absolute paths among them share: those of a machine travel with no output."""
+    absolute = [name for name in names if name.startswith("/")]
+    shared = len(PurePath(os.path.commonpath(absolute)).parts) if absolute else 0
+
+    def told(path: str) -> str:
+        parts = PurePath(path).parts
+        return "/".join(parts[max(1, min(shared, len(parts) - 2)) :])
+
+    return [told(name) if name.startswith("/") else name for name in names]
 
 
 def _holds_images(kind: Any) -> bool:
