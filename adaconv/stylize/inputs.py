@@ -328,8 +328,8 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
                 elif inside and "path" in [f.name for f in table.schema_arrow.field(column).type]:
                     paths = table.read_row_group(group, [f"{column}.path"]).column(0).to_pylist()
                     names = [cell and cell["path"] for cell in paths]
-            except (pa.ArrowInvalid, OSError) as error:
-                if getattr(error, "errno", None) is not None:  # of the storage, not of a damaged row group
+            except (pa.ArrowException, OSError) as error:
+                if not _is_damage(error):
                     raise
                 log.warning("%s %s: the names in row group %d cannot be read: %s", flag, source, group, error)
             found += ((group, row, "" if name is None else str(name)) for row, name in enumerate(names))  # 0 is a name
@@ -356,13 +356,17 @@ def _holds_images(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether a row group is to blame, not memory or the storage, whose errors say more than Arrow's own."""
+    return not isinstance(error, (OSError, MemoryError)) or (type(error) is OSError and error.errno is None)
+
+
 def _cell(item: Item) -> bytes:
     group, row = item.place
     try:
         value = _row_group(item.uri, group, item.column)[row].as_py()
     except (pa.ArrowException, OSError) as error:
-        of_a_page = type(error) is OSError and error.errno is None  # Arrow's own; the storage's say more
-        if isinstance(error, (OSError, MemoryError)) and not of_a_page:
+        if not _is_damage(error):
             raise
         raise ImageError("corrupt_data", f"its row group cannot be read: {str(error).strip()}") from error
     data = value["bytes"] if isinstance(value, dict) else value

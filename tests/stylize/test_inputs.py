@@ -146,7 +146,7 @@ def test_a_damaged_row_group_is_of_its_cells_and_a_storage_that_fails_is_not(tmp
             read_item(items[5])
 
 
-def test_a_damaged_row_group_of_names_leaves_its_cells_without(tmp_path):
+def test_a_damaged_row_group_of_names_leaves_its_cells_without(tmp_path, monkeypatch):
     path = tmp_path / "t.parquet"
     columns = {"name": [f"picture-{n}" for n in range(8)], "image": [png(n) for n in range(8)]}
     pq.write_table(pa.table(columns), path, row_group_size=4, use_dictionary=False)
@@ -156,6 +156,10 @@ def test_a_damaged_row_group_of_names_leaves_its_cells_without(tmp_path):
     path.write_bytes(data)
     items = list_items((str(path),), flag="--content")
     assert [item.source for item in items] == [f"picture-{n}" for n in range(4)] + [f"row-{n:08d}" for n in range(4, 8)]
+    with monkeypatch.context() as away:
+        away.setattr(pq.ParquetFile, "read_row_group", Mock(side_effect=ConnectionError("no answer")))
+        with pytest.raises(ConnectionError):
+            list_items((str(path),), flag="--content")
     with pytest.raises(UsageError, match=r"--pairs .*t\.parquet: expected a Parquet file, found: "):
         read_table(str(path), flag="--pairs")
     (tmp_path / "folder.csv").mkdir()
