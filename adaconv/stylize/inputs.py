@@ -339,15 +339,12 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
 
 
 def _told(names: Sequence[str]) -> list[str]:
-    """Names without the folders that all absolute paths among them share: those of a machine travel with no output."""
-    absolute = [name for name in names if name.startswith("/")]
-    shared = len(PurePath(os.path.commonpath(absolute)).parts) if absolute else 0
-
-    def told(path: str) -> str:
-        parts = PurePath(path).parts
-        return "/".join(parts[max(1, min(shared, len(parts) - 2)) :])
-
-    return [told(name) if name.startswith("/") else name for name in names]
+    """Names with as few folders of absolute paths, one at least, as tell these apart: a machine's stay with it."""
+    absolute = {name: PurePath(name).parts[1:] for name in names if name.startswith("/")}
+    parts, most = 2, max(map(len, absolute.values()), default=0)
+    while parts < most and len({path[-parts:] for path in absolute.values()}) < len(absolute):
+        parts += 1
+    return ["/".join(absolute[name][-parts:]) if name in absolute else name for name in names]
 
 
 def _holds_images(kind: Any) -> bool:

@@ -178,7 +178,9 @@ def test_a_names_column(tmp_path):
     pq.write_table(pa.table({"path": paths, "image": [png(0)] * 2}), tmp_path / "t.parquet")
     items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
     assert [item.source for item in items] == ["a/1.jpg", "a/b/c/2.jpg"]
-    paths = [f"/home/me/{folder}/train/1.jpg" for folder in ("x", "y", "z")]  # each can be paired by its name
+    paths = [
+        f"{folder}/train/1.jpg" for folder in ("/home/me/x", "/home/me/y", "/data/z")
+    ]  # each can be paired by name
     pq.write_table(pa.table({"path": paths, "image": [png(0)] * 3}), tmp_path / "t.parquet")
     items = list_items((str(tmp_path / "t.parquet"),), flag="--content")
     assert [item.source for item in items] == ["x/train/1.jpg", "y/train/1.jpg", "z/train/1.jpg"]
