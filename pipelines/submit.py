@@ -29,9 +29,9 @@ def command(config: SubmitConfig, entrypoint: Sequence[str], *, variables: Mappi
         raise UsageError("expected the job's command after --, as in: -- python pipelines/train.py --config FILE ...")
     try:
         for before, argument in zip(("", *entrypoint), entrypoint, strict=False):
-            refuse_password(argument)
             if not re.match(r"--tracking[._-]uri", argument if argument.startswith("--") else before):
-                refuse_secret(argument)  # a server may be given with a user's name
+                refuse_secret(argument)  # also a user's name, which a server may be given with
+            refuse_password(argument)
     except ValueError as error:
         raise UsageError(f"the job's command: {error}") from None
     cli.require_directory(config.working_dir, "--working-dir")

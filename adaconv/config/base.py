@@ -13,17 +13,18 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+_TOKENS = r"([a-z-]+_?)?token|jwt|(x-amz-|x-goog-)?(signature|credential)|sig|api_?key|password"  # of a query
 _KEPT = "which would be printed and kept with runs"
 
 
 def refuse_password(uri: str | None) -> str | None:
-    """The tracking URI as it is, unless it carries a password.
+    """The tracking URI as it is, unless it carries a password or token.
 
     Raises:
         ValueError: it does; the message leaves the URI out.
     """
     where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's by an MLflow server in front of it"
-    _refuse(r"[^/]+://([^/@]*:[^/@]+@|.*[?&]password=)", uri, f"a password, {_KEPT}; give it in {where}")
+    _refuse(rf"[^/]+://([^/@]*:[^/@]+@|.*[?&]({_TOKENS})=)", uri, f"a password or token, {_KEPT}; give it in {where}")
     return uri
 
 
@@ -33,10 +34,8 @@ def refuse_secret(url: str) -> str:
     Raises:
         ValueError: it does; the message leaves the URL out.
     """
-    key = r"([a-z-]+_?)?token|jwt|(x-amz-|x-goog-)?(signature|credential)|sig|api_?key|password"
-    _refuse(
-        rf"[^/]*https?://([^/@]+@|.*[?&]({key})=)", url, f"a token or signature, {_KEPT}; fetch the file, and name that"
-    )
+    why = f"a token or signature, {_KEPT}; fetch the file, and name that"
+    _refuse(rf"[^/]*https?://([^/@]+@|.*[?&]({_TOKENS})=)", url, why)
     return url
 
 

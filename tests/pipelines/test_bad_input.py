@@ -123,6 +123,10 @@ def folders(tmp_path):
         (("demo", "--content", "{}/empty", "--output", "{}/out"), "--content {}/empty: expected images"),
         (("submit", "--working-dir", "."), "expected the job's command after --"),
         (("submit", "--dry-run", "--", "x", "--tracking.uri=http://me:secret@host"), "the URI carries a password"),
+        (
+            ("submit", "--", "x", "--tracking.uri", "http://me@host?access_token=secret"),
+            "the URI carries a password or token",
+        ),
         (("submit", "--working-dir", "{}/nothing", "--", "python", "x.py"), "--working-dir: expected a folder"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, tuple) else value[:30],
