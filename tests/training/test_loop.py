@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 
 import pytest
@@ -314,15 +315,18 @@ def test_a_checkpoint_that_failed_is_told_at_once(content_version, style_version
 
         def word(self):
             self.asked += 1
+            if self.asked == 3:
+                assert refused.wait(20)
             return "checkpoint" if self.asked == 1 else "go"
 
         def not_published(self):
             self.failed += 1
 
     def refuse(*_, **__):
+        refused.set()
         raise ConnectionError("no answer in 60 s")
 
-    control = Asking()
+    control, refused = Asking(), threading.Event()
     monkeypatch.setattr(storage, "publish_directory", refuse)
     with pytest.raises(ConnectionError):
         run(content_version, style_version, tmp_path, control=control, checkpoint__every_steps=100)
