@@ -64,7 +64,7 @@ def _data_of(client: MlflowClient, run: Run, max_bytes: int) -> dict[str, Any] |
         # A run that was resumed with other pictures has earlier grids of another layout.
         others = {step for step, path in grids.items() if _size_of(path) != size}
         if others:
-            log.info("the page is without %d grids of other pictures, up to step %d", len(others), max(others))
+            log.info("grids of other pictures are not on the page: %d, up to step %d", len(others), max(others))
         grids = {step: path for step, path in grids.items() if step not in others}
         budget = int(max_bytes * 0.75) - sum(map(len, (*headers[0], *headers[1])))  # base64 is a third longer
         shrunk = layout.fitting(grids[max(grids)], budget // len(grids))

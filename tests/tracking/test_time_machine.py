@@ -102,7 +102,7 @@ def test_grids_of_other_pictures_and_names_like_marks_spoil_no_page(tmp_path, ca
     [run] = data_of(page)
     assert [frame["step"] for frame in run["frames"]] == [100]
     assert "<title>{{data}}: samples over time</title>" in page
-    assert "without 1 grids of other pictures, up to step 0" in caplog.text
+    assert "grids of other pictures are not on the page: 1, up to step 0" in caplog.text
 
 
 def test_a_series_that_is_no_grid_of_known_cells_is_one_picture(tmp_path):
