@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaconv.model.adaptive_conv import adaptive_conv, adaptive_conv_reference
-from adaconv.model.kernels import AdaConvKernels, compose
+from adaconv.model.kernels import EPS, AdaConvKernels, compose, instance_scale
 
 PAPER = [(512, 512, 32), (256, 128, 64), (128, 32, 128), (64, 8, 256)]  # channels, groups, side of the map at 256 px
 
@@ -46,6 +46,23 @@ def test_the_fast_path_is_the_reference(batch, channels, groups, size, height, w
     kernels = kernels_of(batch, channels, channels // groups, size)
     ours = adaptive_conv(x, kernels, groups=groups)
     torch.testing.assert_close(ours, adaptive_conv_reference(x, kernels, groups=groups), rtol=1e-10, atol=1e-10)
+
+
+def test_what_rounding_leaves_of_a_constant_is_flat_and_nothing_else_is():
+    """Beside channels of a picture; 2e-5 of the mean is one, too. A flat channel has no gradient."""
+    x = maps(1, 4, 12, 12, dtype=torch.float32)
+    x[:, 1] = 5 + 1e-6 * x[:, 1]
+    x[:, 2] = 5 + 1e-4 * x[:, 2]
+    mean, variance = x.mean(dim=(2, 3)), x.var(dim=(2, 3), correction=0)
+    expected = (variance + EPS).rsqrt()
+    expected[:, 1] = 0
+    assert torch.equal(instance_scale(mean, variance), expected)
+    x, kernels = x.requires_grad_(), kernels_of(1, 4, 2, 3, dtype=torch.float32)
+    ours = adaptive_conv(x, kernels, groups=2)
+    assert relative(ours, adaptive_conv_reference(x, kernels, groups=2)) < 1e-5
+    (gradient,) = torch.autograd.grad(ours.square().sum(), x)
+    assert not gradient[:, 1].any()
+    assert gradient[:, [0, 2, 3]].flatten(2).any(dim=2).all()
 
 
 @pytest.mark.parametrize(
