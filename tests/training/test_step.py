@@ -44,8 +44,10 @@ def float32():
 
 def test_channels_last_changes_nothing_but_rounding(float32):
     found = update(channels_last=True)
-    for name, value in found.items():  # Adam makes a whole step of any gradient, so the second update differs more
-        assert value == pytest.approx(float32[name], rel=1e-3 if "second" in name else 1e-4), name
+    # Adam makes a whole step of any gradient, so the second update differs more; so do gradients by themselves, whose
+    # convolutions oneDNN does on some processors by algorithms that round more (1.4e-4 from float64, its others 2e-5).
+    for name, value in found.items():
+        assert value == pytest.approx(float32[name], rel=1e-4 if "first" in name else 1e-3), name
 
 
 def test_bfloat16_loses_no_more_than_its_digits(float32):
@@ -61,7 +63,7 @@ def test_bfloat16_loses_no_more_than_its_digits(float32):
 def test_a_compiled_network_changes_nothing_but_rounding(float32, precision, first, second):
     found = update(compile=True, precision=precision)
     for name, value in found.items():
-        assert value == pytest.approx(float32[name], rel=second if "second" in name else first), name
+        assert value == pytest.approx(float32[name], rel=first if "first" in name else second), name
 
 
 @torch.inference_mode()
