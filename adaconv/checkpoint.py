@@ -81,10 +81,16 @@ def save(
     with scratch_folder("checkpoint") as scratch:
         aside = scratch / name_of(step)
         aside.mkdir()
-        save_file(dict(weights), aside / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(dict(weights), aside / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # what it met on the disk, such as that it is full
+            raise OSError(f"cannot write a checkpoint to the temporary folder {aside}: {error}") from error
         described = {"format": FORMAT, "step": step, "encoder_fingerprint": encoder_fingerprint, **settings}
         _write_json(aside / "model.json", {**described, "weights_sha256": _sha256(aside / "model.safetensors")})
-        torch.save(dict(trainer), aside / "trainer.pt")
+        try:
+            torch.save(dict(trainer), aside / "trainer.pt")
+        except RuntimeError as error:  # PyTorch's for the same
+            raise OSError(f"cannot write a checkpoint to the temporary folder {aside}: {error}") from error
         _write_json(aside / "data.json", data)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(aside.iterdir())}
         _write_json(aside / "meta.json", {"format": FORMAT, "step": step, "time": time.time(), **meta, "files": files})
@@ -162,6 +168,19 @@ def meta_of(uri: str) -> dict[str, Any]:
     return values
 
 
+def require(uri: str) -> None:
+    """Nothing, if a checkpoint was published there.
+
+    Raises:
+        CheckpointError: none was.
+    """
+    if not storage.exists(storage.join(uri, "meta.json")):
+        raise CheckpointError(
+            f"expected a checkpoint at {uri}, found no meta.json there; name a folder such as "
+            ".../checkpoints/step-00001000"
+        )
+
+
 @contextlib.contextmanager
 def fetched(uri: str) -> Iterator[Path]:
     """A local folder with the checkpoint's files, each compared with its sha256; from an object store for the block.
@@ -169,11 +188,7 @@ def fetched(uri: str) -> Iterator[Path]:
     Raises:
         CheckpointError: it is not there, incomplete, damaged, or of another format.
     """
-    if not storage.exists(storage.join(uri, "meta.json")):
-        raise CheckpointError(
-            f"expected a checkpoint at {uri}, found no meta.json there; name a folder such as "
-            ".../checkpoints/step-00001000"
-        )
+    require(uri)
     with storage.local_directory(uri) as local:
         meta = _read_json(local / "meta.json")
         if meta.get("format") != FORMAT:

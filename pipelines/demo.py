@@ -74,6 +74,7 @@ def plan(config: DemoConfig) -> str:
 
 
 def execute(config: DemoConfig) -> dict[str, Any]:
+    from adaconv import storage
     from adaconv.data.sources import list_images
 
     for flag in ("content", "style"):
@@ -81,7 +82,7 @@ def execute(config: DemoConfig) -> dict[str, Any]:
             list_images((folder,), flag=f"--{flag}")  # a typo is answered here, not by the third stage
     root = cli.require_writable(config.output, "--output")
     config = config.model_copy(
-        update={f: str(Path(v).absolute()) for f in ("content", "style") if (v := getattr(config, f)) is not None}
+        update={f: storage.absolute(v) for f in ("content", "style") if (v := getattr(config, f)) is not None}
     )
     _draw_missing(config, root)
     seconds = {}

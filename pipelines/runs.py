@@ -71,9 +71,16 @@ def page(config: PageConfig) -> dict[str, Any]:
 
 
 def reap(config: ReapConfig) -> dict[str, Any]:
+    from mlflow.exceptions import MlflowException
+
+    from adaconv.errors import TrackingError
     from adaconv.tracking.runs import default_uri, reader_of, reap
 
-    reaped = reap(reader_of(default_uri(config.tracking_uri, Path.cwd())))
+    client = reader_of(default_uri(config.tracking_uri, Path.cwd()))
+    try:
+        reaped = reap(client)
+    except MlflowException as error:
+        raise TrackingError(f"tracking: {client.tracking_uri} does not answer: {error}") from error
     return {"reaped": [{"run_id": one.run_id, "name": one.name, "why": one.why} for one in reaped]}
 
 

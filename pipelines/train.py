@@ -30,11 +30,14 @@ log = logging.getLogger(__name__)
 
 
 def plan(config: TrainConfig) -> str:
+    from adaconv import checkpoint
     from adaconv.data.manifest import open_version
     from adaconv.training.plan import describe
     from adaconv.training.probe import given_squares
 
     config = _absolute(config)
+    if _starts_from(config):
+        checkpoint.require(config.resume)
     content, style = open_version(config.content), open_version(config.style)
     given_squares(config)
     steps, batch = config.train.steps, config.train.global_batch_size
@@ -63,6 +66,8 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.training.start import publish_initial
 
     config = _absolute(config)
+    if _starts_from(config):
+        checkpoint.require(config.resume)
     content, style = open_version(config.content), open_version(config.style)
     given_squares(config)  # what is wrong with them is told here, not by the first rank
     name = _run_name(config, content.root_hash, style.root_hash)

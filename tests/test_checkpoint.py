@@ -2,6 +2,7 @@ import contextlib
 import hashlib
 import json
 import random
+import resource
 
 import pytest
 import torch
@@ -138,3 +139,14 @@ def test_a_damaged_one_that_is_newer_takes_no_place(tmp_path):
     _, uri = save_checkpoint(tmp_path, 3, metrics={"probe/loss": 0.6})
     checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss", passed_over={4})
     assert list(checkpoint.steps_in(str(tmp_path))) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("most", [1000, 60_000])  # bytes: too few for the weights, and for the trainer's state
+def test_a_temporary_folder_that_takes_no_more_is_named(tmp_path, most):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write a checkpoint to the temporary folder /.*: "):
+            save_checkpoint(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,16 +1,25 @@
 """What every configuration model shares."""
 
+import os
 import re
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Config(BaseModel):
     """A frozen set of fields; an unknown key is an error, not a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, and true would be 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("expected no truth value; YAML reads yes, no, on and off as such: put words in quotes")
+        return value
 
 
 _TOKENS = r"([a-z-]+_?)?token|jwt|(x-amz-|x-goog-)?(signature|credential)|sig|api_?key|password"  # of a query
@@ -48,24 +57,31 @@ TrackingUri = Annotated[str | None, AfterValidator(refuse_password)]
 Weights = Annotated[str, AfterValidator(refuse_secret)]
 
 
-def _refuse_no_path(path: str) -> str:
-    """The path as it is, unless it is what a shell leaves of a variable that is not set, or of an unknown user's ~.
+def _without_home(path: str) -> str:
+    """The path with its ~ in full, which shells leave after a = and in files: half of what takes paths knows none.
 
     Raises:
-        ValueError: it is empty, which would be read as the current folder, or begins with a home that is not there.
+        ValueError: it begins with a home that is not there.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ValueError(f"expected a path, found {path}, and no home folder for its ~; give the folder's own")
+    return whole
+
+
+def _refuse_no_path(path: str) -> str:
+    """The path as it is, unless it is what a shell leaves of a variable that is not set.
+
+    Raises:
+        ValueError: it is empty, which would be read as the current folder.
     """
     if not path:
         raise ValueError("expected a path, found an empty one; for the current folder give .")
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(
-            f"expected a path, found {path}, and no home folder for its ~; give the folder's own"
-        ) from None
     return path
 
 
-Location = Annotated[str, AfterValidator(_refuse_no_path)]
+PathOrWord = Annotated[str, AfterValidator(_without_home)]  # a registered model, `auto`, or a path
+Location = Annotated[str, AfterValidator(_refuse_no_path), AfterValidator(_without_home)]
 Name = Annotated[str, Field(min_length=1)]  # an empty one would name all images that have none
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Alias, Config, Location, TrackingUri, Weights
+from adaconv.config.base import Alias, Config, Location, PathOrWord, TrackingUri, Weights
 from adaconv.config.model import Count
 
 Margin = Field(default=0.05, ge=0)
@@ -57,10 +57,10 @@ class EvaluateTrackingConfig(Config):
 
 
 class EvaluateConfig(Config):
-    model: str = ""
+    model: PathOrWord = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://); of a run or a
     folder of runs the newest checkpoint."""
-    against: tuple[str, ...] = ()
+    against: tuple[PathOrWord, ...] = ()
     """Other models, named likewise, to show beside it; whoever has the alias of --promote is always there."""
     content: tuple[Location, ...] = ()
     """Contents, not those of training: images, folders or zips of them, dataset versions (ROOT or ROOT@VERSION),

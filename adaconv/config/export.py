@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, Location, TrackingUri
+from adaconv.config.base import Config, Location, PathOrWord, TrackingUri
 
 
 class ExportTrackingConfig(Config):
@@ -12,7 +12,7 @@ class ExportTrackingConfig(Config):
 
 
 class ExportConfig(Config):
-    model: str = ""
+    model: PathOrWord = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://); of a run or a
     folder of runs the newest checkpoint."""
     output: Location | None = None

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, LocalFolder, Location, TrackingUri
+from adaconv.config.base import Config, LocalFolder, Location, PathOrWord, TrackingUri
 
 
 class OptionsConfig(Config):
@@ -81,7 +81,7 @@ class StylizeTrackingConfig(Config):
 
 
 class StylizeConfig(Config):
-    model: str = ""
+    model: PathOrWord = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://)."""
     content: tuple[Location, ...] = ()
     """Contents: images, folders or zips of them, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
@@ -91,7 +91,7 @@ class StylizeConfig(Config):
     output: Location | None = None
     """Folder or s3://bucket/prefix for images, style packs, index and gallery, in no folder of contents or styles; run
     again, it makes what is missing."""
-    pairs: str = "grid"
+    pairs: PathOrWord = "grid"
     """`grid`: all with all; `zip`: one to one; `random:K`: K styles for each content, by the seed; or a .csv or
     .parquet file with columns `content`, `style` and any of the options."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, LocalFolder, Location, TrackingUri
+from adaconv.config.base import Config, LocalFolder, Location, PathOrWord, TrackingUri
 from adaconv.config.model import EncoderConfig, LossConfig, ModelConfig
 
 
@@ -107,7 +107,7 @@ class OptimConfig(Config):
     """On GPUs, record forward and backward as a CUDA graph and start it as a whole: a small batch is done sooner than
     its kernels could be started one by one. Several ranks then exchange gradients after the backward pass rather than
     beside it, which over a slow network takes longer: `false` is the other way. Nothing else changes."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the weights, the sample order and the crops."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between two points of the metrics."""
@@ -219,7 +219,7 @@ class TrainConfig(Config):
     """Folder of runs; a run's checkpoints lie in OUTPUT/NAME/checkpoints/step-XXXXXXXX/."""
     name: str | None = None
     """Name of the run; None derives it from what determines its result, so that the same command finds it again."""
-    resume: str = "auto"
+    resume: PathOrWord = "auto"
     """`auto` takes up the run of the same name where it stopped; `none` starts afresh under a new name; or a checkpoint
     folder that another run, of a name of its own, starts from."""
     init_from: Location | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from adaconv.errors import ClusterError
+from adaconv.errors import AdaConvError, ClusterError
 from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ def connect(*, object_store_mb: int = 256) -> Iterator[None]:
                         logging_level=logging.ERROR,
                         _temp_dir=temp_dir,
                     )
+        except AdaConvError:  # such as a SIGTERM's
+            raise
         except Exception as error:  # Ray raises Exception itself where a node does not come up in time
             where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
             raise ClusterError(f"cannot connect to {where}: {error}; pipelines/doctor.py checks the cluster") from error

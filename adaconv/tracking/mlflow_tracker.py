@@ -30,7 +30,7 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from PIL import Image
 
-from adaconv.errors import TrackingError
+from adaconv.errors import Interrupted, TrackingError
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import provenance
 from adaconv.tracking.runs import (
@@ -49,7 +49,7 @@ from adaconv.tracking.runs import (
     revive,
     set_status,
 )
-from adaconv.tracking.spool import Record, Refused, Spool
+from adaconv.tracking.spool import Record, Refused, Spool, own
 from adaconv.tracking.system_metrics import SystemMetrics
 from adaconv.tracking.tracker import flatten
 
@@ -92,7 +92,8 @@ def open_run(
         spool_directory: where the first rank keeps what is not handed over yet.
 
     Raises:
-        TrackingError: the server answers and refuses: credentials, a deleted run or experiment, no MLflow at all.
+        TrackingError: the server answers and refuses: credentials, a deleted run or experiment, no MLflow at all. Or
+            another process of this machine trains this run.
     """
     code = Path(__file__).parents[1]  # the package
     flat = flatten(params)
@@ -113,16 +114,29 @@ def open_run(
     )
     tracker = MlflowTracker(uri, description, spool_directory)
     try:
+        tracker.claim()
+    except BlockingIOError as error:
+        raise TrackingError(
+            f"run {name}: {error}. Wait for its end, or begin another run with --resume none or --name"
+        ) from error
+    except OSError as error:
+        raise TrackingError(f"cannot keep a spool in {spool_directory}: {error}") from error
+    try:
         tracker.status(
             "RUNNING", params=flat, tags={**description.tags, PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
         )
         problem = tracker.wait_for_server(timeout_seconds=_START_PATIENCE_SECONDS)
         tracker.database = _inode(uri)
+    except (KeyboardInterrupt, Interrupted):
+        close_run(tracker, "KILLED")
+        raise
     except OSError as error:
+        tracker.release()
         raise TrackingError(f"cannot keep a spool in {spool_directory}: {error}") from error
     finally:
         tracker.close()
     if is_permanent(problem):
+        tracker.release()
         raise TrackingError(f"cannot open a run at {uri}: {problem}; pipelines/doctor.py checks tracking") from problem
     if problem:
         log.warning(
@@ -140,7 +154,7 @@ def close_run(tracker: "MlflowTracker", status: Status, *, error: str | None = N
     Returns:
         whether everything is handed over, the status as well.
     """
-    tracker.stop_heartbeat()
+    tracker.release()
     try:
         tracker.status(status, error=error)
         left = tracker.flush(timeout_seconds=_END_PATIENCE_SECONDS)
@@ -151,8 +165,7 @@ def close_run(tracker: "MlflowTracker", status: Status, *, error: str | None = N
         tracker.close()
     if left:
         log.warning(
-            "tracking: %d records wait in %s; the next start of this run, or python pipelines/runs.py sync --runs %s, "
-            "hands them over",
+            "tracking: %d records wait in %s; python pipelines/runs.py sync --runs %s hands them over",
             *(left, tracker.spool, tracker.spool.parents[1]),
         )
     return not left
@@ -210,6 +223,7 @@ class MlflowTracker:
         self._client: MlflowClient | None = None
         self._system: SystemMetrics | None = None
         self._heart: threading.Event | None = None
+        self._driver: int | None = None  # the file that says so, locked
         self._step, self._elsewhere = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,9 +314,23 @@ class MlflowTracker:
         self._heart = threading.Event()
         threading.Thread(target=self._beat, args=(self._heart,), name="tracking-heartbeat", daemon=True).start()
 
-    def stop_heartbeat(self) -> None:
+    def claim(self) -> None:
+        """Become the one driver of this run on this machine.
+
+        Raises:
+            BlockingIOError: there is another one.
+        """
+        self.spool.mkdir(parents=True, exist_ok=True)
+        self._driver = own(self.spool / "driver")
+
+    def release(self) -> None:
+        """Drive the run no longer, and give no signs of life."""
         if self._heart is not None:
             self._heart.set()
+            self._heart = None
+        if self._driver is not None:
+            os.close(self._driver)
+            self._driver = None
 
     def _beat(self, stop: threading.Event) -> None:
         while not stop.wait(_BEAT_SECONDS):
@@ -390,8 +418,13 @@ class MlflowTracker:
         if self._logged.has_image(key, record.step) or not file.exists():
             return
         name = f"{key.replace('/', '~')}+step+{record.step}+timestamp+{record.timestamp_ms}+{file.stem}"
-        with scratch_folder("image") as scratch, Image.open(file) as image:
-            small = image.copy()
+        try:
+            with Image.open(file) as image:
+                small = image.copy()
+        except (OSError, SyntaxError, ValueError) as error:  # not synced: a loss of power leaves it empty or cut
+            log.warning("tracking: picture %s of step %d is lost: %s", key, record.step, error)
+            return
+        with scratch_folder("image") as scratch:
             small.thumbnail((_UI_SIDE, _UI_SIDE))
             small.save(scratch / f"{name}+compressed.webp")
             client.log_artifact(run_id, str(scratch / f"{name}+compressed.webp"), "images")

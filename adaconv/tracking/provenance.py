@@ -12,9 +12,12 @@ import getpass
 import importlib.metadata
 import logging
 import os
+import shutil
 import subprocess
 import zlib
 from pathlib import Path
+
+from adaconv.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ def files(folder: Path) -> dict[str, str]:
     found = {"environment.txt": "\n".join(sorted(installed, key=str.lower)) + "\n"}
     _, diff = _code(folder)
     if diff:
-        found["git.diff"] = diff + "\n"
+        found["git.diff"] = diff
     return found
 
 
@@ -69,21 +72,41 @@ def user() -> str:
 
 def _code(folder: Path) -> tuple[str, str]:
     """The commit, with `-dirty` behind it where files differ, as `git describe` has it; and the difference."""
+    known = _git(folder, "ls-files", ".")  # else the repository is somebody else's, around a virtual environment
     commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
-    if commit is not None and status is not None:
-        diff = _git(folder, "diff", "HEAD") or ""
-        return f"{commit}-dirty" if status else commit, diff[:_LONGEST_DIFF]
+    if known and commit is not None and status is not None:
+        return f"{commit.strip()}-dirty" if status else commit.strip(), _difference(folder)[:_LONGEST_DIFF]
     if (note := folder / "COMMIT").exists():
         return note.read_text().strip(), ""
     packed = os.environ.get(_DIFF, "")
     return os.environ.get(_COMMIT, ""), zlib.decompress(base64.b64decode(packed)).decode() if packed else ""
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _difference(folder: Path) -> str:
+    """From the commit, with code that git does not know yet: it is in a copy of its index, which stays as it is."""
+    index = (_git(folder, "rev-parse", "--git-path", "index") or "").strip()
+    with scratch_folder("index") as scratch:
+        try:
+            shutil.copy(folder / index, scratch / "index")
+        except OSError:
+            return _git(folder, "diff", "HEAD") or ""
+        aside = {"GIT_INDEX_FILE": str(scratch / "index")}
+        _git(folder, "add", "--intent-to-add", ":(top)*.py", **aside)
+        return _git(folder, "diff", "HEAD", **aside) or ""
+
+
+def _git(folder: Path, *arguments: str, **variables: str) -> str | None:
     try:
         answer = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", check=True, timeout=10
+            ["git", *arguments],
+            cwd=folder,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return answer.stdout

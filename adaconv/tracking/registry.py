@@ -22,7 +22,7 @@ from adaconv.errors import AdaConvError, CheckpointError, TrackingError, UsageEr
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import provenance
 from adaconv.tracking.logged_model import card_of, log_model
-from adaconv.tracking.runs import INITIAL_RUN_TAG, every, find_run, iso, reader_of
+from adaconv.tracking.runs import FAILURES, INITIAL_RUN_TAG, every, find_run, iso, quoted, reader_of
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def register(model: str, *, name: str, alias: str | None, reason: str, tracking_
             version = _version_of_checkpoint(client, model, name)
         if alias:
             move_alias(client, name, alias, version, why=reason or "registered")
-    except (MlflowException, OSError) as error:
+    except FAILURES as error:
         raise TrackingError(f"cannot register {name} at {tracking_uri}: {error}") from error
     uri = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version.version}"
     return RegisteredVersion(name, str(version.version), alias, uri, version.run_id)
@@ -144,7 +144,7 @@ def note_evaluation(model: str, evaluation: dict[str, Any], page: Path, *, track
             return
         client.set_model_version_tag(*found.groups(), key, json.dumps(evaluation))
         client.log_artifact(version.run_id, str(page), f"evaluation/{evaluation['protocol']}")
-    except (MlflowException, OSError) as error:
+    except FAILURES as error:
         raise TrackingError(f"cannot note the evaluation of {model} at {tracking_uri}: {error}") from error
 
 
@@ -165,7 +165,7 @@ def rollback(*, name: str, alias: str, reason: str, tracking_uri: str) -> Regist
             )
         version = client.get_model_version(name, held[-2])
         move_alias(client, name, alias, version, why=reason or f"back from version {now}", rollback=True)
-    except (MlflowException, OSError) as error:
+    except FAILURES as error:
         raise TrackingError(f"cannot move {name}@{alias} back at {tracking_uri}: {error}") from error
     return RegisteredVersion(name, str(version.version), alias, f"models:/{name}@{alias}", version.run_id)
 
@@ -263,12 +263,12 @@ def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str,
         if by_alias:
             version = client.get_model_version_by_alias(*by_alias.groups()).version
             uri = f"models:/{by_alias[1]}/{version}"
-    except (MlflowException, OSError) as error:
+    except FAILURES as error:
         raise _unresolved(uri, tracking_uri, error) from error
     with scratch_folder("model") as target:
         try:
             mlflow.artifacts.download_artifacts(uri, dst_path=str(target), tracking_uri=tracking_uri)
-        except (MlflowException, OSError) as error:
+        except FAILURES as error:
             raise _unresolved(uri, tracking_uri, error) from error
         found = sorted(target.rglob("model.safetensors"))
         if not found:
@@ -304,7 +304,7 @@ def run_of(model: str, *, tracking_uri: str) -> str | None:
         return name.partition("/")[0] if kind == "runs" else checkpoint.meta_of(model).get("run_id")
     try:
         return str(reader_of(tracking_uri).get_model_version(*name.split("/")).run_id)
-    except (MlflowException, OSError) as error:
+    except FAILURES as error:
         raise TrackingError(f"{model} at {tracking_uri}: {error}") from error
 
 
@@ -376,7 +376,7 @@ def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str)
     run_id = run.info.run_id
     with checkpoint.fetched(checkpoint_uri) as folder:
         logged = log_model(client, run, folder, checkpoint_uri=checkpoint_uri)
-    for version in every(client.search_model_versions, f"name = '{name}' and run_id = '{run_id}'"):
+    for version in every(client.search_model_versions, f"name = {quoted(name)} and run_id = '{run_id}'"):
         if version.source == logged.artifact_location:
             return version
     with contextlib.suppress(MlflowException):  # it is there already

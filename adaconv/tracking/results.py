@@ -11,16 +11,14 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from adaconv import checkpoint, storage
-from adaconv.errors import AdaConvError, CheckpointError, Interrupted, TrackingError
+from adaconv.errors import CheckpointError, Interrupted, TrackingError
 from adaconv.tracking import time_machine
 from adaconv.tracking.logged_model import give_roles, log_model
 from adaconv.tracking.mlflow_tracker import MlflowTracker, sync
-from adaconv.tracking.runs import NAME_TAG, client_of, every, find_run
+from adaconv.tracking.runs import NAME_TAG, RESULTS_TAG, client_of, every, find_run, goes_on, quoted
 from adaconv.tracking.spool import handed_over
 
 log = logging.getLogger(__name__)
-
-_KEPT_TAG = "adaconv.results"  # of a run whose page and models are there
 
 
 def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
@@ -35,16 +33,19 @@ def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
     Returns:
         page (a local file or None) and models, role to URI.
     """
-    page, models = None, {}
+    page: str | None = None
+    models: dict[str, str] = {}
     try:
         client = client_of(tracker.uri)
         run = client.get_run(tracker.run_id)
+        if goes_on(run):  # though no rank has its spool yet
+            return {"page": page, "models": models}
         page = keep_page(client, run, tracker.spool.parent)
         models = keep_models(client, run, checkpoints)
-        client.set_tag(tracker.run_id, _KEPT_TAG, checkpoints)
+        client.set_tag(tracker.run_id, RESULTS_TAG, checkpoints)
     except Interrupted:
         raise
-    except (MlflowException, OSError, AdaConvError) as error:
+    except Exception as error:  # of MLflow, or of the library behind a store of artifacts, which has errors of its own
         log.warning("tracking: the page or the models of run %s are missing: %s", tracker.description.name, error)
     return {"page": page, "models": models}
 
@@ -73,7 +74,7 @@ def lacks_its_end(uri: str, run_id: str | None, experiment: str, identity: str) 
         if run_id is None:  # nobody answered as long as it trained
             return True
         run = client.get_run(run_id)
-        complete = run.info.status == "FINISHED" and _KEPT_TAG in run.data.tags
+        complete = run.info.status == "FINISHED" and RESULTS_TAG in run.data.tags
         return not complete and run.info.lifecycle_stage == "active"
     except (MlflowException, OSError) as error:
         log.warning("tracking: cannot ask %s how run %s ended: %s", uri, run_id or identity, error)
@@ -131,12 +132,14 @@ def find(client: MlflowClient, run: str) -> Run:
     Raises:
         TrackingError: there is none, or more than one of this name.
     """
-    experiments = [found.experiment_id for found in every(client.search_experiments)]
+    try:
+        experiments = [found.experiment_id for found in every(client.search_experiments)]
+    except MlflowException as error:
+        raise TrackingError(f"tracking: {client.tracking_uri} does not answer: {error}") from error
     try:
         return client.get_run(run)
     except MlflowException:
-        quote = '"' if "'" in run else "'"
-        found = every(client.search_runs, experiments, f"tags.`{NAME_TAG}` = {quote}{run}{quote}")
+        found = every(client.search_runs, experiments, f"tags.`{NAME_TAG}` = {quoted(run)}")
     if len(found) != 1:
         ids = ", ".join(one.info.run_id for one in found) or "none"
         raise TrackingError(f"expected one run with id or name {run}, found {ids}")

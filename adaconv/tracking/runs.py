@@ -17,6 +17,7 @@ from typing import Any
 
 import mlflow
 import psutil
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -30,10 +31,13 @@ log = logging.getLogger(__name__)
 IDENTITY_TAG, NAME_TAG = "adaconv.id", "adaconv.run"
 ERROR_TAG, STATUS_TIME_TAG = "adaconv.error", "adaconv.status_time"
 INITIAL_RUN_TAG = "adaconv.init_from.run_id"  # of the run whose model's weights this one began with
+RESULTS_TAG = "adaconv.results"  # of a run whose page and models are there
 PROCESS_TAG, ALIVE_TAG = "adaconv.process", "adaconv.alive"
 _LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST, _AT_ONCE = 6000, 5000, 36, 100  # MLflow's limits, with room in tags
 _REAPED = "; the same command takes the run up again"  # ends what is told of a run that was taken for dead
 _SILENT_SECONDS = 15 * 60.0  # of a run on another machine, after which it counts as dead
+# Of a server, a database, and the library behind a store of artifacts, whose errors are no OSErrors.
+FAILURES = (MlflowException, OSError, BotoCoreError, ClientError)
 # Answers that will be the same the second time.
 _PERMANENT = {
     *("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND", "NOT_FOUND", "INVALID_STATE"),
@@ -115,7 +119,7 @@ def default_uri(uri: str | None, output: Path) -> str:
         TrackingError: a folder, which MLflow no longer takes, or it carries a password.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
+    if not uri:  # a variable may be set and empty
         return f"sqlite:///{output / 'mlflow.db'}"
     if uri.startswith("file:") or "://" not in uri:
         raise TrackingError(
@@ -214,6 +218,8 @@ def set_status(client: MlflowClient, run_id: str, status: str, *, when_ms: int, 
         return
     if status == "RUNNING":
         client.update_run(run_id, status="RUNNING")
+        if RESULTS_TAG in tags:  # it will have others
+            client.delete_tag(run_id, RESULTS_TAG)
     else:
         client.set_terminated(run_id, status, end_time=when_ms)
     if error:
@@ -226,7 +232,7 @@ def set_status(client: MlflowClient, run_id: str, status: str, *, when_ms: int, 
 def process_here() -> str:
     """This process, as others on this machine can look for it: machine, process id, time of its start."""
     process = psutil.Process()
-    return f"{_machine()} {process.pid} {process.create_time():.2f}"
+    return f"{_machine()} {process.pid} {_started(process)}"
 
 
 def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
@@ -241,11 +247,18 @@ def reap(client: MlflowClient, *, now: float | None = None) -> list[Reaped]:
         tags = run.data.tags
         if NAME_TAG not in tags or (why := _why_dead(run, now)) is None:
             continue
+        if client.get_run(run.info.run_id).info.status != "RUNNING":  # it has ended since the search
+            continue
         alive_ms = max(int(tags.get(ALIVE_TAG, "0")), run.info.start_time)
         client.set_terminated(run.info.run_id, "FAILED", end_time=alive_ms)
         client.set_tag(run.info.run_id, ERROR_TAG, why + _REAPED)
         reaped.append(Reaped(run.info.run_id, tags[NAME_TAG], why))
     return reaped
+
+
+def goes_on(run: Run) -> bool:
+    """Whether a run is RUNNING by a process that is alive, as far as one can tell."""
+    return run.info.status == "RUNNING" and _why_dead(run, time.time()) is None
 
 
 def revive(client: MlflowClient, run_id: str) -> None:
@@ -280,6 +293,12 @@ def ping(uri: str) -> int:
     except Exception as error:  # whatever a server or a damaged database can answer
         told = str(error).partition("\n")[0]  # behind it comes the SQL
         raise TrackingError(f"tracking: {uri} does not answer: {told}") from error
+
+
+def quoted(text: str) -> str:
+    """For a filter of MLflow's, which knows no escapes: it cannot hold both kinds of quotes."""
+    quote = '"' if "'" in text else "'"
+    return f"{quote}{text}{quote}"
 
 
 def iso(when_ms: int) -> str:
@@ -350,13 +369,18 @@ def _why_dead(run: Run, now: float) -> str | None:
     pid, _, created = process.partition(" ")
     if machine == _machine() and pid.isdigit():
         try:
-            if f"{psutil.Process(int(pid)).create_time():.2f}" == created:
+            if _started(psutil.Process(int(pid))) == created:
                 return None
         except psutil.NoSuchProcess:
             pass
         return f"its process {pid} on this machine is dead"
     silent = now - max(int(run.data.tags.get(ALIVE_TAG, "0")), run.info.start_time) / 1000
     return f"no sign of life for {silent / 60:.0f} minutes" if silent > _SILENT_SECONDS else None
+
+
+def _started(process: psutil.Process) -> str:
+    """Seconds after the boot, which do not change when the clock is set."""
+    return f"{process.create_time() - psutil.boot_time():.2f}"
 
 
 def _machine() -> str:

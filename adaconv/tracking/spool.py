@@ -5,6 +5,7 @@
     refused.jsonl   records that the server will never take, each with its answer
     images/         the pictures that records point to, removed once handed over
     lock            held by the process that writes and hands over; the kernel lets go of it with the process
+    driver          held by the process that opened the run, in the same way
 
 A thread hands records over in order. It is idempotent from end to end: what was handed over and not yet noted, or is
 told again after a rollback, is recognised by its step and left out.
@@ -81,11 +82,12 @@ class Spool:
         self.directory, self._deliver, self._interval_seconds = directory, deliver, interval_seconds
         self.images = directory / "images"
         self.images.mkdir(parents=True, exist_ok=True)
-        self._owner = _own(directory / "lock")
+        self._owner = own(directory / "lock")
         self._records, self._drained = directory / "records.jsonl", directory / _DRAINED
         self._drop_torn_line()
         self._file = self._records.open("ab", buffering=0)
         self._size = self._file.tell()
+        self._status_ms = self._newest_status_ms()
         self._pending: list[bytes] = []
         if from_start:
             self._drained.unlink(missing_ok=True)
@@ -99,6 +101,8 @@ class Spool:
     def append(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         """Keep a record: on disk, not yet synced, when this returns; in memory while the disk is full."""
         line = {"kind": kind, "step": step, "timestamp_ms": int(time.time() * 1000), "values": values}
+        if kind == "status":  # of two the later one counts: later as told, though the clock was put back in between
+            line["timestamp_ms"] = self._status_ms = max(int(time.time() * 1000), self._status_ms + 1)
         with self._lock:
             self._pending.append(json.dumps(line).encode() + b"\n")
             self._write_pending()
@@ -154,6 +158,16 @@ class Spool:
             whole = data.rfind(b"\n") + 1  # looks at the end alone, however long the run was
         if whole < size:
             os.truncate(self._records, whole)
+
+    def _newest_status_ms(self) -> int:
+        """0 where no status was told."""
+        if not self._size:
+            return 0
+        with self._records.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = data.rfind(b'{"kind": "status"')
+            if at < 0 or (record := _parse(data[at : data.find(b"\n", at)])) is None:
+                return 0
+        return record.timestamp_ms
 
     def _noted_offset(self) -> int:
         """What `drained` says, if it fits the records: a loss of power may take the end of these, which are not synced,
@@ -226,8 +240,12 @@ def _parse(line: bytes) -> Record | None:
         return None
 
 
-def _own(path: Path) -> int:
-    """Lock a file for this process; one that is being killed may take a moment to let go."""
+def own(path: Path) -> int:
+    """Lock a file for this process; one that is being killed may take a moment to let go. Returns what to close.
+
+    Raises:
+        BlockingIOError: another process has it and keeps it.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + _OWNER_GOES_SECONDS
     while True:

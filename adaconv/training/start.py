@@ -6,7 +6,7 @@ checkpoints, and a start after a kill has the same ones, wherever the name that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 
 from adaconv import checkpoint
 from adaconv.checkpoint import ModelInfo
+from adaconv.data.order import batch_of_step
 from adaconv.errors import CheckpointError, ConfigError
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.encoder_weights import load_encoder, normalisation_of
@@ -82,7 +83,12 @@ def publish_initial(
 
 def books_of(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> dict[str, Any]:
     """What a run is; every checkpoint keeps it as `data.json`."""
-    return {"content": content.root_hash, "style": style.root_hash, "identity": config.identity()}
+    return {
+        "content": content.root_hash,
+        "style": style.root_hash,
+        "identity": config.identity(),
+        "skipped": config.data.skipped,
+    }
 
 
 def refuse_other_run(uri: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -96,11 +102,22 @@ def refuse_other_run(uri: str, saved: Mapping[str, Any], now: Mapping[str, Any])
         f"{name} ({before!r} then, {value!r} now)"
         for name, before, value in _differing(saved["identity"], now["identity"])
     ]
+    steps = saved["samples_seen"] // now["identity"]["train"]["global_batch_size"]
+    passed, given = (_passed(books.get("skipped", []), steps) for books in (saved, now))
+    if passed != given:
+        different.append(f"data.skip_batches ({passed or 'none'} then, {given or 'none'} now, before step {steps})")
     if different:
         raise CheckpointError(
             f"{uri} belongs to another run; different: {', '.join(different)}. Give the same settings, or "
             "--resume none for a new run; --init-from begins one with these weights"
         )
+
+
+def _passed(ranges: Sequence[Sequence[int]], steps: int) -> list[str]:
+    """The ranges of batches that the first steps left out, as the configuration has them."""
+    pairs = [(first, end) for first, end in ranges]
+    last = batch_of_step(steps - 1, pairs) if steps else -1
+    return [f"{first}:{end}" for first, end in pairs if first <= last]
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any, Any]]:

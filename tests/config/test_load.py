@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from adaconv import cli
 from adaconv.config import base
-from adaconv.config.base import Config
+from adaconv.config.base import Config, Location, PathOrWord
 from adaconv.config.load import flag_names, load_config, to_yaml
 from adaconv.config.shard import ShardConfig
 from adaconv.config.stylize import StylizeConfig
@@ -126,6 +126,36 @@ def test_a_flag_may_repair_what_two_fields_of_a_file_disagree_on(tmp_path):
 def test_bounds_of_flags_are_checked_by_the_model():
     with pytest.raises(ConfigError, match=r"train\.steps: input should be greater than or equal to 1, found 0"):
         load("--source", "a", "--output", "o", "--train.steps", "0")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train: {steps: yes}", r"train\.steps: expected no truth value; YAML reads yes, no, on and off as such"),
+        ("workers: on", r"workers: expected no truth value"),
+        ("train: {learning_rate: .inf}", r"train\.learning_rate: input should be a finite number, found inf"),
+        ("train: {learning_rate: .nan}", r"train\.learning_rate: input should be a finite number, found nan"),
+    ],
+)
+def test_what_is_no_number_is_refused_for_one(tmp_path, text, told):
+    with pytest.raises(ConfigError, match=told):
+        load("--config", write(tmp_path / "a.yaml", text), "--source", "a", "--output", "o")
+
+
+class Paths(Config):
+    output: Location
+    """Where to."""
+    model: PathOrWord = "models:/a@b"
+    """Of what."""
+
+
+def test_a_home_is_in_full_whatever_kept_a_shell_from_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path / "a.yaml", "output: ~/out\n")
+    for argv in (("--config", file), ("--output=~/out",), ("--output=~/out", "--model=~/run")):
+        config = load_config(Paths, argv, prog="test", description="Test.").config
+        assert config.output == f"{tmp_path}/out"
+        assert config.model == (f"{tmp_path}/run" if len(argv) == 2 and argv[0] != "--config" else "models:/a@b")
 
 
 @pytest.mark.parametrize("content", [None, "- a\n- b\n", "a: [unclosed\n"])

@@ -6,8 +6,8 @@ import sys
 import pytest
 import ray
 
-from adaconv.errors import ClusterError
-from adaconv.orchestration.cluster import require_resources, require_workers
+from adaconv.errors import ClusterError, Interrupted
+from adaconv.orchestration.cluster import connect, require_resources, require_workers
 
 INTERRUPTED = """
 import os, sys
@@ -47,3 +47,13 @@ def test_a_job_that_waits_in_vain_names_its_own_settings(monkeypatch):
         require_resources(CPU=2)
     with pytest.raises(ClusterError, match=r"there are no nodes\. Lower --scaling\.num-workers or"):
         require_workers(1, {"CPU": 1})
+
+
+def test_a_sigterm_while_it_starts_is_no_failure_of_the_cluster(monkeypatch):
+    def init(**_):
+        raise Interrupted("stopped; the same command goes on")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(Interrupted), connect():
+        pass

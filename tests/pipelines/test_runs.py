@@ -32,7 +32,7 @@ def test_sync_hands_over_what_it_can_and_lists_the_rest(tmp_path, monkeypatch, c
     deleted, deleted_later, going_on, waiting = trackers = [start(uri, tmp_path, name) for name in names]
     line = {"kind": "metrics", "step": 1, "timestamp_ms": 1, "values": {"train/loss": 1.0}}
     for tracker in trackers:
-        tracker.stop_heartbeat()
+        tracker.release()
         if tracker in (deleted_later, waiting):
             with (tracker.spool / "records.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -67,3 +67,10 @@ def test_nothing_is_looked_for_in_a_database_that_is_not_there(tmp_path, monkeyp
     assert main(argv) == 1
     assert f"expected MLflow's database at {tmp_path}/mlflow.db, found none; give --tracking" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [("page", "--run", "r", "--output", "pages"), ("reap",)], ids=lambda argv: argv[0])
+def test_a_server_that_is_away_is_one_clear_line(monkeypatch, capsys, argv):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert runs.main((*argv, "--tracking-uri", "http://127.0.0.1:9")) == 1
+    assert "error: tracking: http://127.0.0.1:9 does not answer: " in capsys.readouterr().err

@@ -115,7 +115,8 @@ def user(content_version, style_version, tmp_path_factory):
 def first(user):
     """The result of a training whose driver ended after the last checkpoint, and again among the models it keeps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(mlflow_tracker, "close_run", end)
+        # The end of a process would let go of the run.
+        monkeypatch.setattr(mlflow_tracker, "close_run", lambda tracker, *_, **__: (tracker.release(), end()))
         with contextlib.redirect_stderr(io.StringIO()) as told:
             assert user.train() == 143
     assert "error: stopped; the same command goes on" in told.getvalue()
@@ -231,6 +232,9 @@ def test_a_beginning_that_cannot_be_leaves_nothing(user, first, capsys):
             capsys.readouterr()
             assert user.train("--init-from", *told, *more) == code
             assert words in capsys.readouterr().err
+    for more in ((), ("--dry-run",)):
+        assert user.train("--resume", "atuo", *more) == 1
+        assert "expected a checkpoint at" in capsys.readouterr().err
     assert sorted((user.folder / "runs").iterdir()) == before
 
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from adaconv.errors import TrackingError
-from adaconv.tracking import mlflow_tracker
+from adaconv.errors import Interrupted, TrackingError
+from adaconv.tracking import mlflow_tracker, runs
 from adaconv.tracking import spool as spool_module
 from adaconv.tracking.mlflow_tracker import close_run, logged_checkpoints, open_run, sync
 from adaconv.tracking.results import find
@@ -35,7 +36,7 @@ def start(uri: str, folder: Path, name: str = "run-1", identity: str | None = No
         tags={"adaconv.content_hash": "f" * 64},
         datasets={"content": ("/data/photos@v1", "f" * 64)},
         config_yaml="train: {steps: 4}\n",
-        spool_directory=folder / "run-1" / "spool",
+        spool_directory=folder / name / "spool",
     )
 
 
@@ -87,6 +88,7 @@ def test_a_run_taken_up_again_is_the_same_run_with_each_step_once(tmp_path, data
     first.image("samples/grid", np.zeros((8, 8, 3), np.uint8), step=2)
     first.flush(timeout_seconds=20)
     first.close()  # as a kill leaves it: RUNNING
+    first.release()
 
     second = start(database, tmp_path)
     for step in (2, 3, 4):
@@ -280,7 +282,7 @@ def test_a_run_whose_process_was_killed_is_reaped_and_a_living_one_is_not(tmp_pa
 
 def test_a_run_of_another_machine_is_dead_after_fifteen_silent_minutes(tmp_path, database):
     tracker = start(database, tmp_path)
-    tracker.stop_heartbeat()
+    tracker.release()
     client = client_of(database)
     client.set_tag(tracker.run_id, "adaconv.process", "elsewhere/0/0 1 1.00")
     assert reap(client, now=time.time() + 14 * 60) == []
@@ -312,7 +314,7 @@ def test_what_mlflow_tells_a_page_at_a_time_is_read_to_its_end(tmp_path, databas
     client = client_of(database)
     for number in range(3):
         tracker = start(database, tmp_path / str(number), name=f"run-{number}")
-        tracker.stop_heartbeat()
+        tracker.release()
         client.set_tag(tracker.run_id, "adaconv.process", "elsewhere/0/0 1 1.00")
         client.create_experiment(f"newer {number}")
     assert find(client, "run-0").info.run_name == "run-0"
@@ -448,3 +450,62 @@ def test_a_locked_database_is_waited_for(tmp_path, database, monkeypatch, when):
     [run] = client.search_runs(["1"], "tags.`adaconv.run` = 'run-1'")
     assert run.info.status == "FINISHED"
     assert points(database, run.info.run_id, "train/loss") == [(step, float(step)) for step in range(100)]
+
+
+def test_a_second_process_does_not_train_the_same_run(tmp_path, database, monkeypatch):
+    monkeypatch.setattr(spool_module, "_OWNER_GOES_SECONDS", 0.2)
+    first = start(database, tmp_path)
+    with pytest.raises(TrackingError, match=r"run run-1: .* another process .* --resume none or --name"):
+        start(database, tmp_path)
+    assert MlflowClient(database).get_run(first.run_id).info.status == "RUNNING"
+    close_run(first, "FINISHED")
+    close_run(start(database, tmp_path), "FINISHED")
+
+
+def test_a_run_that_is_stopped_while_it_is_opened_is_killed(tmp_path, database, monkeypatch):
+    def stopped(self, *, timeout_seconds):
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(mlflow_tracker.MlflowTracker, "wait_for_server", stopped)
+    with pytest.raises(Interrupted):
+        start(database, tmp_path)
+    client = client_of(database)
+    assert find(client, "run-1").info.status == "KILLED"
+
+
+def test_a_clock_that_is_put_back_hides_no_status(tmp_path, database, monkeypatch):
+    tracker, now = start(database, tmp_path), time.time()
+    monkeypatch.setattr(spool_module.time, "time", lambda: now - 3600)
+    assert close_run(tracker, "FINISHED")
+    assert MlflowClient(database).get_run(tracker.run_id).info.status == "FINISHED"
+    again = start(database, tmp_path)
+    assert MlflowClient(database).get_run(tracker.run_id).info.status == "RUNNING"
+    assert close_run(again, "KILLED")
+    assert MlflowClient(database).get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_a_picture_that_a_loss_of_power_cut_holds_nothing_up(tmp_path, database, monkeypatch, caplog):
+    tracker = start(database, tmp_path)
+    monkeypatch.setattr(mlflow_tracker.MlflowClient, "log_artifact", Mock(side_effect=ConnectionError("away")))
+    tracker.image("samples/grid", np.zeros((8, 8, 3), np.uint8), step=1)
+    tracker.close()
+    monkeypatch.undo()
+    [picture] = (tracker.spool / "images").iterdir()
+    picture.write_bytes(b"")
+    tracker.metrics({"train/loss": 1.0}, step=2)
+    assert close_run(tracker, "FINISHED")
+    assert "picture samples/grid of step 1 is lost" in caplog.text
+    assert points(database, tracker.run_id, "train/loss") == [(2, 1.0)]
+
+
+def test_a_run_that_ends_while_reap_looks_is_not_reaped(tmp_path, database, monkeypatch):
+    tracker = start(database, tmp_path)
+    client = client_of(database)
+
+    def ends(run, now):
+        close_run(tracker, "FINISHED")
+        return "dead"
+
+    monkeypatch.setattr(runs, "_why_dead", ends)
+    assert reap(client) == []
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"

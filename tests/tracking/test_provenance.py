@@ -38,13 +38,34 @@ def test_the_commit_is_told_and_what_differs_from_it(checkout):
     subprocess.run(["git", "add", "a.py"], cwd=checkout, check=True)
     diff = provenance.files(checkout)["git.diff"]
     assert diff.startswith("diff --git a/code/a.py")
-    assert diff.endswith("-one\n+tw�\n")
+    assert "-one\n+tw�\n" in diff
+    assert diff.endswith("+++ b/code/new.py\n@@ -0,0 +1 @@\n+x\n")
+    left = subprocess.run(["git", "status", "--porcelain"], cwd=checkout, capture_output=True, text=True, check=True)
+    assert left.stdout == "M  code/a.py\n?? code/new.py\n"  # as it was
+
+
+def test_a_difference_can_be_applied_whatever_it_ends_with(checkout):
+    (checkout / "a.py").write_text("one\n\n\n\n")
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "2"], cwd=checkout, check=True
+    )
+    (checkout / "a.py").write_text("two\n\n\n\n")
+    diff = provenance.files(checkout)["git.diff"]
+    subprocess.run(["git", "checkout", "-q", "."], cwd=checkout, check=True)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=checkout.parent, check=True)
+    assert (checkout / "a.py").read_text() == "two\n\n\n\n"
+
+
+def test_a_repository_around_an_installed_package_is_not_its_own(checkout):
+    (checkout / "venv").mkdir()
+    (checkout / "venv" / "COMMIT").write_text("abc\n")
+    assert provenance.git_tags(checkout / "venv")["git.commit"] == "abc"
 
 
 def test_a_diff_is_cut_to_what_a_page_can_show(checkout, monkeypatch):
     monkeypatch.setattr(provenance, "_LONGEST_DIFF", 10)
     (checkout / "a.py").write_text("two\n")
-    assert provenance.files(checkout)["git.diff"] == "diff --git\n"
+    assert provenance.files(checkout)["git.diff"] == "diff --git"
 
 
 @pytest.mark.parametrize("without", ["repository", "commit", "git"])

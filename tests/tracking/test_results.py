@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from adaconv.errors import Interrupted, TrackingError
 from adaconv.tracking import results
@@ -37,7 +38,7 @@ def start(database, tmp_path):
 
     yield start
     for tracker in opened:
-        tracker.stop_heartbeat()
+        tracker.release()
 
 
 def test_a_run_lacks_its_end_until_it_is_finished_with_its_results(database, start, tmp_path):
@@ -62,6 +63,32 @@ def test_a_run_lacks_its_end_until_it_is_finished_with_its_results(database, sta
     assert not lacks()  # somebody's wish
     assert lacks_its_end(database, None, "test", "another")  # nobody has heard of it yet
     assert not lacks_its_end("http://127.0.0.1:9", tracker.run_id, "test", "one")
+
+
+def test_a_run_that_goes_on_has_no_results_yet(database, start, tmp_path):
+    tracker = start("on")
+    close_run(tracker, "FINISHED")
+    keep_results(tracker, checkpoints=str(tmp_path / "none"))
+    assert not lacks_its_end(database, tracker.run_id, "test", "on")
+    longer = start("on")
+    keep_results(longer, checkpoints=str(tmp_path / "none"))  # as `sync` beside it would
+    assert "adaconv.results" not in client_of(database).get_run(longer.run_id).data.tags
+    close_run(longer, "FINISHED")
+    assert lacks_its_end(database, tracker.run_id, "test", "on")
+
+
+def test_a_store_of_artifacts_with_errors_of_its_own_ends_no_training(database, start, monkeypatch, caplog):
+    """As an experiment whose artifacts lie in S3 has them."""
+    tracker = start("store")
+    tracker.image("samples/grid", grid_of(1, 1, side=32, step=0), step=0)
+    close_run(tracker, "FINISHED")
+
+    def refuse(*_):
+        raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+
+    monkeypatch.setattr(results, "keep_models", refuse)
+    keep_results(tracker, checkpoints="none")
+    assert "the page or the models of run store are missing: Could not connect" in caplog.text
 
 
 def test_what_goes_wrong_with_results_is_a_warning_and_is_done_again(database, start, monkeypatch, tmp_path, caplog):

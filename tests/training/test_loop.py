@@ -380,6 +380,8 @@ def test_a_run_that_goes_on_may_skip_batches(content_version, style_version, tmp
     run(content_version, style_version, tmp_path / "some", **told)
     whole = keys("whole")
     assert keys("less") == [*whole[:2], *whole[4:]]
+    with pytest.raises(CheckpointError, match=r"data.skip_batches \(\['2:4'\] then, none now, before step 4\)"):
+        run(content_version, style_version, tmp_path / "some", train__steps=5)
 
 
 @pytest.mark.parametrize(
