@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -43,6 +43,10 @@ _NOT_BELIEVED = {  # S3's codes, which s3fs makes PermissionErrors of, or EINVAL
     *("AccountProblem", "AuthorizationHeaderMalformed", "ExpiredToken", "InvalidAccessKeyId", "InvalidSecurity"),
     *("InvalidToken", "NotSignedUp", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired"),
     "400",  # of a question that is answered without words, such as one for a size
+}
+_OF_THE_NETWORK = {
+    *("aiohttp.ClientError", "botocore.HTTPClientError", "botocore.ConnectionError", "botocore.ResponseParserError"),
+    "http.IncompleteRead",
 }
 _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
 _DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
@@ -91,7 +95,17 @@ def exists(uri: str) -> bool:
 
 
 def is_directory(uri: str) -> bool:
-    return bool(_patiently(uri, lambda: _filesystem(uri).isdir(uri)))
+    if is_local(uri):
+        return Path(uri).is_dir()
+    # Not s3fs's own answer, for which it lists all that the folder holds.
+    bucket, prefix = _bucket_and_prefix(uri)
+    try:
+        page = _patiently(
+            uri, lambda: _filesystem(uri).call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        )
+    except FileNotFoundError:  # no such bucket
+        return False
+    return bool(page.get("Contents")) or not prefix
 
 
 def size_of(uri: str) -> int:
@@ -125,7 +139,7 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
     return data
 
 
-def open_binary(uri: str) -> BinaryIO:
+def open_binary(uri: str) -> io.BufferedReader:
     """The file for reading at any place; on an object store each read fetches what it needs, patiently."""
     return Path(uri).open("rb") if is_local(uri) else io.BufferedReader(_Object(uri), _READ_BYTES)
 
@@ -158,14 +172,15 @@ class _Object(io.RawIOBase):
         return wanted
 
 
-def walk(uri: str, *, hidden: bool = False) -> Iterator[Entry]:
+def walk(uri: str, *, hidden: bool = False, may_vanish: bool = False) -> Iterator[Entry]:
     """Every file below a folder, in no particular order and one at a time, so that memory does not grow with them.
 
     Links are followed, though none in a circle. What begins with a dot is left out unless `hidden`, folders as well;
-    lost+found, which most file systems have at their top and keep from all but root, is always.
+    lost+found, which most file systems have at their top and keep from all but root, is always. Folders that
+    `may_vanish` while they are walked are empty then.
     """
     if is_local(uri):
-        yield from _walk_local(uri, "", (), hidden) if Path(uri).is_dir() else ()
+        yield from _walk_local(uri, "", (), hidden, may_vanish) if Path(uri).is_dir() else ()
     else:
         yield from _walk_objects(uri.rstrip("/"), hidden)
 
@@ -397,17 +412,24 @@ def local_directory(uri: str) -> Iterator[Path]:
         yield target
 
 
-def _walk_local(folder: str, below: str, above: tuple[tuple[int, int], ...], hidden: bool) -> Iterator[Entry]:
-    this = os.stat(folder)
-    if (this.st_dev, this.st_ino) in above:  # a link to a folder that it lies in
-        return
-    with os.scandir(folder) as entries:
+def _walk_local(
+    folder: str, below: str, above: tuple[tuple[int, int], ...], hidden: bool, may_vanish: bool
+) -> Iterator[Entry]:
+    try:
+        this, listed = os.stat(folder), os.scandir(folder)
+    except FileNotFoundError:
+        if may_vanish:
+            return
+        raise
+    with listed as entries:
+        if (this.st_dev, this.st_ino) in above:  # a link to a folder that it lies in
+            return
         for entry in entries:
             if (entry.name.startswith(".") and not hidden) or entry.name == "lost+found":
                 continue
             if _is_folder(entry):
                 inside = (*above, (this.st_dev, this.st_ino))
-                yield from _walk_local(entry.path, f"{below}{entry.name}/", inside, hidden)
+                yield from _walk_local(entry.path, f"{below}{entry.name}/", inside, hidden, may_vanish)
                 continue
             path = below + entry.name
             try:
@@ -514,15 +536,17 @@ def _code_of(error: Exception) -> str | None:
 
 def _passes(error: Exception) -> bool:
     """Whether an answer of an object store may be another one in a moment."""
+    if _code_of(error) == "NoSuchUpload":  # the answer to its completion was lost; all of it is sent anew
+        return True
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
         return False
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
         return True
-    # Clients of the network raise their own: aiohttp where a body is cut, botocore where nobody answers.
+    # Clients of the network raise their own: where a body is cut, where nobody answers, or not in S3's language.
     roots = {kind.__module__.partition(".")[0] + "." + kind.__name__ for kind in type(error).__mro__}
-    return bool(roots & {"aiohttp.ClientError", "botocore.HTTPClientError", "botocore.ConnectionError"})
+    return bool(roots & _OF_THE_NETWORK)
 
 
 def _filesystem(uri: str) -> Any:
@@ -540,6 +564,8 @@ def _filesystem(uri: str) -> Any:
             raise UsageError(f"{uri}: expected a local path or s3://bucket/prefix, found {protocol}://")
         options: dict[str, Any] = {}
         if protocol == "s3":
+            from botocore.handlers import add_expect_header
+
             logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # tells where credentials come from, each time
             options = {
                 # One attempt of the client's own: pauses are ours, so that all of them together have one bound.
@@ -554,7 +580,10 @@ def _filesystem(uri: str) -> Any:
             }
         client = fsspec.filesystem(protocol, **options)
         if protocol == "s3":
+            client.retries = 1  # s3fs's own, five for each of botocore's
             client.connect()  # else threads that are the first would each do it
+            # botocore lets a server say whether it wants what is sent; where it says nothing, aiohttp waits for ever.
+            client._s3.meta.events.unregister("before-call.s3", add_expect_header)
         _clients[key] = client
     return client
 

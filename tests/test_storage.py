@@ -2,16 +2,20 @@
 
 import os
 import pickle
+import shutil
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 
 from adaconv import storage
 from adaconv.data import shard_cache
@@ -383,3 +387,108 @@ def test_a_server_that_is_gone_is_named_soon_and_one_that_comes_back_is_found(bu
     finally:
         s3_server.start()
     assert storage.read_bytes(f"{bucket}/a") == b"kept"
+
+
+class _Mute(BaseHTTPRequestHandler):
+    """Takes what is put, and answers a question for a file with nothing at all."""
+
+    seen: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_PUT(self):
+        self.seen.append(("PUT", self.headers.get("Expect")))
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("ETag", '"x"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self):
+        self.seen.append(("GET", None))
+        self.close_connection = True
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def handle_expect_100(self):  # as a server that is stopped: it never says that it wants the body
+        return False
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mute(monkeypatch):
+    _Mute.seen.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Mute) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "x")
+        storage._clients.clear()
+        yield _Mute.seen
+        storage._clients.clear()
+        server.shutdown()
+
+
+def test_nobody_waits_to_be_asked_for_what_is_written(mute):
+    """aiohttp waits without end for a server that was to say whether it wants the bytes."""
+    storage.publish_bytes("s3://b/a", b"x" * 2000)
+    assert mute == [("PUT", None)]
+
+
+def test_attempts_are_counted_once(mute, monkeypatch):
+    """Not five of s3fs's own for each, twice over."""
+    monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "0.1")
+    with pytest.raises(ConnectionError, match="no answer in 0 s, 4 attempts"):
+        storage.read_range("s3://b/a", 0, 3)
+    assert len(mute) <= 8  # aiohttp asks once more where a connection was closed
+
+
+def test_a_folder_is_known_by_its_first_file(bucket, monkeypatch):
+    for number in range(5):
+        storage.publish_bytes(f"{bucket}/folder/{number}", b"x")
+    assert storage.is_directory(f"{bucket}/folder")
+    assert storage.is_directory(bucket.removesuffix("/prefix"))
+    assert not storage.is_directory(f"{bucket}/folder/1")
+    assert not storage.is_directory(f"{bucket}/fold")
+    assert not storage.is_directory("s3://no-such-bucket/folder")
+    client, asked = storage._filesystem(bucket), []
+    call = client.call_s3
+    monkeypatch.setattr(client, "call_s3", lambda *a, **k: asked.append((a, k)) or call(*a, **k))
+    assert storage.is_directory(f"{bucket}/folder")
+    assert [options["MaxKeys"] for _, options in asked] == [1]
+
+
+def test_a_large_file_whose_last_answer_was_lost_is_sent_again(monkeypatch):
+    sent = []
+
+    def put_file(path, uri):
+        sent.append(uri)
+        if len(sent) == 1:
+            error = ClientError({"Error": {"Code": "NoSuchUpload"}}, "CompleteMultipartUpload")
+            raise FileNotFoundError("The specified upload does not exist.") from error
+
+    monkeypatch.setattr(storage, "_filesystem", lambda uri: SimpleNamespace(put_file=put_file))
+    storage.publish_file(Path("a"), "s3://b/a")
+    assert len(sent) == 2
+
+
+def test_folders_that_go_while_they_are_walked_are_empty_where_that_is_meant(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"x")
+
+    def walked(**how):
+        found = []
+        for entry in storage.walk(str(tmp_path), **how):
+            found.append(entry.path)
+            shutil.rmtree(tmp_path / ("b" if entry.path == "a/file" else "a"), ignore_errors=True)
+        return found
+
+    assert len(walked(may_vanish=True)) == 1
+    (tmp_path / "a").mkdir(exist_ok=True)
+    (tmp_path / "b").mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        (tmp_path / name / "file").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError):
+        walked()

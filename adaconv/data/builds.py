@@ -13,9 +13,8 @@ from adaconv.data.ingest import MENDABLE
 from adaconv.data.manifest import (
     DatasetVersion,
     absent_shards,
-    latest_uri,
+    advance_latest,
     latest_version,
-    lineage,
     manifest_uri,
     open_version,
     version_uri,
@@ -102,10 +101,7 @@ def finished_version(root: str, build: str) -> DatasetVersion | None:
     version = built_version(root, build)
     if version is None or absent_shards(root, version.shards):
         return None
-    latest = latest_version(root)
-    newest = open_version(f"{root}@{latest}") if latest and storage.exists(version_uri(root, latest)) else None
-    if newest is None or version.version not in (ancestor.version for ancestor in lineage(newest)):
-        storage.publish_bytes(latest_uri(root), version.version.encode())
+    advance_latest(root, version.version)
     return version
 
 
@@ -149,7 +145,7 @@ def _refuse_to_go_back(root: str, build: str, parent: str | None) -> None:
     if name is not None and latest not in (None, name, parent) and not storage.exists(version_uri(root, name)):
         raise UsageError(
             f"{root}: these images gave version {name}, which was deleted since, and LATEST is {latest}. Made again it "
-            "would take LATEST's place, with what was removed. pipelines/dataset.py append adds what is new; to have "
+            "may take LATEST's place, with what was removed. pipelines/dataset.py append adds what is new; to have "
             f"it made nevertheless, give another output or delete {_note_uri(root, build)}"
         )
 

@@ -193,7 +193,8 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
     dropped = tuple(name for name in everything if name not in kept)
     of_dropped = _files_of(root, dropped)
     ours = tuple(f"{name}/" for name in _ORDER)
-    files = [e for e in storage.walk(root, hidden=True) if e.path.startswith(ours) and e.path not in needed]
+    there = storage.walk(root, hidden=True, may_vanish=True)  # jobs that end remove their notes
+    files = [entry for entry in there if entry.path.startswith(ours) and entry.path not in needed]
     last_of = _last_changes(files)
     limit = time.time() - older_than_hours * 3600
     garbage = [

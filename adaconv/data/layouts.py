@@ -14,6 +14,7 @@ import io
 import logging
 import posixpath
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Literal
 
 from adaconv import storage
 from adaconv.data.sources import Found, iter_images
-from adaconv.errors import UsageError
+from adaconv.errors import CredentialsError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +84,12 @@ def iter_artworks(sources: Iterable[str], layout: Layout) -> Iterator[Found]:
         table = find_table(source) if layout in ("auto", "csv") else None
         if layout == "csv" and table is None:
             raise UsageError(
-                f"layout csv (shard.layout): expected {' or '.join(_TABLES)} in {source} or beside it, found neither"
+                f"layout csv (shard.layout): expected {' or '.join(_TABLES)} in {source} or beside it, found neither "
+                "that may be read"
             )
         counts = Counter[str]()
         for found in iter_images((source,)):
-            told = table.rows.get(posixpath.basename(found.source)) if table else None
+            told = table.rows.get(_composed(posixpath.basename(found.source))) if table else None
             artist, style = told or artist_and_style(found.source, layout)
             counts["csv" if told else "path" if artist else "nothing"] += 1
             yield found._replace(artist=artist, style=style)
@@ -108,7 +110,7 @@ def artist_and_style(source: str, layout: Layout) -> tuple[str, str]:
 
 
 def find_table(source: str) -> Table | None:
-    """The table of a source, in it or beside it.
+    """The table of a source, in it or beside it, if there is one that may be read.
 
     Raises:
         UsageError: it has not the columns of one.
@@ -116,9 +118,25 @@ def find_table(source: str) -> Table | None:
     root = storage.absolute(source)
     for folder in (root, posixpath.dirname(root)):
         for uri in (storage.join(folder, name) for name in _TABLES):
-            if storage.exists(uri):
+            try:
+                is_there = storage.exists(uri)
+            except CredentialsError:
+                raise
+            except PermissionError:  # credentials may reach no farther than the source
+                continue
+            if is_there:
                 return Table(uri, _read_table(uri))
     return None
+
+
+def _interned(row: Mapping[str, str | None], column: str) -> str:
+    """A few thousand artists and styles are told of a hundred thousand times."""
+    return sys.intern(row.get(column) or "")
+
+
+def _composed(name: str) -> str:
+    """The same letters may be written in several ways; a Mac's archive and a table differ in it."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _read_table(uri: str) -> dict[str, tuple[str, str]]:
@@ -132,9 +150,8 @@ def _read_table(uri: str) -> dict[str, tuple[str, str]]:
                     f"{uri}: expected columns {' or '.join(_NAMES)}, and artist or style; found "
                     f"{', '.join(columns)[:200] or 'none'}. --shard.layout plain reads no table"
                 )
-            # A few thousand artists and styles are told of a hundred thousand times.
             return {
-                posixpath.basename(row[name]): (sys.intern(row.get("artist") or ""), sys.intern(row.get("style") or ""))
+                _composed(posixpath.basename(row[name])): (_interned(row, "artist"), _interned(row, "style"))
                 for row in reader
                 if row[name]
             }

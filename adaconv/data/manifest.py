@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ import pyarrow.parquet as pq
 from adaconv import storage
 from adaconv.errors import DatasetError, UsageError
 from adaconv.scratch import scratch_folder
+
+log = logging.getLogger(__name__)
 
 SCHEMA_NUMBER = 2
 HEADER_BYTES = 512  # of a member of a tar
@@ -62,6 +65,7 @@ _ROWS_AT_ONCE = 16_384
 _VERSION = re.compile(r"[0-9a-f]+")
 _VERSION_FILE = re.compile(r"([0-9a-f]+)\.json")
 _SHARD = re.compile(r"[0-9a-f]{16}\.tar")
+_compared: set[tuple[str, str]] = set()  # manifests, by URI and stamp
 
 
 @dataclass(frozen=True)
@@ -108,27 +112,31 @@ class DatasetVersion:
 
     @contextlib.contextmanager
     def _manifest_file(self, *, whole: bool) -> Iterator[BinaryIO]:
+        """Compared with its sha256, for Parquet does not notice a bit that is another. What is not read as a whole is
+        read twice the first time.
+        """
         uri = manifest_uri(self.root, self.version)
         try:
-            with self._checked(uri) if whole else storage.open_binary(uri) as file:
+            if whole:
+                data = storage.read_bytes(uri)
+                self._refuse_another(uri, hashlib.sha256(data).hexdigest())
+                yield io.BytesIO(data)
+                return
+            seen = (uri, storage.stamp_of(uri))
+            with storage.open_binary(uri) as file:
+                if seen not in _compared:
+                    self._refuse_another(uri, hashlib.file_digest(file, "sha256").hexdigest())
+                    _compared.add(seen)
+                    file.seek(0)
                 yield file
         except FileNotFoundError:
             raise DatasetError(f"expected the manifest {uri}, found none there; {how_to_mend(self)}") from None
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            # pyarrow tells damaged pages as an OSError, one without a number; a storage's own has one.
-            if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno):
-                raise
-            raise DatasetError(
-                f"{uri}: expected a Parquet file, found damage ({error}); delete it and {how_to_mend(self)}"
-            ) from error
 
-    def _checked(self, uri: str) -> BinaryIO:
-        data = storage.read_bytes(uri)
-        if hashlib.sha256(data).hexdigest() != self.manifest_sha256:
+    def _refuse_another(self, uri: str, sha256: str) -> None:
+        if sha256 != self.manifest_sha256:
             raise DatasetError(
                 f"{uri} is not the manifest that was written (its sha256 differs); delete it and {how_to_mend(self)}"
             )
-        return io.BytesIO(data)
 
     def shard_uri(self, name: str) -> str:
         return storage.join(self.root, "shards", name)
@@ -318,8 +326,22 @@ def publish_version(
         storage.publish_file(path, manifest_uri(root, version))
     _refuse_absent(root, shards)  # as late as can be: from here on the version keeps them from being collected
     storage.publish_bytes(version_uri(root, version), text)
-    storage.publish_bytes(latest_uri(root), version.encode())
+    advance_latest(root, version)
     return open_version(f"{root}@{version}")
+
+
+def advance_latest(root: str, version: str) -> None:
+    """Let LATEST name a version, unless the one that it names descends from it: that one has what came after."""
+    latest = latest_version(root)
+    try:
+        newest = open_version(f"{root}@{latest}") if latest and latest != version else None
+        above = {name for one in lineage(newest) for name in (one.version, one.parent)} if newest else set()
+    except (DatasetError, UsageError):  # damaged, or not there
+        above = set()
+    if version in above:
+        log.info("LATEST stays version %s, which was made from version %s", latest, version)
+        return
+    storage.publish_bytes(latest_uri(root), version.encode())
 
 
 def move_latest(root: str, version: str, *, after: str | None) -> None:

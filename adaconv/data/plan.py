@@ -16,7 +16,7 @@ import xxhash
 
 from adaconv.config.shard import RecipeConfig
 from adaconv.data.disk_tables import DiskTables
-from adaconv.data.ingest import key_of, stored_size
+from adaconv.data.ingest import MENDABLE, key_of, stored_size
 from adaconv.data.manifest import IN_SHARDS, Row
 from adaconv.data.sources import Found
 
@@ -106,7 +106,7 @@ class Catalog:
             path,
             "CREATE TABLE candidate (key TEXT, source TEXT, json TEXT);"
             "CREATE TABLE outside (source TEXT, sha256 TEXT, json TEXT);"
-            "CREATE TABLE known (source TEXT, sha256 TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;"
+            "CREATE TABLE known (source TEXT, sha256 TEXT, unread INT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;"
             "CREATE TABLE taken (key TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID;"
             "CREATE TABLE unwanted (key TEXT, source TEXT, PRIMARY KEY (key, source)) WITHOUT ROWID;",
         )
@@ -119,13 +119,19 @@ class Catalog:
         for row in rows:
             if row["state"] not in IN_SHARDS:
                 self._insert_outside(row)
-            self._rows.execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (row["source"], row["source_sha256"]))
+            unread = row["reason"] in MENDABLE
+            insert = "INSERT OR IGNORE" if unread else "INSERT OR REPLACE"
+            name = (row["source"], row["source_sha256"])
+            self._rows.execute(f"{insert} INTO known VALUES (?, ?, ?)", (*name, unread))
             if row["state"] in (*IN_SHARDS, "excluded"):
                 self._rows.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", (row["key"], row["state"]))
 
     def add(self, candidate: Candidate) -> None:
-        """Enter an image, unless the parent has it: then it is the same file, or a duplicate, or was removed there."""
-        if self._is_known(candidate.source, candidate.sha256):
+        """Enter an image, unless the parent has it: then it is the same file, or a duplicate, or was removed there.
+
+        What could not be read again when the parent was written is none that it has.
+        """
+        if self._is_known(candidate.source, candidate.sha256, "AND NOT unread"):
             self.known += 1
             return
         self.has_news = True
@@ -189,8 +195,8 @@ class Catalog:
             "INSERT INTO outside VALUES (?, ?, ?)", (row["source"], row["source_sha256"], json.dumps(row))
         )
 
-    def _is_known(self, source: str, sha256: str) -> bool:
-        found = self._rows.execute("SELECT 1 FROM known WHERE source = ? AND sha256 = ?", (source, sha256))
+    def _is_known(self, source: str, sha256: str, more: str = "") -> bool:
+        found = self._rows.execute(f"SELECT 1 FROM known WHERE source = ? AND sha256 = ? {more}", (source, sha256))
         return found.fetchone() is not None
 
 

@@ -18,6 +18,7 @@ from adaconv.data.changes import by_shard, excluded
 from adaconv.data.ingest import check_codecs, settings_of
 from adaconv.data.manifest import (
     IN_SHARDS,
+    DatasetVersion,
     Row,
     Shard,
     how_to_mend,
@@ -32,6 +33,7 @@ from adaconv.data.manifest import (
 from adaconv.data.selection import Criterion, criteria_of, keys_to_remove, read_exclusions, without
 from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import Damage, verify_manifest, verify_shard
+from adaconv.errors import DatasetError, UsageError
 from adaconv.orchestration.board import Teller
 from adaconv.orchestration.shard_job import publish_note, read_note, read_noted_shard, run_shard_job
 from adaconv.orchestration.tasks import run_tasks
@@ -72,11 +74,23 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: a criterion names no image.
-        DatasetError: a shard is damaged, or not there.
+        DatasetError: a shard is damaged, or not there; or another job published meanwhile.
     """
     after = latest_version(split_spec(config.dataset)[0])
     parent = open_version(config.dataset)
     require_shards(parent)
+    try:
+        return _remove(config, parent, after)
+    except FileNotFoundError as error:
+        if (latest := latest_version(parent.root)) == after:
+            raise
+        raise DatasetError(
+            f"another job published version {latest} of {parent.root} while this one ran, and removed what was noted. "
+            "The same command goes on from there"
+        ) from error
+
+
+def _remove(config: RemoveConfig, parent: DatasetVersion, after: str | None) -> dict[str, Any]:
     exclusions = read_exclusions(config.exclude)
     reasons = keys_to_remove(parent.rows(), criteria_of(config), exclusions)
     if not reasons:
@@ -94,6 +108,11 @@ def run_remove(config: RemoveConfig) -> dict[str, Any]:
         if left:
             storage.publish_bytes(storage.join(work, "plan", f"{name}.json"), json.dumps(left).encode())
             jobs.append({"name": name})
+    if touched.keys() == sizes.keys() and not jobs:
+        raise UsageError(
+            f"expected images to be left of version {parent.version}, found that all {len(reasons)} would go; delete "
+            f"{parent.root} instead"
+        )
     answers = run_tasks(
         rewrite_and_note,
         jobs,

@@ -175,6 +175,20 @@ def test_a_job_that_was_overtaken_publishes_nothing(version):
     assert child_of(version, 3).version == child.version  # the same job, started twice
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_version_that_is_made_again_does_not_take_the_place_of_what_came_of_it(version, lost, caplog):
+    """Else what was removed since would be back in LATEST."""
+    child = child_of(version, 3)
+    rows, latest = list(version.rows()), child.version
+    if lost:
+        storage.remove(version_uri(version.root, version.version))
+    with caplog.at_level("INFO"):
+        again = publish_version(version.root, recipe=version.recipe, shards=version.shards, rows=rows, after=latest)
+    assert again == version
+    assert open_version(version.root).version == child.version
+    assert f"LATEST stays version {child.version}, which was made from version {version.version}" in caplog.text
+
+
 def test_a_rollback_names_a_version_that_is_whole(version):
     child = child_of(version, 1)
     lost = Path(version.shard_uri(version.shards[2].name))

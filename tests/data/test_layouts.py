@@ -2,9 +2,11 @@
 
 import random
 import shutil
+import unicodedata
 
 import pytest
 
+from adaconv import storage
 from adaconv.config.shard import SubsetConfig
 from adaconv.data.builds import spill_listing
 from adaconv.data.layouts import artist_and_style, iter_artworks
@@ -71,6 +73,28 @@ def test_a_table_tells_of_numbered_files(painter, caplog):
     assert artworks(painter, "plain") == {f"train/{name}": ("", "") for name in wanted}
     (painter / "all_data_info.csv").unlink()
     assert artworks(painter / "train", "csv")["3.jpg"] == ("96f6d7d5fa5d4d0a6bb0a1a08b7f8d2b", "Rococo")
+
+
+@pytest.mark.parametrize(("table", "file"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_however_its_letters_are_composed(tmp_path, table, file):
+    (tmp_path / unicodedata.normalize(file, "Étude.jpg")).write_bytes(b"x")
+    told = unicodedata.normalize(table, "filename,artist,style\nÉtude.jpg,Ann,Rococo\n")
+    (tmp_path / "all_data_info.csv").write_text(told.replace("filename", "new_filename"))
+    assert list(artworks(tmp_path).values()) == [("Ann", "Rococo")]
+
+
+def test_credentials_need_reach_no_farther_than_the_source(painter, monkeypatch):
+    exists = storage.exists
+
+    def inside(uri):
+        if not uri.startswith(f"{painter}/train/"):
+            raise PermissionError(13, "Forbidden", uri)
+        return exists(uri)
+
+    monkeypatch.setattr(storage, "exists", inside)
+    assert artworks(painter / "train") == {f"{number}.jpg": ("", "") for number in (1, 2, 3)}
+    with pytest.raises(UsageError, match="found neither that may be read"):
+        artworks(painter / "train", "csv")
 
 
 def test_a_subset_has_as_many_of_each_style_of_a_table(painter, tmp_path):

@@ -12,7 +12,7 @@ from adaconv.config.dataset import AppendConfig, RemoveConfig
 from adaconv.data.changes import describe_versions, roll_back
 from adaconv.data.manifest import open_version
 from adaconv.data.synthetic import generate_photos
-from adaconv.errors import DatasetError
+from adaconv.errors import DatasetError, UsageError
 from adaconv.orchestration.dataset_job import run_append, run_remove
 from tests.helpers import build_version, child_of
 from tests.orchestration.runs import dataset, hashes_of, run, shard
@@ -79,6 +79,13 @@ def test_removing_rewrites_the_shards_concerned_alone(cluster, images, root):
     # What was removed stays removed, though its files are still in the source.
     dataset(cluster, "append", "--dataset", root, "--source", images)
     assert open_version(str(root)).version == child.version
+
+
+def test_not_all_images_of_a_version_are_removed(photos, tmp_path):
+    version = build_version(photos, str(tmp_path))
+    with pytest.raises(UsageError, match=rf"expected images to be left of version {version.version}, .* would go"):
+        run_remove(RemoveConfig(dataset=version.root, source_pattern=("*",)))
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.slow
