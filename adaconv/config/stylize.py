@@ -39,10 +39,10 @@ class TileConfig(Config):
     side: int | None = Field(default=None, ge=64, multiple_of=8)
     """Make every picture in tiles of this side, in pixels; None tiles only where memory asks for it."""
     max_megapixels: float = Field(default=80.0, gt=0)
-    """Larger contents are refused by their header."""
+    """Larger contents and styles are refused by their header."""
     scratch: LocalFolder | None = None
-    """Local folder for the maps of tiled pictures, 102 bytes a pixel, and rows of the index; None is the system's for
-    temporary files."""
+    """Local folder for the maps of tiled pictures, 102 bytes a pixel (114 with `coral`), and rows of the index; None is
+    the system's for temporary files."""
 
 
 class ActorConfig(Config):
@@ -93,7 +93,7 @@ class StylizeConfig(Config):
     again, it makes what is missing."""
     pairs: PathOrWord = "grid"
     """`grid`: all with all; `zip`: one to one; `random:K`: K styles for each content, by the seed; or a .csv or
-    .parquet file with columns `content`, `style` and any of the options."""
+    .parquet file with columns `content`, `style` and any of the options but `precision`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of `random:K`."""
     replay: Location | None = None

@@ -261,7 +261,7 @@ class _Beginnings(Board):
 
 
 class _ModelActor:
-    """Holds the model, which is loaded when it is first needed: a rerun that finds everything made never does."""
+    """Holds the model, which is loaded when it is first needed."""
 
     def __init__(
         self,

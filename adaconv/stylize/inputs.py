@@ -11,10 +11,11 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from adaconv.data.manifest import open_version
 from adaconv.data.sources import Found, Member, iter_images, read_found
 from adaconv.errors import UsageError
 from adaconv.images import EXTENSIONS, RGB_MODES, ImageError, as_seen, open_header, require_sound_jpeg
-from adaconv.stylize.outputs import Metadata
+from adaconv.stylize.outputs import MOST_PARTS, Metadata
 from adaconv.stylize.tables import read_table
 
 if TYPE_CHECKING:
@@ -209,8 +210,10 @@ def metadata_of(path: Path) -> Metadata:
 
 
 def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
-    plain, _, column = source.partition("#")
-    if plain.lower().endswith(".parquet"):
+    plain, mark, column = source.rpartition("#")
+    if source.lower().endswith(".parquet"):
+        plain, mark, column = source, "#", ""
+    if mark and plain.lower().endswith(".parquet"):
         yield from _cells(storage.absolute(plain), source, column, flag)
     elif packs and source.lower().endswith(".safetensors"):
         uri = storage.absolute(source)
@@ -246,7 +249,8 @@ def _real(uri: str) -> str:
 
 
 def _is_version(source: str) -> bool:
-    if "@" in storage.name_of(source) and not storage.exists(storage.absolute(source)):
+    is_spec = "@" in storage.name_of(source) and PurePath(source).suffix.lower() not in EXTENSIONS  # photo@2x.png
+    if is_spec and not storage.exists(storage.absolute(source)):
         return True
     root = storage.absolute(source)
     return storage.exists(storage.join(root, "LATEST")) and storage.is_directory(storage.join(root, "versions"))
@@ -281,6 +285,10 @@ def _mixtures(uri: str, flag: str) -> Iterator[Item]:
     for name, of_name in parts.items():
         if not sum(weight for _, weight in of_name):
             raise UsageError(f"{flag} {uri}: expected a weight above 0 in {name}, found none")
+        if len(different := {part["uri"] for part, weight in of_name if weight}) > MOST_PARTS:
+            raise UsageError(
+                f"{flag} {uri}: expected a mixture of at most {MOST_PARTS} styles, found {len(different)} in {name}"
+            )
         yield Item("mixture", name, uri, parts=json.dumps(of_name))
 
 
@@ -340,11 +348,19 @@ def _cells(uri: str, source: str, column: str, flag: str) -> Iterator[Item]:
 
 def _told(names: Sequence[str]) -> list[str]:
     """Names with as few folders of absolute paths, one at least, as tell these apart: a machine's stay with it."""
-    absolute = {name: PurePath(name).parts[1:] for name in names if name.startswith("/")}
+    absolute = {name: behind for name in names if (behind := _parts_of_absolute(name))}
     parts, most = 2, max(map(len, absolute.values()), default=0)
     while parts < most and len({path[-parts:] for path in absolute.values()}) < len(absolute):
         parts += 1
     return ["/".join(absolute[name][-parts:]) if name in absolute else name for name in names]
+
+
+def _parts_of_absolute(name: str) -> tuple[str, ...]:
+    """Behind the root, of a path of this system, of Windows, or of a file:// URI; of any other name none."""
+    path = name.removeprefix("file://")
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", path):
+        return PureWindowsPath(path).parts[1:]
+    return PurePosixPath(path).parts[1:] if path.startswith("/") else ()
 
 
 def _holds_images(kind: Any) -> bool:

@@ -10,18 +10,43 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from adaconv.images import RGB_MODES, ImageError, fits, libvips, open_header, require_sound_jpeg
 from adaconv.stylize.outputs import PNG_LEVEL, Metadata, Recipe, add_exif, xmp_of
 from adaconv.stylize.raster import FileRaster
 
 _STRIP_BYTES = 2**20
+_SAMPLES_PER_PIXEL, _EXTRA_SAMPLES = 277, 338  # TIFF's
+_TRANSPARENCY = {1, 2}  # of extra samples; others are an editor's selections and the like
+_MOST_CHANNELS = 4
 
 
 def reads(path: Path) -> bool:
-    """Whether libvips reads a file as Pillow does: not BMP, and not TIFF in CIELAB or of 32 bits, see images.to_rgb."""
+    """Whether libvips reads a file as Pillow does: not BMP, not TIFF in CIELAB, in YCbCr, of 32 bits (see
+    images.to_rgb) or with channels that are no transparency, and no PNG with its EXIF behind the pixels.
+    """
     with open_header(path, max_pixels=10**10) as image:
-        return image.format != "BMP" and image.mode not in ("LAB", "F", "I")
+        if isinstance(image, TiffImageFile):
+            extra, channels = image.tag_v2.get(_EXTRA_SAMPLES, ()), image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
+            if not set(extra) <= _TRANSPARENCY or channels > _MOST_CHANNELS:
+                return False
+        if image.format == "PNG" and _has_late_exif(path):
+            return False
+        return image.format != "BMP" and image.mode not in ("LAB", "YCbCr", "F", "I")
+
+
+def _has_late_exif(path: Path) -> bool:
+    """Libvips looks at what stands before a PNG's pixels."""
+    chunks = []
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            chunks.append(head[4:])
+            if chunks[-1] == b"eXIf":
+                return b"IDAT" in chunks
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    return False
 
 
 def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:

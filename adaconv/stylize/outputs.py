@@ -41,6 +41,7 @@ _NAMESPACE = "https://adaconv.invalid/recipe/2/"
 _EXTENSIONS: Mapping[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "tiff": "tif"}
 PNG_LEVEL = 2  # of zlib: 18 ms of a core for 512x512 pixels of paintings, 4 takes 32 for files that are 4 % smaller
 _ROWS_AT_ONCE = 16_384  # of the index
+MOST_PARTS = 256  # of a mixture: their hashes are in every output, and JPEG has room for 900
 _ENDS = {"png": b"\x00\x00\x00\x00IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}  # pixels that a format has room for
 _XMP_TAG = 700  # of TIFF

@@ -1,6 +1,7 @@
 """Which contents meet which styles, and how: pure functions of two lists."""
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -77,22 +78,32 @@ def _pairs_of_file(
     check: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> list[Pair]:
     places = {"content": _places(contents), "style": _places(styles)}
+    names = {"content": contents, "style": styles}
     pairs: list[Pair] = []
     seen: set[tuple[int, int, str]] = set()
     for where, row in read_table(uri, flag="--pairs"):
         if any(";" in column for column in row):
             raise UsageError(f"{where}: expected columns parted by commas, found {next(iter(row))!r}")
+        row = {str(column).strip(): cell for column, cell in row.items()}
+        if not places.keys() <= row.keys():
+            raise UsageError(f"{where}: expected columns content and style, found {', '.join(row)}")
         found: dict[str, int] = {}
         for name, place in places.items():
-            cell = row.pop(name, None)
-            value = "" if cell is None else str(cell)
+            cell = row.pop(name)
+            value = "" if cell is None else _composed(str(cell))
+            value = value if value in place else value.strip()
             if value not in place:
-                raise UsageError(f"{where}: expected the name of a {name} that --{name} holds, found {value!r}")
+                example = f", such as {names[name][0]!r}" if names[name] else ""
+                raise UsageError(
+                    f"{where}: expected the name of a {name} that --{name} holds and --limit-{name}s leaves{example}; "
+                    f"found {value!r}"
+                )
             if place[value] is None:
                 raise UsageError(f"{where}: more than one {name} is called {value!r}; give folders apart other names")
             found[name] = place[value] or 0
+        cells = [(key, value.strip() if isinstance(value, str) else value) for key, value in row.items()]
         try:
-            options = check({key: value for key, value in row.items() if value not in (None, "")})
+            options = check({key: value for key, value in cells if value not in (None, "")})
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
         key = (found["content"], found["style"], json.dumps(dict(options), sort_keys=True))
@@ -105,6 +116,11 @@ def _pairs_of_file(
 def _places(names: Sequence[str]) -> dict[str, int | None]:
     """Name to index; None for a name that several have."""
     places: dict[str, int | None] = {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(map(_composed, names)):
         places[name] = None if name in places else index
     return places
+
+
+def _composed(name: str) -> str:
+    """The same letters may be written in several ways; a Mac's archive and a table differ in it."""
+    return unicodedata.normalize("NFC", name)

@@ -139,7 +139,7 @@ def _pack(
     uri: str, recipe: Recipe, options: Options, style: Sequence[str], stylizer: Stylizer, scratch: Path
 ) -> StylePack:
     """From the job's own packs, or from the style's image or pack."""
-    root = uri.rpartition("/images/")[0]
+    root = uri.removesuffix(recipe.name).rstrip("/")
     beside = storage.join(root, pack_name(recipe.style, recipe.pack_digest))
     digest = stylizer.info.digest
     if storage.exists(beside):
@@ -183,7 +183,7 @@ def _pack(
 
 def _find(sources: Sequence[str], name: str, sha256: str, scratch: Path, flag: str) -> Path:
     """The file with these bytes, wherever it lies now; one of the same name is looked at first."""
-    found = list_items(sources, flag=flag, packs=True)
+    found = list_items(sources, flag=flag, packs=flag == "--style")  # as the job does
     items: list[Item] = [item for item in found if item.kind not in ("pack", "mixture")]
     items.sort(key=lambda item: reading_order(item.to_row()))
     for item in sorted(items, key=lambda item: (item.source != name, not item.source.endswith(Path(name).name))):

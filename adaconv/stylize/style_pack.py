@@ -13,10 +13,10 @@ from safetensors.torch import load, save
 from adaconv.errors import UsageError
 from adaconv.model.network import StyleCode
 from adaconv.stylize.blend import mix
+from adaconv.stylize.outputs import MOST_PARTS
 from adaconv.stylize.pictures import side_by_side
 
 FORMAT = 3
-MOST_PARTS = 256  # of a mixture: their hashes are in every output, and JPEG has room for 900
 
 
 @dataclass(frozen=True)

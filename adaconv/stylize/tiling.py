@@ -151,6 +151,12 @@ class Tiler:
         stack: ExitStack,
     ) -> list[Moments]:
         """From relu4_1 to the image, or, without a sink, to the last block's statistics."""
+
+        def done(source: Raster) -> None:
+            """Other regions begin with the features as well."""
+            if source is not features or sink is not None:
+                _close(source)
+
         known, source = [moments], features
         for scale, (lead, follow) in enumerate(self._blocks):
             layers = [*lead, Filter([region], scale, [known[-1]], stride=STRIDE >> scale), *follow]
@@ -160,11 +166,9 @@ class Tiler:
             else:
                 kept, of_kept = self._keep(layers, source, folder / f"map-{scale}", frame, stack)
                 known.append(of_kept)
-                if source is not features:
-                    _close(source)
+                done(source)
                 source = kept
-        if source is not features:
-            _close(source)
+        done(source)
         return known
 
     def _keep(

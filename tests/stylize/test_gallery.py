@@ -54,7 +54,7 @@ def page(jpegs, rows, columns):
         title="Outputs",
         facts={"model": "m"},
         contents=[Picture(jpegs[row % 40], f"photo {row}.jpg") for row in range(rows)],
-        styles=[Picture(jpegs[column % 40], f"style {column:03d}") for column in range(columns)],
+        styles=[Picture(jpegs[column % 40], f"{column}.jpg") for column in range(columns)],  # 0 is in 10
         cells=cells,
     )
 

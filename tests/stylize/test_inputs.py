@@ -186,6 +186,47 @@ def test_a_names_column(tmp_path):
     assert [item.source for item in items] == ["x/train/1.jpg", "y/train/1.jpg", "z/train/1.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("file:///home/me/private/a/1.jpg", "a/1.jpg"),
+        (r"C:\Users\me\a\1.jpg", "a/1.jpg"),
+        (r"\\server\me\a\1.jpg", "a/1.jpg"),
+        ("s3://b/private/a/1.jpg", "s3://b/private/a/1.jpg"),
+    ],
+)
+def test_folders_of_a_machine_stay_with_it(tmp_path, path, told):
+    pq.write_table(pa.table({"path": [path], "image": [png(0)]}), tmp_path / "t.parquet")
+    (item,) = list_items((str(tmp_path / "t.parquet"),), flag="--content")
+    assert item.source == told
+
+
+def test_a_folder_may_have_the_mark_of_a_column(tmp_path):
+    folder = tmp_path / "a#b"
+    folder.mkdir()
+    pq.write_table(pa.table({"one": [png(0)], "two": [png(1)]}), folder / "t.parquet")
+    for source, wanted in ((f"{folder}/t.parquet", png(0)), (f"{folder}/t.parquet#two", png(1))):
+        (item,) = list_items((source,), flag="--content")
+        assert read_item(item) == wanted
+
+
+def test_a_picture_that_is_not_there_is_no_dataset_version(tmp_path):
+    with pytest.raises(UsageError, match=r"--content .*photo@2x\.png: expected"):
+        list_items((str(tmp_path / "photo@2x.png"),), flag="--content")
+
+
+def test_a_mixture_of_too_many_is_named_before_anything_is_made(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(257):
+        (folder / f"{number}.png").write_bytes(png())
+    rows = [f"much,{number}.png,1" for number in range(257)]
+    table = folder / "mixtures.csv"
+    table.write_text("\n".join(("name,style,weight", *rows)))
+    with pytest.raises(UsageError, match="expected a mixture of at most 256 styles, found 257 in much"):
+        list_items([str(table)], flag="--style", packs=True)
+
+
 def test_style_packs(tmp_path, caplog):
     for name in ("b.safetensors", "a.safetensors"):
         storage.publish_bytes(str(tmp_path / "styles" / name), b"x")

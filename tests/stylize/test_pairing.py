@@ -1,5 +1,7 @@
 """Pairs are pure functions of two lists and a seed."""
 
+import unicodedata
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,10 +76,17 @@ def test_a_file_of_pairs_whose_names_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("content,style\nx,s\n", "row 1: expected the name of a content that --content holds, found 'x'"),
-        ("content,style\na,s\na,x\n", "row 2: expected the name of a style that --style holds, found 'x'"),
+        (
+            "content,style\nx,s\n",
+            "row 1: expected the name of a content .*holds.* such as 'a'; found 'x'",
+        ),
+        (
+            "content,style\na,s\na,x\n",
+            "row 2: expected the name of a style .*holds.* such as 's'; found 'x'",
+        ),
         ("content,style\ntwice,s\n", "row 1: more than one content is called 'twice'"),
-        ("content\na\n", "row 1: expected the name of a style that --style holds, found ''"),
+        ("content\na\n", "row 1: expected columns content and style, found content"),
+        ("Content,Style\na,s\n", "row 1: expected columns content and style, found Content, Style"),
         ("content,style\na,s\na,s,\n", "row 2: expected 2 fields, as the first line has, found 3"),
         ("content,style,alpha\na,s,0.5,x,y\n", "row 1: expected 3 fields, as the first line has, found 5"),
         ("content,style\n", "expected rows, found none"),
@@ -90,3 +99,10 @@ def test_wrong_rows_are_named(tmp_path, text, words):
         pair_up(str(tmp_path / "p.csv"), [*CONTENTS, "twice", "twice"], STYLES)
     with pytest.raises(UsageError, match="found nothing there"):
         pair_up(str(tmp_path / "none.csv"), CONTENTS, STYLES)
+
+
+def test_pairs_are_found_with_spaces_behind_commas_and_letters_composed_otherwise(tmp_path):
+    names = [unicodedata.normalize("NFD", "café.png"), "b.png"]
+    table = unicodedata.normalize("NFC", "content, style, alpha\ncafé.png, s, 0.5\n")
+    (tmp_path / "p.csv").write_text(table, encoding="utf-8")
+    assert pair_up(str(tmp_path / "p.csv"), names, ["s"]) == [Pair(0, 0, {"alpha": "0.5"})]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -386,6 +387,69 @@ def test_what_libvips_sees_otherwise_is_made_and_shown_as_pillow_sees_it(stylize
     assert np.abs(pixels(tmp_path / "None", one) - pixels(tmp_path / "64", one)).max() <= 1
     with Image.open(io.BytesIO(file_thumbnail(tmp_path / "c.tif", side=96))) as shown:
         assert np.abs(np.asarray(shown.convert("L")).astype(int) - levels).mean() < 4
+
+
+def _tiff_of_channels(path, planes, *, photometric, extra):
+    """An uncompressed TIFF of one strip: planes (H, W, C) uint8, and what its channels beyond the colours are."""
+    height, width, channels = planes.shape
+    shorts = lambda *values: struct.pack(f"<{len(values)}H", *values)  # noqa: E731
+    wide = {258: shorts(*[8] * channels), 338: shorts(*extra)}
+    entries = {256: width, 257: height, 258: None, 259: 1, 262: photometric, 273: None, 277: channels, 278: height}
+    entries |= {279: planes.size} | ({338: None} if extra else {})
+    behind = 8 + 2 + 12 * len(entries) + 4
+    places, tail = {}, b""
+    for tag, data in wide.items():
+        if tag in entries and len(data) > 4:
+            places[tag] = behind + len(tail)
+            tail += data
+    directory = struct.pack("<H", len(entries))
+    for tag, value in sorted(entries.items()):
+        if tag == 273:
+            directory += struct.pack("<HHII", tag, 4, 1, behind + len(tail))
+        elif tag in wide:
+            count = len(wide[tag]) // 2
+            where = struct.pack("<I", places[tag]) if tag in places else wide[tag].ljust(4, b"\0")
+            directory += struct.pack("<HHI", tag, 3, count) + where
+        else:
+            directory += struct.pack("<HHII", tag, 4, 1, value)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + tail + planes.tobytes())
+
+
+@pytest.mark.parametrize("kind", ["selection", "grey selection", "two selections", "ycbcr", "late exif"])
+def test_channels_and_turns_that_libvips_sees_otherwise_are_as_pillow_sees_them(stylizer, tmp_path, kind):
+    picture, path = smooth(96, 80), tmp_path / "c.tif"
+    planes = np.asarray(picture)
+    more = np.asarray(smooth(96, 80, 5).convert("L"))[..., None]
+    wanted_size = (96, 80)
+    match kind:
+        case "selection":
+            _tiff_of_channels(path, np.concatenate([planes, more], 2), photometric=2, extra=(0,))
+        case "grey selection":
+            grey = np.asarray(picture.convert("L"))[..., None]
+            _tiff_of_channels(path, np.concatenate([grey, more], 2), photometric=1, extra=(0,))
+        case "two selections":
+            _tiff_of_channels(path, np.concatenate([planes, more, more], 2), photometric=2, extra=(0, 0))
+        case "ycbcr":
+            picture.convert("YCbCr").save(path)
+        case _:
+            path, wanted_size = tmp_path / "c.png", (80, 96)
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            picture.save(path)
+            body = exif.tobytes().removeprefix(b"Exif\0\0")
+            chunk = b"eXIf" + body
+            data, end = path.read_bytes()[:-12], path.read_bytes()[-12:]
+            path.write_bytes(data + struct.pack(">I", len(body)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + end)
+    one = wanted(stylizer)[0]
+    for tile in (None, 64):
+        (made,) = make(stylizer, tmp_path / str(tile), path, [one], tile=tile)
+        assert (made.state, (made.width, made.height)) == ("done", wanted_size), made.reason
+    assert np.abs(pixels(tmp_path / "None", one) - pixels(tmp_path / "64", one)).max() <= 1
+    with Image.open(io.BytesIO(file_thumbnail(path, side=96))) as shown:
+        upright = picture.transpose(Image.Transpose.ROTATE_270) if kind == "late exif" else picture
+        assert shown.size == wanted_size
+        levels = [np.asarray(image.convert("L")).astype(int) for image in (shown, upright)]
+        assert np.abs(levels[0] - levels[1]).mean() < 4
 
 
 @pytest.mark.parametrize(("kind", "side"), [("webp", 16_400), ("jpeg", 65_600)])

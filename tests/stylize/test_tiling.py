@@ -87,6 +87,19 @@ def test_a_walk_that_ends_early_gives_back_the_disk(tmp_path):
     assert held_open(tmp_path) == []
 
 
+def test_no_more_than_two_maps_lie_on_the_disk(tmp_path):
+    network, picture, seen = tiny(), smooth(200, 136), set()
+
+    def write(window, values):
+        seen.update(held_open(tmp_path))
+
+    with torch.inference_mode():
+        code = network.encode_style(smooth(64, 64, seed=1))
+        Tiler(network, side=64, scratch=tmp_path).stylize(MemoryRaster(picture), lambda m: [Region(code)], write)
+    assert any("map" in name for name in seen)
+    assert not any("features" in name for name in seen)
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is not taken beforehand")
 def test_a_raster_that_finds_no_room_leaves_no_file(tmp_path):
     with pytest.raises(OSError, match=r"too large|No space"):
