@@ -49,6 +49,7 @@ _OF_THE_NETWORK = {
     "http.IncompleteRead",
 }
 _LONGEST_PAUSE_SECONDS, _LEAST_ATTEMPTS = 10.0, 4
+_WRITE_SECONDS, _LEAST_BYTES_A_SECOND = 60.0, 64e3  # of an attempt to write
 _DELETED_AT_ONCE = 1000  # by one request, as S3 bounds it
 _READ_BYTES = 2**20
 _ABANDONED_SECONDS = 3600.0  # what nobody has written to for so long belongs to a process that was killed
@@ -198,7 +199,7 @@ def list_files(uri: str) -> list[str]:
 def publish_bytes(uri: str, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none, whenever this process is killed."""
     if not is_local(uri):
-        _patiently(uri, lambda: _filesystem(uri).pipe_file(uri, data))
+        _patiently(uri, lambda: _filesystem(uri).pipe_file(uri, data, timeout=_time_for(len(data))))
         return
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,8 @@ def publish_bytes(uri: str, data: bytes) -> None:
 def publish_file(path: Path, uri: str) -> None:
     """Copy a local file to where readers see all of it or none."""
     if not is_local(uri):
-        _patiently(uri, lambda: _filesystem(uri).put_file(str(path), uri))
+        size = path.stat().st_size
+        _patiently(uri, lambda: _filesystem(uri).put_file(str(path), uri, timeout=_time_for(size)))
         return
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -526,6 +528,11 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
                 ) from error
             log.debug("%s: %s; trying again in %.1f s", uri, error, pause)
             time.sleep(pause)
+
+
+def _time_for(size: int) -> float:
+    """Seconds that an attempt to write may take: the client's own limits are of answers, not of who takes nothing."""
+    return _WRITE_SECONDS + size / _LEAST_BYTES_A_SECOND
 
 
 def _code_of(error: Exception) -> str | None:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
@@ -396,6 +397,10 @@ class _Mute(BaseHTTPRequestHandler):
 
     def do_PUT(self):
         self.seen.append(("PUT", self.headers.get("Expect")))
+        if self.path.endswith("/deaf"):
+            time.sleep(5)
+            self.close_connection = True
+            return
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(200)
         self.send_header("ETag", '"x"')
@@ -436,6 +441,22 @@ def test_nobody_waits_to_be_asked_for_what_is_written(mute):
     assert mute == [("PUT", None)]
 
 
+@pytest.mark.parametrize("how", ["bytes", "file"])
+def test_who_takes_nothing_is_not_waited_for_without_end(mute, monkeypatch, tmp_path, how):
+    monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "0.1")
+    monkeypatch.setattr(storage, "_WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "_LEAST_BYTES_A_SECOND", 1e9)
+    data = bytes(30_000_000)  # more than the system takes on its own
+    (tmp_path / "file").write_bytes(data)
+    write = partial(storage.publish_file, tmp_path / "file") if how == "file" else partial(_publish, data)
+    with pytest.raises(ConnectionError, match="b/deaf: no answer in 0 s, 4 attempts"):
+        write("s3://b/deaf")
+
+
+def _publish(data, uri):
+    storage.publish_bytes(uri, data)
+
+
 def test_attempts_are_counted_once(mute, monkeypatch):
     """Not five of s3fs's own for each, twice over."""
     monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "0.1")
@@ -462,14 +483,14 @@ def test_a_folder_is_known_by_its_first_file(bucket, monkeypatch):
 def test_a_large_file_whose_last_answer_was_lost_is_sent_again(monkeypatch):
     sent = []
 
-    def put_file(path, uri):
+    def put_file(path, uri, timeout):
         sent.append(uri)
         if len(sent) == 1:
             error = ClientError({"Error": {"Code": "NoSuchUpload"}}, "CompleteMultipartUpload")
             raise FileNotFoundError("The specified upload does not exist.") from error
 
     monkeypatch.setattr(storage, "_filesystem", lambda uri: SimpleNamespace(put_file=put_file))
-    storage.publish_file(Path("a"), "s3://b/a")
+    storage.publish_file(Path(__file__), "s3://b/a")
     assert len(sent) == 2
 
 

@@ -14,14 +14,13 @@ import io
 import logging
 import posixpath
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from adaconv import storage
-from adaconv.data.sources import Found, iter_images
+from adaconv.data.sources import Found, composed, iter_images
 from adaconv.errors import CredentialsError, UsageError
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def iter_artworks(sources: Iterable[str], layout: Layout) -> Iterator[Found]:
             )
         counts = Counter[str]()
         for found in iter_images((source,)):
-            told = table.rows.get(_composed(posixpath.basename(found.source))) if table else None
+            told = table.rows.get(composed(posixpath.basename(found.source))) if table else None
             artist, style = told or artist_and_style(found.source, layout)
             counts["csv" if told else "path" if artist else "nothing"] += 1
             yield found._replace(artist=artist, style=style)
@@ -134,11 +133,6 @@ def _interned(row: Mapping[str, str | None], column: str) -> str:
     return sys.intern(row.get(column) or "")
 
 
-def _composed(name: str) -> str:
-    """The same letters may be written in several ways; a Mac's archive and a table differ in it."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _read_table(uri: str) -> dict[str, tuple[str, str]]:
     with io.TextIOWrapper(storage.open_binary(uri), encoding="utf-8-sig", errors="replace", newline="") as text:
         reader = csv.DictReader(text)
@@ -151,7 +145,7 @@ def _read_table(uri: str) -> dict[str, tuple[str, str]]:
                     f"{', '.join(columns)[:200] or 'none'}. --shard.layout plain reads no table"
                 )
             return {
-                _composed(posixpath.basename(row[name])): (_interned(row, "artist"), _interned(row, "style"))
+                composed(posixpath.basename(row[name])): (_interned(row, "artist"), _interned(row, "style"))
                 for row in reader
                 if row[name]
             }

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from adaconv import storage
 from adaconv.config.dataset import RemoveConfig
 from adaconv.config.trace import TraceConfig
 from adaconv.data.manifest import Row
+from adaconv.data.sources import composed
 from adaconv.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Criterion:
     value: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", _composed(self.value))
+        object.__setattr__(self, "value", composed(self.value))
 
     def as_flag(self) -> str:
         return f"--{self.field.replace('_', '-')} {self.value}"
@@ -74,8 +74,8 @@ class Selector:
     def first(self, row: Row) -> Criterion | None:
         """The first criterion that admits a row."""
         for field, values in self._known.items():
-            values.add(_composed(row[field]))
-        source = _composed(row["source"])
+            values.add(composed(row[field]))
+        source = composed(row["source"])
         admitted = [self._named[name] for name in _names_of(row) if name in self._named]
         admitted += [criterion for pattern, criterion in self._patterns if pattern.match(source)]
         for criterion in admitted:
@@ -97,13 +97,9 @@ def _names_of(row: Row) -> Iterator[tuple[str, str]]:
     """What a row is named by, but for patterns: field and value."""
     yield "key", row["key"]
     yield "key", row["source_sha256"]
-    yield "artist", _composed(row["artist"])
-    parts = _composed(row["label"]).split("/")
+    yield "artist", composed(row["artist"])
+    parts = composed(row["label"]).split("/")
     yield from (("label", "/".join(parts[:depth])) for depth in range(1, len(parts) + 1))
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
 
 
 def criteria_of(config: RemoveConfig | TraceConfig) -> list[Criterion]:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import posixpath
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -26,6 +27,11 @@ _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _OF_WINDOWS = 0  # a zip's word for who made it
 _OF_ONE_FILE = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # links in a circle and the like
+
+
+def composed(name: str) -> str:
+    """The same letters may be written in several ways (NFC here): a Mac's archive and a table differ in it."""
+    return unicodedata.normalize("NFC", name)
 
 
 class Member(NamedTuple):

@@ -1,7 +1,6 @@
 """Which contents meet which styles, and how: pure functions of two lists."""
 
 import json
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from adaconv.data.sources import composed
 from adaconv.errors import UsageError
 from adaconv.stylize.tables import read_table
 
@@ -90,7 +90,7 @@ def _pairs_of_file(
         found: dict[str, int] = {}
         for name, place in places.items():
             cell = row.pop(name)
-            value = "" if cell is None else _composed(str(cell))
+            value = "" if cell is None else composed(str(cell))
             value = value if value in place else value.strip()
             if value not in place:
                 example = f", such as {names[name][0]!r}" if names[name] else ""
@@ -116,11 +116,6 @@ def _pairs_of_file(
 def _places(names: Sequence[str]) -> dict[str, int | None]:
     """Name to index; None for a name that several have."""
     places: dict[str, int | None] = {}
-    for index, name in enumerate(map(_composed, names)):
+    for index, name in enumerate(map(composed, names)):
         places[name] = None if name in places else index
     return places
-
-
-def _composed(name: str) -> str:
-    """The same letters may be written in several ways; a Mac's archive and a table differ in it."""
-    return unicodedata.normalize("NFC", name)
