@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_named(capsys, folders):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("style\npaint.jpg\n", "row 1: expected the name of a content that --content holds, found ''"),
+        ("style\npaint.jpg\n", "row 1: expected columns content and style, found style"),
         ("content,style\na.jpg,other.jpg\n", "row 1: expected the name of a style that --style holds"),
         ("content,style,alpha\na.jpg,a.jpg,2\n", "row 1: alpha: Input should be less than or equal to 1, found '2'"),
         ("content,style,depth\na.jpg,a.jpg,2\n", "row 1: unknown columns depth"),
