@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ _ROOMS = {
 }
 DIGEST_TAG, _CHECKPOINT_TAG, _ROLES_TAG = "adaconv.digest", "adaconv.checkpoint", "adaconv.roles"
 _SHOWN_METRICS = ("train/", "probe/")
+_BROKEN_OFF_SECONDS = 3600.0  # of an upload: a younger one may be another process's
 _EXAMPLE_SIDE, _GRID_SIDE, _LONGEST_DESCRIPTION = 64, 1024, 5000
 
 
@@ -82,12 +84,16 @@ def log_model(client: MlflowClient, run: Run, folder: Path, *, checkpoint_uri: s
 
 def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
     """Whole models of a run; one whose upload broke off is none."""
-    found = every(client.search_logged_models, [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    return [model for model in found if str(model.status) == "READY"]
+    return [model for model in _models_of(client, run) if str(model.status) == "READY"]
+
+
+def _models_of(client: MlflowClient, run: Run) -> list[LoggedModel]:
+    return every(client.search_logged_models, [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
 
 
 def give_roles(client: MlflowClient, run: Run, roles: dict[str, str]) -> list[str]:
-    """Say which models are the best and the last, and delete those that were and are not, files as well.
+    """Say which models are the best and the last, and delete those that were and are not, files as well; so are those
+    whose upload broke off, after an hour.
 
     What has a version in the registry stays.
 
@@ -102,10 +108,12 @@ def give_roles(client: MlflowClient, run: Run, roles: dict[str, str]) -> list[st
     versions = every(client.search_model_versions, f"run_id = '{run.info.run_id}'")
     registered = {version.source for version in versions}
     deleted = []
-    for model in logged_models(client, run):
+    for model in _models_of(client, run):
+        is_whole = str(model.status) == "READY"
+        is_left = not is_whole and model.creation_timestamp < (time.time() - _BROKEN_OFF_SECONDS) * 1000
         if model.model_id in roles:
             client.set_logged_model_tags(model.model_id, {_ROLES_TAG: roles[model.model_id]})
-        elif _ROLES_TAG in model.tags and model.artifact_location not in registered:
+        elif (is_whole or is_left) and _ROLES_TAG in model.tags and model.artifact_location not in registered:
             get_artifact_repository(model.artifact_location).delete_artifacts()
             client.delete_logged_model(model.model_id)
             deleted.append(str(model.model_id))

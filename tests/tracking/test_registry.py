@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from adaconv import checkpoint
 from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.stylize.stylizer import Stylizer
+from adaconv.tracking import logged_model
 from adaconv.tracking.logged_model import logged_models
 from adaconv.tracking.mlflow_tracker import close_run, open_run, sync
 from adaconv.tracking.registry import history_of, register, resolved_model, rollback
@@ -325,3 +327,18 @@ def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path, monke
     damaged.write_bytes(damaged.read_bytes()[:-2])
     _, _, kept, roles = part((500, 0.7))
     assert (set(kept), roles["500"]) == ({"best", "last"}, "best,last")  # the better one is lost
+
+    client, run, _, _ = part((600, 0.4))
+    for upload in ("begun", "not begun"):
+        tags = {"adaconv.roles": "last"}
+        left = client.create_logged_model(run.info.experiment_id, name="left", source_run_id=run.info.run_id, tags=tags)
+        if upload == "begun":
+            (tmp_path / "a").write_text("x")
+            client.log_model_artifact(left.model_id, str(tmp_path / "a"))
+        keep_models(client, run, str(folder))
+        assert str(client.get_logged_model(left.model_id).status) == "PENDING"  # maybe another process's
+        with monkeypatch.context() as later:
+            later.setattr(logged_model, "_BROKEN_OFF_SECONDS", -10.0)
+            keep_models(client, run, str(folder))
+        with pytest.raises(MlflowException):
+            client.get_logged_model(left.model_id)
