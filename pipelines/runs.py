@@ -11,11 +11,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaconv import cli
 from adaconv.config.base import Config
 from adaconv.config.runs import PageConfig, ReapConfig, SyncConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +60,9 @@ def page(config: PageConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.errors import TrackingError
     from adaconv.tracking.results import find
-    from adaconv.tracking.runs import default_uri, reader_of
     from adaconv.tracking.time_machine import PAGE_FILE, render
 
-    client = reader_of(default_uri(config.tracking_uri, Path.cwd()))
+    client = _client(config.tracking_uri)
     runs = [find(client, name) for name in (config.run, config.against) if name]
     text = render(client, runs, max_bytes=int(config.max_mb * 1e6))
     if text is None:
@@ -71,17 +73,20 @@ def page(config: PageConfig) -> dict[str, Any]:
 
 
 def reap(config: ReapConfig) -> dict[str, Any]:
-    from mlflow.exceptions import MlflowException
+    from adaconv.tracking.runs import reap
 
-    from adaconv.errors import TrackingError
-    from adaconv.tracking.runs import default_uri, reader_of, reap
-
-    client = reader_of(default_uri(config.tracking_uri, Path.cwd()))
-    try:
-        reaped = reap(client)
-    except MlflowException as error:
-        raise TrackingError(f"tracking: {client.tracking_uri} does not answer: {error}") from error
+    reaped = reap(_client(config.tracking_uri))
     return {"reaped": [{"run_id": one.run_id, "name": one.name, "why": one.why} for one in reaped]}
+
+
+def _client(tracking_uri: str | None) -> "MlflowClient":
+    """Of a server that answers, or a database that is there."""
+    from adaconv.tracking.runs import default_uri, ping, reader_of
+
+    uri = default_uri(tracking_uri, Path.cwd())
+    client = reader_of(uri)
+    ping(uri)
+    return client
 
 
 def _spools(config: SyncConfig) -> list[Path]:

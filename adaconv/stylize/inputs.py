@@ -210,10 +210,8 @@ def metadata_of(path: Path) -> Metadata:
 
 
 def _items_of(source: str, flag: str, packs: bool) -> Iterator[Item]:
-    plain, mark, column = source.rpartition("#")
-    if source.lower().endswith(".parquet"):
-        plain, mark, column = source, "#", ""
-    if mark and plain.lower().endswith(".parquet"):
+    plain, column = (source, "") if source.lower().endswith(".parquet") else source.rpartition("#")[::2]
+    if plain.lower().endswith(".parquet"):
         yield from _cells(storage.absolute(plain), source, column, flag)
     elif packs and source.lower().endswith(".safetensors"):
         uri = storage.absolute(source)

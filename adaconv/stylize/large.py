@@ -38,13 +38,13 @@ def reads(path: Path) -> bool:
 
 def _has_late_exif(path: Path) -> bool:
     """Libvips looks at what stands before a PNG's pixels."""
-    chunks = []
+    behind = False
     with path.open("rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
-            chunks.append(head[4:])
-            if chunks[-1] == b"eXIf":
-                return b"IDAT" in chunks
+            behind = behind or head[4:] == b"IDAT"
+            if head[4:] == b"eXIf":
+                return behind
             file.seek(int.from_bytes(head[:4], "big") + 4, 1)
     return False
 

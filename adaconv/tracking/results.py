@@ -132,10 +132,7 @@ def find(client: MlflowClient, run: str) -> Run:
     Raises:
         TrackingError: there is none, or more than one of this name.
     """
-    try:
-        experiments = [found.experiment_id for found in every(client.search_experiments)]
-    except MlflowException as error:
-        raise TrackingError(f"tracking: {client.tracking_uri} does not answer: {error}") from error
+    experiments = [found.experiment_id for found in every(client.search_experiments)]
     try:
         return client.get_run(run)
     except MlflowException:

@@ -100,9 +100,10 @@ class Spool:
 
     def append(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         """Keep a record: on disk, not yet synced, when this returns; in memory while the disk is full."""
-        line = {"kind": kind, "step": step, "timestamp_ms": int(time.time() * 1000), "values": values}
+        now = int(time.time() * 1000)
         if kind == "status":  # of two the later one counts: later as told, though the clock was put back in between
-            line["timestamp_ms"] = self._status_ms = max(int(time.time() * 1000), self._status_ms + 1)
+            now = self._status_ms = max(now, self._status_ms + 1)
+        line = {"kind": kind, "step": step, "timestamp_ms": now, "values": values}
         with self._lock:
             self._pending.append(json.dumps(line).encode() + b"\n")
             self._write_pending()
