@@ -83,6 +83,14 @@ class _OnceEach(yaml.SafeLoader):
         return node
 
 
+def _not_by_sixties(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
+    """YAML 1.1 reads 10:20, a range of batches, as 620."""
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+_OnceEach.add_constructor("tag:yaml.org,2002:int", _not_by_sixties)
+
+
 def _read_files(model: type[Config], files: Sequence[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in files:

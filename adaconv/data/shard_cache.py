@@ -142,6 +142,7 @@ def _download(uri: str, size: int, aside: Path) -> str:
             part = storage.read_range(uri, offset, min(_PART_BYTES, size - offset))
             digest.update(part)
             file.write(part)
+        os.fsync(file.fileno())  # a copy counts as whole by its length, which a loss of power may leave without bytes
     return digest.hexdigest()
 
 

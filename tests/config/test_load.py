@@ -176,6 +176,11 @@ def test_a_key_that_is_there_twice_is_refused_and_located(tmp_path, text):
         load("--config", write(tmp_path / "twice.yaml", text), "--source", "a", "--output", "o")
 
 
+def test_a_range_with_a_colon_is_read_as_written(tmp_path):
+    text = "source: [10:20, 41200:41500]\noutput: o\ntrain: {steps: 4}\n"
+    assert load("--config", write(tmp_path / "ranges.yaml", text)).config.source == ("10:20", "41200:41500")
+
+
 def test_keys_that_a_merge_brings_may_be_given_anew(tmp_path):
     text = "source: [a]\noutput: o\ntrain: {<<: {steps: 4, kind: b}, steps: 5}\n"
     assert load("--config", write(tmp_path / "merge.yaml", text)).config.train == Train(steps=5, kind="b")
