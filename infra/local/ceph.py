@@ -79,17 +79,17 @@ class Site:
         if name == "ceph-mon":
             if not (self.folder / "mon" / "keyring").exists():
                 self._make_monitor()
-            command = [binary("ceph-mon", "ceph-mon"), "-i", "a"]
+            command = [binary("ceph-mon"), "-i", "a"]
         elif name == "ceph-osd":
             if not (self.folder / "osd" / "ready").exists():
                 self._make_store()
-            command = [binary("ceph-osd", "ceph-osd"), "-i", "0"]
+            command = [binary("ceph-osd"), "-i", "0"]
         else:
             keyring = self.folder / "client.rgw.keyring"
             if not keyring.exists():
                 caps = ("mon", "allow rw", "osd", "allow rwx")
                 keyring.write_text(self._ask("auth", "get-or-create", "client.rgw", *caps))
-            command = [binary("radosgw", "radosgw"), "-n", "client.rgw"]
+            command = [binary("radosgw"), "-n", "client.rgw"]
         return start(
             name,
             [*command, "--foreground"],
@@ -100,7 +100,7 @@ class Site:
 
     def make_user(self, name: str, *, access_key: str = "", secret_key: str = "") -> tuple[str, str]:
         """A user's keys, made by Ceph where none are given."""
-        admin = [binary("radosgw-admin", "radosgw"), "-n", "client.rgw", "user"]
+        admin = [binary("radosgw-admin"), "-n", "client.rgw", "user"]
         given = ["--access-key", access_key, "--secret-key", secret_key] if access_key else []
         made = run(
             [*admin, "create", "--uid", name, "--display-name", name, *given],
@@ -114,7 +114,7 @@ class Site:
         return {**self.environment, "CEPH_CONF": str(self.folder / "ceph.conf")}
 
     def _ask(self, *arguments: str, text: str = "") -> str:
-        ceph = [binary("ceph", "ceph-common"), "--name", "client.admin", "--connect-timeout", "10"]
+        ceph = [binary("ceph"), "--name", "client.admin", "--connect-timeout", "10"]
         return run([*ceph, *arguments], environment=self._environment, text=text)
 
     def _answers(self, name: str) -> bool:
@@ -141,7 +141,7 @@ class Site:
             s3=self.port,
         )
         (self.folder / "ceph.conf").write_text(conf)
-        tool = binary("ceph-authtool", "ceph-common")
+        tool = binary("ceph-authtool")
         mon, admin = self.folder / "mon.keyring", self.folder / "client.admin.keyring"
         for keyring, who, caps in ((mon, "mon.", ["mon"]), (admin, "client.admin", ["mon", "osd", "mgr"])):
             allowed = [part for cap in caps for part in ("--cap", cap, "allow *")]
@@ -149,19 +149,19 @@ class Site:
         run([tool, mon, "--import-keyring", admin], environment=self._environment)
         monmap = str(self.folder / "monmap")
         address = f"[v2:127.0.0.1:{self.inner_port}]"
-        make = [binary("monmaptool", "ceph-base"), "--create", "--addv", "a", address, "--fsid", fsid, monmap]
+        make = [binary("monmaptool"), "--create", "--addv", "a", address, "--fsid", fsid, monmap]
         run(make, environment=self._environment)
         mkfs = ["--mkfs", "-i", "a", "--monmap", monmap, "--keyring", str(mon)]
-        run([binary("ceph-mon", "ceph-mon"), *mkfs], environment=self._environment)
+        run([binary("ceph-mon"), *mkfs], environment=self._environment)
         mon.replace(self.folder / "mon.a.keyring")
 
     def _make_store(self) -> None:
         identity = str(uuid.uuid4())
-        made = run([binary("ceph-authtool", "ceph-common"), "--gen-print-key"], environment=self._environment).strip()
+        made = run([binary("ceph-authtool"), "--gen-print-key"], environment=self._environment).strip()
         self._ask("osd", "new", identity, "-i", "-", text=json.dumps({"cephx_secret": made}))
         (self.folder / "osd.0.keyring").write_text(f"[osd.0]\n\tkey = {made}\n")
         mkfs = ["-i", "0", "--mkfs", "--osd-uuid", identity]
-        run([binary("ceph-osd", "ceph-osd"), *mkfs], environment=self._environment)
+        run([binary("ceph-osd"), *mkfs], environment=self._environment)
 
 
 def make_buckets(names: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -6,11 +6,24 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+# The programs that are no part of this environment, and Debian's packages of them.
+PACKAGES = {
+    "initdb": "postgresql",
+    "monmaptool": "ceph-base",
+    "ceph": "ceph-common",
+    "ceph-authtool": "ceph-common",
+    "ceph-mon": "ceph-mon",
+    "ceph-osd": "ceph-osd",
+    "radosgw": "radosgw",
+    "radosgw-admin": "radosgw",
+    "prometheus": "prometheus",
+}
 
 
 class StackError(Exception):
@@ -122,16 +135,36 @@ def run(
     return done.stdout
 
 
-def binary(name: str, package: str, *, folders: Sequence[Path] = ()) -> str:
-    """Where a program is.
+def binary(name: str) -> str:
+    """Where one of PACKAGES' programs is.
 
     Raises:
         StackError: it is not installed; names Debian's package.
     """
-    found = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)]))
-    if found is None:
-        raise StackError(f"expected the program {name}, found none; on Debian and Ubuntu: apt-get install {package}")
+    require_programs([name])
+    found = _where(name)
+    assert found
     return found
+
+
+def require_programs(names: Iterable[str]) -> None:
+    """Name all programs that are missing, before any is started, with what installs them.
+
+    Raises:
+        StackError: some are not installed.
+    """
+    missing = [name for name in names if not _where(name)]
+    if missing:
+        packages = sorted({PACKAGES[name] for name in missing})
+        raise StackError(
+            f"expected the programs {', '.join(missing)}, found none of that name; on Debian and Ubuntu: "
+            f"apt-get install --no-install-recommends {' '.join(packages)}"
+        )
+
+
+def _where(name: str) -> str | None:
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)  # which Debian keeps off the PATH
+    return shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)]))
 
 
 def listens(port: int) -> bool:

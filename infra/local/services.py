@@ -40,8 +40,7 @@ def stop_service(running: Running, stop: Any) -> None:
 
 def start_postgres(place: "Place") -> Running:
     """A cluster of databases with passwords, over TCP alone."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    initdb = binary("initdb", "postgresql", folders=folders)
+    initdb = binary("initdb")
     data = place.folder / "postgres"
     user = _postgres_user(data)
     environment = place.environment(PGPASSWORD=place.secrets["postgres_password"])
@@ -241,7 +240,7 @@ def start_prometheus(place: "Place") -> Running:
     return start(
         "prometheus",
         [
-            *(binary("prometheus", "prometheus"), f"--config.file={config}"),
+            *(binary("prometheus"), f"--config.file={config}"),
             *(f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={place.folder / 'prometheus'}"),
         ],
         log=place.logs / "prometheus.log",

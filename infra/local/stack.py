@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.local import services
-from infra.local.processes import Running, StackError, stop, write_private
+from infra.local.processes import PACKAGES, Running, StackError, require_programs, stop, write_private
 
 __all__ = ["Stack", "StackError"]
 
@@ -105,8 +105,12 @@ class Stack:
         """Start what is not running, each service when those it needs answer.
 
         Raises:
-            StackError: a program is missing, a port is taken, a server did not start. What runs stays; `down` ends it.
+            StackError: a program is missing, a port is taken: nothing was started. Or a server did not start: what runs
+                stays, and `down` ends it.
         """
+        if self.place is None:
+            self._refuse_what_is_taken(base_port)
+        require_programs(name for name in PACKAGES if prometheus or name != "prometheus")
         place = self.place = self.place or self._make_place(base_port)
         wanted: dict[str, Callable[[], Running]] = {
             "postgres": lambda: services.start_postgres(place),
@@ -154,10 +158,12 @@ class Stack:
             raise StackError(f"no stack in {self.folder}: python -m infra.local up --folder {self.folder}")
         return self.place.client_environment()
 
-    def _make_place(self, base_port: int) -> Place:
+    def _refuse_what_is_taken(self, base_port: int) -> None:
         services.refuse_taken_ports(range(base_port, base_port + 20))
         if self.folder.exists() and any(self.folder.iterdir()):
             raise StackError(f"expected an empty folder, or one of an earlier `up`, found other files in {self.folder}")
+
+    def _make_place(self, base_port: int) -> Place:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Others may pass through, to the folder that belongs to PostgreSQL's user; they can list or read nothing.
         self.folder.chmod(0o711)

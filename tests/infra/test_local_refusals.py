@@ -27,6 +27,15 @@ def test_taken_ports_are_named(tmp_path, capsys):
     assert not (tmp_path / "stack").exists()
 
 
+def test_all_programs_that_are_missing_are_named_before_any_server_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["up", "--folder", str(tmp_path / "stack"), "--base-port", "29500", "--prometheus"]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"expected the programs .*monmaptool, .*radosgw, .*prometheus, found none of that name", told)
+    assert re.search("apt-get install --no-install-recommends ceph-base .*prometheus radosgw$", told.strip())
+    assert not (tmp_path / "stack").exists()
+
+
 def test_env_and_status_of_nothing(tmp_path, capsys):
     assert main(["env", "--folder", str(tmp_path / "none")]) == 1
     assert "no stack in" in capsys.readouterr().err

@@ -20,19 +20,25 @@ import psutil
 import pytest
 
 from adaconv import storage
-from infra.local.processes import stop
+from infra.local.processes import PACKAGES, StackError, require_programs, stop
 from infra.local.services import http_status, stop_service
 from infra.local.stack import Stack
 from infra.monitoring.dashboard import dashboard
 from tests.servers import REPO
 
+
+def what_is_missing():
+    try:
+        require_programs(name for name in PACKAGES if name != "prometheus")
+    except StackError as error:
+        return str(error)
+    return ""
+
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.ray,
-    pytest.mark.skipif(
-        not shutil.which("radosgw") or not Path("/usr/lib/postgresql").exists(),
-        reason="needs Debian's packages postgresql, radosgw, ceph-mon, ceph-osd",
-    ),
+    pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing()),
 ]
 
 
