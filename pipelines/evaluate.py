@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def _seen_in_training(config: EvaluateConfig, datasets: dict[str, list[str]]) ->
     from adaconv.data.similar import seen_in
     from adaconv.errors import AdaConvError
     from adaconv.evaluation.protocol import choose, open_exhibit
+    from adaconv.images import ImageError
 
     wanted = config.protocol.model_dump(include={"contents", "styles"})
     seen = {}
@@ -96,7 +97,11 @@ def _seen_in_training(config: EvaluateConfig, datasets: dict[str, list[str]]) ->
         if name not in datasets:
             log.info("whether the model was trained on the %s pictures is not known", name)
             continue
-        hashes = np.array([perceptual_hash(open_exhibit(item)[0]) for item in items], np.uint64)
+        pictures = []
+        for item in items:
+            with suppress(ImageError):  # who reads the protocol names them all
+                pictures.append((item, perceptual_hash(open_exhibit(item)[0])))
+        hashes = np.array([value for _, value in pictures], np.uint64)
         found: dict[int, str] = {}
         for spec in datasets[name]:
             try:
@@ -104,7 +109,7 @@ def _seen_in_training(config: EvaluateConfig, datasets: dict[str, list[str]]) ->
             except (AdaConvError, OSError) as error:
                 log.warning("whether the %s pictures are among those of %s is not known: %s", name, spec, error)
         if found:
-            told = [f"{items[place].source} (as {source})" for place, source in sorted(found.items())]
+            told = [f"{pictures[place][0].source} (as {source})" for place, source in sorted(found.items())]
             log.warning(
                 "%d of %d pictures of --%s, or near copies, are among those that the model was trained on: %s; its "
                 "scores flatter",

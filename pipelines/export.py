@@ -3,8 +3,8 @@
     python pipelines/export.py --model models:/adaconv@champion --tracking.uri sqlite:///mlflow.db --output exported/
 
 style.onnx  style (B, 3, S, S) in [0, 1], S being --style-side, to the tensors of a style code
-apply.onnx  content (B, 3, H, W) in [0, 1], any B, any H and W from 16 (32 for kernels of 7) on, and those tensors to
-            stylized (B, 3, H, W), to be clamped
+apply.onnx  content (B, 3, H, W) in [0, 1], any B, any H and W from 16 on (kernels of 5: 24, of 7: 32), and those
+            tensors to stylized (B, 3, H, W), to be clamped
 
 Both are float32, hold their weights and say in their metadata which model they are. They are run by onnxruntime before
 they are published, and compared with the network: ends with 1 where they differ by half of one of 255 levels.

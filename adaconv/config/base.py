@@ -17,7 +17,8 @@ class Config(BaseModel):
     def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads `yes` and `on` as true, and true would be 1."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+        values = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(one, bool) for one in values) and bool not in (kind, *get_args(kind)):
             raise ValueError("expected no truth value; YAML reads yes, no, on and off as such: put words in quotes")
         return value
 

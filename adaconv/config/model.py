@@ -73,3 +73,9 @@ class LossConfig(Config):
     steps of styles; 0, as in the paper, leaves it out and spares a third of a step."""
     tv_weight: float = Field(default=0.0, ge=0)
     """Weight of the total variation of the output, against noise; 0, as in the paper, leaves it out."""
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "LossConfig":
+        if not any((self.content_weight, self.style_weight, self.identity_weight, self.tv_weight)):
+            raise ValueError("loss: expected one weight above 0, found all of them 0: nothing would be learned")
+        return self

@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from adaconv.config.base import Config, LocalFolder, Location, PathOrWord, TrackingUri
 from adaconv.config.model import EncoderConfig, LossConfig, ModelConfig
@@ -57,7 +57,8 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _skips_are_ranges(self) -> "DataConfig":
         for text in self.skip_batches:
-            if not re.fullmatch(r"\d+:\d+", text) or len(range(*map(int, text.split(":")))) == 0:
+            numbers = re.fullmatch("([0-9]+):([0-9]+)", text)
+            if not numbers or int(numbers[1]) >= int(numbers[2]):
                 raise ValueError(f"data.skip_batches ({text}): expected FIRST:END with END above FIRST, as 41200:41500")
         for (_, end), (first, _) in pairwise(self.skipped):
             if first < end:
@@ -132,6 +133,14 @@ class ScalingConfig(Config):
     """Times in a row that the ranks are started again after one was lost to the infrastructure and no new checkpoint
     came of it. Errors in code or data are not retried; a start with more ranks than before does not count."""
 
+    @field_validator("num_workers", mode="wrap")
+    @classmethod
+    def _one_or_two(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(value)
+        except ValidationError:  # which would tell of each of the two kinds
+            raise ValueError(f"expected one number, or the fewest and the most, from 1 on; found {value!r}") from None
+
     @model_validator(mode="after")
     def _ordered(self) -> "ScalingConfig":
         if self.least_workers > self.most_workers:
@@ -166,7 +175,8 @@ class HardwareConfig(Config):
 
     tflops: float | None = Field(default=None, gt=0)
     """10^12 operations a second that a rank attains in training; None: where ranks have GPUs, what an H200 was measured
-    to (352 in bfloat16, 110 in float32, and 3.3 ms a step), else what this machine's matrix products give."""
+    to (352 in bfloat16, 110 in float32, and 3.3 ms a step), else what this machine's matrix products give, which the
+    ranks of a node share."""
     launch_ms: float = Field(default=25, ge=0)
     """Milliseconds that Python needs to start a step's kernels one by one, on GPUs whose step is not recorded as a CUDA
     graph (25: measured beside an H200, docs/design/0007-network.md)."""
@@ -175,7 +185,7 @@ class HardwareConfig(Config):
     cores_per_rank: float | None = Field(default=None, gt=0)
     """Cores that a rank's loader workers have; None: data.loader_workers."""
     network_gbit: float = Field(default=25, gt=0)
-    """Gigabits a second between two nodes."""
+    """Gigabits a second between two nodes, and between ranks on CPUs."""
     nvlink_gbyte: float = Field(default=300, gt=0)
     """Gigabytes a second between two GPUs of a node."""
     ranks_per_node: int = Field(default=8, ge=1)

@@ -95,7 +95,7 @@ def decode_crop(data: bytes, geometry: Geometry, draw: random.Random) -> NDArray
     whole = _decode(data, geometry.resize)
     height, width = whole.shape[:2]
     scale = min(width, height) / geometry.resize
-    side = geometry.crop * scale
+    side = min(geometry.crop * scale, width, height)  # where the crop is the whole side, the product may round above it
     left, top = across * (width - side), down * (height - side)
     if scale == 1:  # nothing to resample: whole pixels, as shards made for this size have them
         x, y = round(left), round(top)
@@ -283,7 +283,7 @@ class PairDataset(Dataset[Batch]):
                 image = reader.read(row)
                 try:
                     place[:] = decode_crop(image, geometry, draw)
-                except OSError as error:
+                except (OSError, ValueError) as error:
                     raise DatasetError(f"{stream} sample {reader.key(row)} cannot be decoded: {error}") from error
         finally:
             loader_witness.note("")

@@ -114,7 +114,11 @@ class Evaluation:
         pixels = self._pixels(exhibit)
         content = self._judge.look(pixels)
         own = stylizer.style_pack(pixels, side=self.protocol.style_side)
-        *outputs, itself = stylizer.stylize_all(pixels, [*packs, own], batch_size=_BATCH[stylizer.device])
+        if stylizer.tile_of(self.protocol.side, self.protocol.side) is None:
+            made = stylizer.stylize_all(pixels, [*packs, own], batch_size=_BATCH[stylizer.device])
+        else:
+            made = (stylizer.stylize(pixels, pack) for pack in (*packs, own))
+        *outputs, itself = made
         pairs = [
             compare(self._judge.look(output), content, style)
             for output, style in zip(outputs, self._styles, strict=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -61,7 +62,7 @@ def load_encoder(spec: str, *, widths: tuple[int, int, int, int] = (64, 128, 256
     encoder = VGGEncoder(widths=widths)
     kind, _, seed = spec.partition(":")
     if kind == "seeded":
-        if not seed.isdigit():
+        if not re.fullmatch("[0-9]{1,18}", seed):  # what torch takes
             raise WeightsError(f"encoder.weights {spec}: expected seeded:<n> with a whole number, such as seeded:0")
         return _seeded(encoder, int(seed))
     path = cached_file(spec)

@@ -109,6 +109,8 @@ class KernelPredictor(nn.Module):
         same = predictor_padding == "same"
         if channels % groups:
             raise ValueError(f"{groups} groups do not divide the {channels} channels of their scale")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernels of {kernel_size}x{kernel_size} have no middle: expected an odd kernel_size")
         if descriptor_size < kernel_size or (same and descriptor_size != kernel_size):
             raise ValueError(
                 f"a descriptor of {descriptor_size}x{descriptor_size} gives no kernels of {kernel_size}x{kernel_size} "
@@ -373,7 +375,7 @@ def build_network(
         output_activation: after the last convolution.
 
     Raises:
-        ValueError: groups do not divide the channels, or W does not give kernels of this size.
+        ValueError: groups do not divide the channels, kernels have no middle, or W does not give ones of this size.
     """
     transfer: AdaConvTransfer | AdaINTransfer
     if architecture == "adain":

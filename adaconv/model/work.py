@@ -134,14 +134,16 @@ def trained_weights(size: Size) -> float:
     return 27 * channels**2 + linear + descriptor * predicted + fixed
 
 
-def train_flops(size: Size) -> float:
+def train_flops(size: Size, *, identity: bool = False) -> float:
     """One pair: three encodes, back through the last to its image; style encoder and decoder forward and twice back.
 
-    The first convolution of the style encoder passes nothing on to the frozen encoder.
+    The first convolution behind the frozen encoder, of the style encoder or of AdaIN's decoder, passes nothing on to
+    it. With the identity loss an image goes through style encoder and decoder once more; its pixels are compared.
     """
     channels, side = size.widths[-1], size.side
-    unused = _flops([(channels, channels, side // 8)]) if size.architecture == "adaconv" else 0
-    return 4 * encoder_flops(size, side) + 3 * (style_flops(size) + decoder_flops(size, side)) - unused
+    first = (channels, channels, side // 8) if size.architecture == "adaconv" else decoder_convs(size, side)[0]
+    trained = 3 * (style_flops(size) + decoder_flops(size, side)) - _flops([first])
+    return 4 * encoder_flops(size, side) + (2 if identity else 1) * trained
 
 
 def train_values(size: Size) -> float:
@@ -149,3 +151,9 @@ def train_values(size: Size) -> float:
     forward = stylize_values(size, size.side) + 2 * _values(encoder_convs(size, size.side))
     back = stylize_values(size, size.side, style_cached=True)  # decoder and the output's encoder
     return forward + 2 * back
+
+
+def kept_values(size: Size, *, identity: bool = False) -> float:
+    """One pair: maps that are kept for the gradient, of decoder and the output's encoder; see `train_flops`."""
+    kept = stylize_values(size, size.side, style_cached=True) / 2
+    return kept + (kept - _values(encoder_convs(size, size.side)) if identity else 0)

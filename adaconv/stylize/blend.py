@@ -4,6 +4,7 @@ A block convolves with K = P D, the product of its pointwise and depthwise kerne
 add products of one style with another; what is mixed here is K, written as a depthwise kernel with P = 1.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,14 +19,15 @@ def mix(codes: Sequence[StyleCode], weights: Sequence[float]) -> StyleCode:
 
     Args:
         codes: of one model, each with a batch of one.
-        weights: one a code, none negative; they are divided by their sum.
+        weights: one a code, finite and none negative; they are divided by their sum.
 
     Raises:
         UsageError: the weights do not fit.
     """
-    if len(weights) != len(codes) or min(weights, default=-1) < 0 or not sum(weights) > 0:
+    if len(weights) != len(codes) or min(weights, default=-1) < 0 or not 0 < sum(weights) < math.inf:
         raise UsageError(
-            f"expected {len(codes)} weights, none below 0 and one above it; found {', '.join(map(str, weights))}"
+            f"expected {len(codes)} weights, finite, none below 0 and one above it; found "
+            f"{', '.join(map(str, weights))}"
         )
     shares = [(code, weight / sum(weights)) for code, weight in zip(codes, weights, strict=True) if weight > 0]
     if len(shares) == 1:

@@ -149,9 +149,11 @@ class Stylizer:
             source_sha256: of the style's file; None takes it of the pixels.
 
         Raises:
-            UsageError: styles of this side take more memory than `max_memory_gb`.
+            UsageError: styles of this side take more memory than `max_memory_gb`, or it is below 1.
             MemoryError: this style does, which is longer than wide.
         """
+        if side < 1:
+            raise UsageError(f"side: expected 1 pixel or more, found {side}")
         if isinstance(style, list | tuple):
             packs = [self.style_pack(one, side=side, source=f"{source or 'style'} {i}") for i, one in enumerate(style)]
             return mix_packs(packs)
@@ -182,7 +184,8 @@ class Stylizer:
             content: PIL; numpy (H, W, 3); tensor (3, H, W) or (1, 3, H, W): uint8, or floating in [0, 1]. PIL pictures
                 are taken as they are seen (upright, sRGB, on white) and come back so, in RGB.
             style: a pack, or several to be mixed, or to be applied each under its mask.
-            alpha: from 0, the content in its own style, to 1, the style.
+            alpha: from 0, the content in its own style (read off a reduction of it, so that a pack of it gives nearly
+                the same), to 1, the style.
             weights: of several packs in a mixture; None takes equal ones.
             mask: one a pack, of the content's size, white where the pack applies; PIL of any mode, see images.to_rgb;
                 arrays and tensors of uint8, or floating in [0, 1].
@@ -205,7 +208,12 @@ class Stylizer:
         return like(content, out)
 
     def stylize_all(self, content: P, packs: Iterable[StylePack], *, batch_size: int = 1) -> Iterator[P]:
-        """One picture a pack, whole frames; the content is encoded once, `batch_size` packs are decoded together."""
+        """One picture a pack, whole frames; the content is encoded once, `batch_size` packs are decoded together.
+
+        Raises:
+            UsageError: a pack of another model, or batches of less than one.
+        """
+        _require_batch(batch_size)
         pixels = pixels_of(content)
         waiting: list[StylePack] = []
         encoded = self.encode(pixels)
@@ -218,7 +226,12 @@ class Stylizer:
             yield from (like(content, one) for one in self.decode_batch(encoded, waiting))
 
     def stylize_many(self, contents: Sequence[P], packs: Sequence[StylePack], *, batch_size: int = 8) -> list[P]:
-        """Pairs of contents and packs, whole frames; contents of the same size go through the network together."""
+        """Pairs of contents and packs, whole frames; contents of the same size go through the network together.
+
+        Raises:
+            UsageError: a pack of another model, as many packs as contents are not there, or batches of less than one.
+        """
+        _require_batch(batch_size)
         if len(contents) != len(packs):
             raise UsageError(f"expected as many packs as contents, found {len(contents)} contents, {len(packs)} packs")
         pixels = [_float(content) for content in contents]
@@ -440,6 +453,11 @@ class Encoded:
 
 
 _LEVELS = np.zeros((1, 1, 3), np.uint8)
+
+
+def _require_batch(size: int) -> None:
+    if size < 1:
+        raise UsageError(f"batch_size: expected 1 or more, found {size}")
 
 
 def _float(picture: Picture) -> Tensor:

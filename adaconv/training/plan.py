@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
 # Share of a step's FLOP that comes after the first gradients are ready for exchange: the decoder's and the predictors'
 # backward pass come first, the style encoder's, with two thirds of all weights, last.
 _OVERLAPPED = 0.3
-# GiB of activations a pair of 256 px keeps for its gradient: upper bounds of what `train_step/...` of bench/ took.
+# GiB of activations a pair of 256 px keeps for its gradient, without the identity loss: upper bounds of what
+# `train_step/...` of bench/ took.
 _ACTIVATION_GIB = {"float32": 0.36, "bfloat16": 0.30}
 _PROCESS_GIB = 0.5
 # Of an H200, through what was measured of it (docs/design/0007-network.md): 8.7 ms with 8 pairs and 25.0 with 32 in
@@ -58,16 +58,25 @@ class StepPlan:
         return max(max(self.computing, self.launching) + self.exchanging, self.decoding, self.fetching)
 
     @property
-    def limit(self) -> str:
-        """What takes longest, and the setting that moves it."""
-        parts = {
-            f"computing: train.precision bfloat16, more ranks{'' if self.gpu else ', train.compile'}": self.computing,
+    def faster(self) -> str:
+        """What makes computing faster besides: ranks on one machine's CPUs share them."""
+        return "more ranks" if self.gpu else "train.compile, ranks on more machines"
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each, by its name and the settings that move it."""
+        return {
+            f"computing: train.precision bfloat16, {self.faster}": self.computing,
             "launching kernels: train.cuda_graph without micro-batches and train.compile": self.launching,
             "exchanging gradients: scaling.gradient_compression bfloat16, a larger global batch": self.exchanging,
             "decoding: data.loader_workers, more cores a rank, shards of a smaller side": self.decoding,
             "fetching shards: data.cache_gb for the whole dataset, a faster store": self.fetching,
         }
-        return max(parts, key=lambda name: parts[name])
+
+    @property
+    def limit(self) -> str:
+        """What takes longest, and the setting that moves it."""
+        return max(self.parts, key=lambda name: self.parts[name])
 
 
 def plan_step(
@@ -93,14 +102,14 @@ def plan_step(
     """
     hardware, size = config.hardware, size_of(config)
     pairs = -(-config.train.global_batch_size // ranks)
-    computing = fixed_seconds + pairs * work.train_flops(size) / (tflops * 1e12)
+    computing = fixed_seconds + pairs * work.train_flops(size, identity=_with_identity(config)) / (tflops * 1e12)
     gpu, part = config.scaling.gpus_per_worker > 0, min(config.train.micro_batch_size or pairs, pairs)
     # As training/state.py and step.py decide it: such ranks exchange behind the backward pass, recorded if it is whole.
     recording = gpu and config.train.cuda_graph and not config.train.compile
     launching = hardware.launch_ms / 1e3 * -(-pairs // part) if gpu and not (recording and part == pairs) else 0.0
     bytes_of_gradients = work.trained_weights(size) * (2 if config.scaling.gradient_compression == "bfloat16" else 4)
     nodes = -(-ranks // hardware.ranks_per_node)
-    bandwidth = hardware.network_gbit * 1e9 / 8 if nodes > 1 else hardware.nvlink_gbyte * 1e9
+    bandwidth = hardware.nvlink_gbyte * 1e9 if gpu and nodes == 1 else hardware.network_gbit * 1e9 / 8
     exchange = 2 * (ranks - 1) / ranks * bytes_of_gradients / bandwidth  # a ring; between nodes one link carries it
     decoding = 2 * pairs / (hardware.decode_per_core * cores) if cores else 2 * pairs / hardware.decode_per_core
     # What stays in the cache is fetched once; what does not fit, again in every epoch.
@@ -132,6 +141,10 @@ def size_of(config: TrainConfig) -> work.Size:
     )
 
 
+def _with_identity(config: TrainConfig) -> bool:
+    return config.loss.identity_weight > 0
+
+
 def memory_gib(config: TrainConfig, ranks: int) -> float:
     """Of a rank: weights, gradients and moments, and the activations of what it takes through the network at once."""
     size, optim = size_of(config), config.train
@@ -140,7 +153,7 @@ def memory_gib(config: TrainConfig, ranks: int) -> float:
     frozen = work.encoder_weights(size)
     copies = 4 + (optim.ema_decay is not None)  # weights, gradients, two moments, their average
     weights = 4 * (copies * work.trained_weights(size) + frozen) / 2**30
-    scale = work.train_values(size) / work.train_values(work.Size())
+    scale = work.kept_values(size, identity=_with_identity(config)) / work.kept_values(work.Size())
     return _PROCESS_GIB + weights + pairs * scale * _ACTIVATION_GIB[optim.precision]
 
 
@@ -154,7 +167,7 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     """
     hardware, scaling = config.hardware, config.scaling
     gpu = scaling.gpus_per_worker > 0
-    fixed_seconds = 0.0
+    fixed_seconds, shared = 0.0, False
     if hardware.tflops:
         tflops, source = hardware.tflops, "given"
     elif gpu:
@@ -162,6 +175,7 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
         source = f"an H200's, and {fixed_seconds * 1e3:g} ms a step"
     else:
         tflops, source = measured_tflops(), "measured here"
+        shared = True
     shards = (*content.shards, *style.shards)
     rows = sum(shard.rows for shard in shards)
     stored = sum(shard.bytes for shard in shards)
@@ -170,24 +184,29 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
     _refuse(config, content, style)
 
     size = size_of(config)
+    flops = work.train_flops(size, identity=_with_identity(config))
     launching = f", {hardware.launch_ms:g} ms to launch a step that is not recorded" if gpu else ""
     lines = [
-        f"reckoned with {tflops:.3g} TFLOP/s a rank ({source}), {hardware.decode_per_core:.0f} images/s a core x "
+        f"reckoned with {tflops:.3g} TFLOP/s a {'node' if shared else 'rank'} ({source}), "
+        f"{hardware.decode_per_core:.0f} images/s a core x "
         f"{cores:g}, {hardware.ranks_per_node} ranks a node{launching}",
-        f"a step: {config.train.global_batch_size * work.train_flops(size) / 1e9:.0f} GFLOP, "
+        f"a step: {config.train.global_batch_size * flops / 1e9:.0f} GFLOP, "
         f"{work.trained_weights(size) * 4 / 1e6:.0f} MB of gradients; "
         f"a rank needs about {memory_gib(config, scaling.least_workers):.1f} GiB",
         "ranks  step      images/s  whole run  limit",
     ]
-    step_of = partial(
-        plan_step,
-        config,
-        tflops=tflops,
-        image_bytes=stored / max(1, rows),
-        dataset_gb=_gb(remote),
-        cores=cores,
-        fixed_seconds=fixed_seconds,
-    )
+
+    def step_of(ranks: int) -> StepPlan:
+        return plan_step(
+            config,
+            ranks,
+            tflops=tflops / min(ranks, hardware.ranks_per_node) if shared else tflops,
+            image_bytes=stored / max(1, rows),
+            dataset_gb=_gb(remote),
+            cores=cores,
+            fixed_seconds=fixed_seconds,
+        )
+
     counts = [n for n in dict.fromkeys([scaling.most_workers, *ranks]) if n <= config.train.global_batch_size]
     for number in counts:
         step = step_of(number)
@@ -197,7 +216,7 @@ def describe(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
         )
     own, alone = step_of(scaling.most_workers), step_of(1)
     if own.seconds > alone.seconds:
-        what = own.limit.partition(":")[0]
+        what = max(own.parts, key=lambda name: own.parts[name] - alone.parts[name]).partition(":")[0]
         lines.append(
             f"{own.ranks} ranks would take longer than one, {own.seconds * 1e3:.1f} ms a step against "
             f"{alone.seconds * 1e3:.1f}, because of {what}: take a larger global batch or one "

@@ -15,6 +15,7 @@ from adaconv.config.train import OptimConfig
 from adaconv.model import work
 from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
+from adaconv.training.losses import style_transfer_losses
 from bench import run, train_step
 
 
@@ -113,6 +114,27 @@ def test_counted_flops_are_those_that_torch_counts(architecture, other):
     fixed = work.stylize_flops(size, side, style_cached=True) - adaptive
     # Composing the kernels, and whatever way the adaptive convolution takes, is not counted.
     assert fixed <= counted.get_total_flops() <= fixed + 1.34 * adaptive
+
+
+@pytest.mark.parametrize("decoder_convs", [(1, 4, 2, 2), (1, 1, 1, 1)])
+def test_counted_flops_of_training_are_those_that_torch_counts(decoder_convs):
+    """Of AdaIN: torch counts grouped convolutions' gradients as if they were not grouped."""
+    size = dataclasses.replace(work.size_of("adain", quick=True), decoder_convs=decoder_convs)
+    network = build_network(
+        encoder=VGGEncoder(widths=size.widths), architecture="adain", decoder_convs=size.decoder_convs
+    )
+    content, style = torch.rand(2, 1, 3, size.side, size.side)
+    with FlopCounterMode(display=False) as counted:
+        features, styles = network.encoder.relu4_1(content), network.encoder(style)
+        output = network.transfer(features, styles[-1])
+        losses = style_transfer_losses(
+            output, network.encoder(output), features, styles, content_weight=1, style_weight=1
+        )
+        losses["loss"].backward()
+    assert counted.get_total_flops() == work.train_flops(size)
+    with FlopCounterMode(display=False) as more:
+        network.transfer(features, features).sum().backward()
+    assert counted.get_total_flops() + more.get_total_flops() == work.train_flops(size, identity=True)
 
 
 def test_a_works_own_clock_counts_and_what_else_it_returns_does_not():

@@ -133,6 +133,7 @@ def test_bounds_of_flags_are_checked_by_the_model():
     [
         ("train: {steps: yes}", r"train\.steps: expected no truth value; YAML reads yes, no, on and off as such"),
         ("workers: on", r"workers: expected no truth value"),
+        ("workers: [yes, 8]", r"workers: expected no truth value"),
         ("train: {learning_rate: .inf}", r"train\.learning_rate: input should be a finite number, found inf"),
         ("train: {learning_rate: .nan}", r"train\.learning_rate: input should be a finite number, found nan"),
     ],

@@ -53,6 +53,26 @@ def grey_jpeg():
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize(("side", "sizes"), [(224, (463, 464)), (448, (450, 457)), (112, (461, 464))])
+def test_a_crop_of_the_whole_side_stays_within_it(side, sizes):
+    """side * (short / side) may lie a rounding above the shorter side."""
+    for short in sizes:
+        for size in ((short, short + 100), (short + 100, short), (short, short)):
+            picture = io.BytesIO()
+            Image.new("RGB", size, (9, 99, 199)).save(picture, "JPEG")
+            crop = decode_crop(picture.getvalue(), Geometry(side, side, flip=False), random.Random(0))
+            assert crop.shape == (side, side, 3)
+
+
+def test_a_sample_that_no_crop_can_be_taken_of_is_named(content_version, style_version, monkeypatch):
+    def refuse(*_):
+        raise ValueError("box offset can't be negative")
+
+    monkeypatch.setattr(loader, "decode_crop", refuse)
+    with pytest.raises(DatasetError, match=r"content sample [0-9a-f]{32} cannot be decoded: box offset"):
+        pairs(content_version, style_version)[0]
+
+
 def test_a_batch_has_the_stated_shape(content_version, style_version):
     batch = pairs(content_version, style_version)[3]
     assert batch.content.shape == batch.style.shape == (6, 3, 32, 32)

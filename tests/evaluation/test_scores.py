@@ -87,6 +87,18 @@ def test_what_was_measured_is_not_measured_again(protocol, encoder, network, tmp
     assert len(made) == 4
 
 
+def test_pictures_beyond_the_memory_are_made_in_tiles(photos, paintings, encoder, network, tmp_path, monkeypatch):
+    sizes = {"contents": 2, "styles": 2, "side": 512, "style_side": 64}
+    protocol = read_protocol([str(photos)], [str(paintings)], judge=fingerprint(encoder), **sizes)
+    whole = evaluation(protocol, encoder, tmp_path / "whole").scores("mine", Stylizer(*network))
+    small = Stylizer(*network, max_memory_gb=0.46)
+    assert small.tile_of(512, 512) is not None
+    monkeypatch.setattr(Stylizer, "stylize_all", None)  # whole frames
+    tiled = evaluation(protocol, encoder, tmp_path / "tiled").scores("mine", small)
+    for name in METRICS:
+        assert tiled.of[name] == pytest.approx(whole.of[name], rel=1e-3)
+
+
 def test_a_protocol_is_named_by_its_pictures_sizes_and_judge(protocol, photos, paintings, tmp_path):
     def protocol_of(photos=photos, judge="j", **other):
         return read_protocol([str(photos)], [str(paintings)], judge=judge, **{**SIZES, **other})

@@ -142,7 +142,9 @@ def test_a_query_is_no_part_of_a_files_name(monkeypatch, tmp_path):
         assert cached_file(f"https://a.org/vgg.safetensors?{query}#sha256=ab").name == "vgg.safetensors"
 
 
-@pytest.mark.parametrize("spec", ["seeded:", "seeded:x", "seeded:-1", "no/such/file.pth"])
+@pytest.mark.parametrize(
+    "spec", ["seeded:", "seeded:x", "seeded:-1", "seeded:²", "seeded:10000000000000000000", "no/such"]
+)
 def test_a_wrong_spec_is_answered(spec):
     with pytest.raises(WeightsError, match="expected"):
         load_encoder(spec, widths=WIDTHS)

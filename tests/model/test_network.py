@@ -143,6 +143,7 @@ def test_every_variant_maps_any_size_and_trains(variant):
     [
         ({"descriptor_size": 5}, "5x5 gives no kernels of 3x3 with predictor_padding same"),
         ({"descriptor_size": 3, "kernel_size": 5, "predictor_padding": "valid"}, "it must be at least as large"),
+        ({"descriptor_size": 4, "kernel_size": 4}, "kernels of 4x4 have no middle"),
         ({"groups": (16, 3, 2, 1)}, "3 groups do not divide the 8 channels"),
     ],
 )

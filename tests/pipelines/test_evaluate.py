@@ -157,6 +157,10 @@ def test_pictures_that_it_was_trained_on_are_told(content_version, photos, paint
     code, result, said = run("--model", model, "--tracking.uri", uri, "--content", strangers)
     assert code == 0, said
     assert "seen_in_training" not in result
+    (strangers / "1.jpg").write_bytes((strangers / "1.jpg").read_bytes()[:5000])
+    code, _, said = run("--model", model, "--tracking.uri", uri, "--content", strangers)
+    assert code == 2
+    assert "1 pictures of the protocol cannot be read: 1.jpg (truncated" in said
 
 
 def test_what_cannot_be_noted_is_told_and_stands(registry, run, monkeypatch):

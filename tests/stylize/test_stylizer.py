@@ -1,6 +1,7 @@
 """One model, pictures in and pictures out; packs that only their own model accepts."""
 
 import io
+import math
 import subprocess
 import sys
 
@@ -67,6 +68,18 @@ def test_a_content_is_encoded_once_for_all_packs(stylizer, monkeypatch):
     assert len(calls) == 1
     for pack, image in zip(packs, together, strict=True):
         assert stylizer.stylize(picture(40, 40), pack).tobytes() == image.tobytes()
+
+
+def test_what_nothing_can_be_made_of_is_refused(stylizer):
+    picture = np.zeros((40, 40, 3), np.uint8)
+    for side in (0, -5):
+        with pytest.raises(UsageError, match=f"side: expected 1 pixel or more, found {side}"):
+            stylizer.style_pack(picture, side=side)
+    pack = stylizer.style_pack(picture, side=32)
+    with pytest.raises(UsageError, match="batch_size: expected 1 or more, found 0"):
+        list(stylizer.stylize_all(picture, [pack], batch_size=0))
+    with pytest.raises(UsageError, match="batch_size: expected 1 or more, found 0"):
+        stylizer.stylize_many([picture], [pack], batch_size=0)
 
 
 def test_a_pack_survives_its_file(stylizer):
@@ -272,7 +285,7 @@ def test_a_mixture_is_even_and_linear(stylizer):
         stylizer.stylize(content, [a, b], weights=[5, 3], alpha=0.5),
         atol=1e-5,
     )
-    for weights in ([1], [1, -1], [0, 0]):
+    for weights in ([1], [1, -1], [0, 0], [math.inf, 1], [math.nan, 1]):
         with pytest.raises(UsageError, match="expected 2 weights"):
             stylizer.stylize(content, [a, b], weights=weights)
 

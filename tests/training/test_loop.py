@@ -389,6 +389,8 @@ def test_a_run_that_goes_on_may_skip_batches(content_version, style_version, tmp
     [
         (["5"], r"skip_batches \(5\): expected FIRST:END"),
         (["7:7"], "END above FIRST"),
+        ([f"5:{10**30}", "9:10"], "two ranges hold batch 9"),
+        (["٣:٥"], "expected FIRST:END"),
         (["0:9", "8:10"], "two ranges hold batch 8"),
     ],
 )

@@ -134,7 +134,9 @@ def test_more_ranks_compute_less_each_and_exchange_more():
 def test_what_saturates_first_is_named_with_its_setting():
     config = config_of(train={"global_batch_size": 8})
     assert step(config, 1, cores=1).limit.startswith("decoding: data.loader_workers")
-    assert step(config, 1, tflops=1.0).limit == "computing: train.precision bfloat16, more ranks, train.compile"
+    assert step(config, 1, tflops=1.0).limit == (
+        "computing: train.precision bfloat16, train.compile, ranks on more machines"
+    )
     on_gpus = config_of(train={"global_batch_size": 8}, scaling=GPUS)
     assert step(on_gpus, 1, tflops=1.0).limit == "computing: train.precision bfloat16, more ranks"
     launched = config_of(train={"global_batch_size": 8, "cuda_graph": False}, scaling=GPUS)
@@ -270,7 +272,7 @@ def test_a_row_reckons_with_what_is_given(content_version, style_version):
     """Images of 1 MB, 16 a step, fetched at 500 MB/s; on a disk computing and exchanging remain."""
     versions = remote(content_version, size=5 * 10**7), remote(style_version, size=15 * 10**7)
     config = config_of(
-        hardware={"tflops": 1000, "memory_gb": 80, "disk_gb": 1, "cores_per_rank": 16},
+        hardware={"tflops": 1000, "memory_gb": 80, "disk_gb": 1, "cores_per_rank": 16, "network_gbit": 2400},
         data={"cache_gb": 0.4, "block_shards": 1, "loader_workers": 2},
         scaling={"num_workers": [1, 2]},
     )
@@ -288,6 +290,28 @@ def test_a_row_reckons_with_what_is_given(content_version, style_version):
         assert ("25 ms to launch a step that is not recorded" in lines) == (given == GPUS)
 
 
+def test_ranks_on_one_machine_share_what_it_computes(content_version, style_version, monkeypatch):
+    monkeypatch.setattr(plan, "measured_tflops", lambda: 0.25)
+    config = config_of(scaling={"num_workers": 3}, hardware={"memory_gb": 80, "ranks_per_node": 4, "network_gbit": 1e6})
+    first, *_, three, one, two, four, eight, last = describe(
+        config, content_version, style_version, ranks=(1, 2, 4, 8)
+    ).splitlines()
+    assert "0.25 TFLOP/s a node (measured here)" in first
+    assert three.split()[1] == "8596.1"  # three of eight pairs at a third of the rate
+    assert one.split()[1] == two.split()[1] == four.split()[1] == "7640.9"
+    assert eight.split()[1] == "3820.5"  # on two machines
+    assert last.startswith("3 ranks would take longer than one, 8596.1 ms a step against 7640.9, because of computing")
+
+
+def test_the_identity_loss_is_reckoned_with():
+    for architecture, flops, gib in (("adaconv", 1.47, 0.19), ("adain", 1.42, 0.12)):
+        without, with_it = (
+            config_of(loss={"identity_weight": weight}, model={"architecture": architecture}) for weight in (0, 1)
+        )
+        assert step(with_it, 1).computing / step(without, 1).computing == pytest.approx(flops, abs=0.01)
+        assert memory_gib(with_it, 8) - memory_gib(without, 8) == pytest.approx(gib, abs=0.01)
+
+
 def test_it_is_said_plainly_where_one_rank_is_faster(content_version, style_version):
     def said(workers, batch, **hardware):
         config = config_of(
@@ -303,6 +327,18 @@ def test_it_is_said_plainly_where_one_rank_is_faster(content_version, style_vers
         "16 ranks would take longer than one, 148.4 ms a step against 46.7, because of exchanging gradients: take a "
         "larger global batch or one GPU"
     )
+
+
+@pytest.mark.parametrize("found", [0, [0, 2], [1, 2, 3], "many"])
+def test_what_is_no_number_of_ranks_is_told_in_one_line(found):
+    with pytest.raises(ValueError, match=r"expected one number, or the fewest and the most, from 1 on; found") as told:
+        config_of(scaling={"num_workers": found})
+    assert "1 validation error" in str(told.value)
+
+
+def test_losses_of_which_none_counts_are_refused():
+    with pytest.raises(ValueError, match="loss: expected one weight above 0, found all of them 0"):
+        config_of(loss={"content_weight": 0, "style_weight": 0})
 
 
 def test_gradients_are_compressed_between_gpus_alone():
