@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prometheus", action="store_true", help="start Prometheus too")
     parser.add_argument("--purge", action="store_true", help="with down: delete the folder")
     flags = parser.parse_args(argv)
-    stack = Stack(flags.folder.absolute())
     try:
+        stack = Stack(flags.folder.absolute())
         if flags.action == "up":
             stack.up(
                 base_port=flags.base_port,
@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     except StackError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; `status` says what runs, `down` ends it", file=sys.stderr)
+        return 130
     return 0
 
 

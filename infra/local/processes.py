@@ -1,12 +1,13 @@
 """Servers as processes: started apart from the terminal, waited for until they answer, stopped with their children."""
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +27,20 @@ PACKAGES = {
 }
 
 
+_RUN_SECONDS = 120
+
+
 class StackError(Exception):
     """What went wrong, where the log is, and what to do."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A process that was started; its time of creation tells it from a later one with the same number."""
+    """A process that was started, the first of a session of its own.
+
+    `created` tells it from a later one with the same number: seconds after the boot, which do not change when the clock
+    is set.
+    """
 
     name: str
     pid: int
@@ -41,10 +49,31 @@ class Running:
     def process(self) -> psutil.Process | None:
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 0.05 and process.status() != psutil.STATUS_ZOMBIE
+            same = self._is(process) and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return None
         return process if same else None
+
+    def family(self) -> list[psutil.Process]:
+        """What is left of it and of those that it started, which outlive it where it was killed."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+                if process.pid == self.pid and not self._is(process):
+                    return []  # a number is given anew once nobody of its session is left
+                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        if first := self.process():
+            with contextlib.suppress(psutil.Error):
+                found += [child for child in first.children(recursive=True) if child not in found]
+        return found
+
+    def _is(self, process: psutil.Process) -> bool:
+        return abs(_created(process) - self.created) < 0.05
+
+
+def _created(process: psutil.Process) -> float:
+    return float(process.create_time() - psutil.boot_time())
 
 
 def start(
@@ -84,25 +113,37 @@ def start(
             extra_groups=[] if user else None,
             start_new_session=True,
         )
-    running = Running(name, process.pid, psutil.Process(process.pid).create_time())
+    running = Running(name, process.pid, _created(psutil.Process(process.pid)))
     deadline = time.monotonic() + patience_seconds
-    while not answers():
-        code = process.poll()
-        if code is not None or time.monotonic() > deadline:
-            stop(running)
-            what = f"ended with {code}" if code is not None else f"did not answer within {patience_seconds:.0f} s"
-            raise StackError(f"{name} {what}; the end of {log}:\n{tail(log)}")
-        time.sleep(0.1)
+    with stopped_if_it_fails(running):
+        while not answers():
+            code = process.poll()
+            if code is not None or time.monotonic() > deadline:
+                what = f"ended with {code}" if code is not None else f"did not answer within {patience_seconds:.0f} s"
+                raise StackError(f"{name} {what}; the end of {log}:\n{tail(log)}")
+            time.sleep(0.1)
     return running
+
+
+@contextlib.contextmanager
+def stopped_if_it_fails(running: Running) -> Iterator[None]:
+    """Around what follows a start, until the process is noted: Ctrl-C too leaves none that nobody knows."""
+    try:
+        yield
+    except BaseException:
+        stop(running)
+        raise
 
 
 def stop(running: Running, *, patience_seconds: float = 20, ask: int = signal.SIGTERM) -> None:
     """Ask a process to end, then end what is left of it and its children."""
-    process = running.process()
-    if process is None:
-        return
-    family = [process, *process.children(recursive=True)]
-    process.send_signal(ask)
+    family = running.family()
+    if process := running.process():
+        process.send_signal(ask)
+    else:
+        for one in family:
+            with contextlib.suppress(psutil.Error):
+                one.terminate()
     _, alive = psutil.wait_procs(family, timeout=patience_seconds)
     for one in alive:
         one.kill()
@@ -115,20 +156,23 @@ def run(
     """The output of a command that sets something up.
 
     Raises:
-        StackError: it failed; has what it said.
+        StackError: it failed, and what it said; or it did not end.
     """
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=dict(environment),
-        cwd="/",
-        user=user,
-        extra_groups=[] if user else None,
-        input=text,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            env=dict(environment),
+            cwd="/",
+            user=user,
+            extra_groups=[] if user else None,
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_RUN_SECONDS,
+        )
+    except subprocess.TimeoutExpired:  # whose text has the command with whatever secrets
+        raise StackError(f"{Path(str(command[0])).name} did not end within {_RUN_SECONDS} s") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip()[-2000:]
         raise StackError(f"{Path(str(command[0])).name} {' '.join(map(str, command[1:3]))} failed: {said}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.docker.make_mlflow_user import make_user
 from infra.local import ceph
-from infra.local.processes import Running, StackError, binary, listens, run, start, write_private
+from infra.local.processes import Running, StackError, binary, listens, run, start, stopped_if_it_fails, write_private
 
 if TYPE_CHECKING:
     from infra.local.stack import Place
@@ -72,7 +72,7 @@ def start_postgres(place: "Place") -> Running:
         user=user,
         answers=lambda: _postgres_answers(place),
     )
-    with _postgres(place) as connection:
+    with stopped_if_it_fails(running), _postgres(place) as connection:
         there = {name for (name,) in connection.execute("SELECT datname FROM pg_database")}
         for name in {"mlflow", "mlflow_auth"} - there:
             connection.execute(f"CREATE DATABASE {name}")
@@ -140,7 +140,8 @@ def start_s3(place: "Place", name: str) -> Running:
     running = site.start(name)
     if name == "s3" and "s3_secret_key" not in place.secrets:
         # Keys that are made here would be seen in the list of processes, so Ceph makes them.
-        access, secret = site.make_user("adaconv")
+        with stopped_if_it_fails(running):
+            access, secret = site.make_user("adaconv")
         place.secrets.update(s3_access_key=access, s3_secret_key=secret)
     return running
 
@@ -236,7 +237,7 @@ def start_prometheus(place: "Place") -> Running:
     targets = place.ray_folder / "prom_metrics_service_discovery.json"
     text = (_REPO / "infra" / "monitoring" / "prometheus.yml").read_text()
     text = text.replace("/etc/prometheus/rules.yml", str(_REPO / "infra" / "monitoring" / "rules.yml"))
-    config.write_text(text.replace("/etc/prometheus/ray/prom_metrics_service_discovery.json", str(targets)))
+    config.write_text(text.replace("/tmp/ray/prom_metrics_service_discovery.json", str(targets)))
     return start(
         "prometheus",
         [

@@ -23,6 +23,8 @@ __all__ = ["Stack", "StackError"]
 
 # Offsets from the base port. Ceph's own daemons follow behind.
 _PORTS = ("postgres", "s3", "mlflow", "ray", "dashboard", "prometheus", "ray-agent")
+# Whoever answers there is taken for the service.
+_SERVES_AT = {name: name for name in ("postgres", "s3", "mlflow", "prometheus")} | {"ray": "dashboard"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ class Stack:
     place: Place | None = None
 
     def __post_init__(self) -> None:
+        for path in (self.folder, self.folder / "stack.json"):
+            if path.exists() and path.stat().st_uid != os.geteuid():  # who could say what is to be stopped and removed
+                raise StackError(f"{path} belongs to another user ({path.stat().st_uid}); give another --folder")
         noted = self.folder / "stack.json"
         if noted.exists():
             told = json.loads(noted.read_text())
@@ -123,9 +128,12 @@ class Stack:
         if prometheus:
             wanted["prometheus"] = lambda: services.start_prometheus(place)
         for name, start in wanted.items():
-            if name in self.running and self.running[name].process():
-                say(f"{name}: runs already")
-                continue
+            if name in self.running:
+                if self.running[name].process():
+                    say(f"{name}: runs already")
+                    continue
+                services.stop_service(self.running[name], stop)  # what a killed one left serves on
+            services.refuse_taken_ports([place.port(_SERVES_AT[name])] if name in _SERVES_AT else [])
             self.running[name] = start()
             self._note()
             say(f"{name}: up, process {self.running[name].pid}")

@@ -118,3 +118,15 @@ def test_secrets_stay_out_of_git_and_of_images():
     lines = [line for line in (REPO / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert lines[0] == "*"
     assert not [line for line in lines if line.startswith("!") and ("compose" in line or ".env" in line)]
+
+
+def test_prometheus_has_ray_s_list_of_targets_where_ray_has_it(compose):
+    """It is a link with an absolute path into the session's folder: at another place it leads nowhere."""
+    mounts = [compose["services"][name]["volumes"] for name in ("ray-head", "prometheus")]
+    (there,), (here,) = (
+        [mount.split(":")[1] for mount in volumes if mount.startswith("ray-head:")] for volumes in mounts
+    )
+    assert there == here
+    config = yaml.safe_load((REPO / "infra" / "monitoring" / "prometheus.yml").read_text())
+    (targets,) = config["scrape_configs"][0]["file_sd_configs"][0]["files"]
+    assert Path(targets).parent == Path(here)
