@@ -146,9 +146,9 @@ def _scores_of(steps: Mapping[int, str], metric: str) -> dict[int, float]:
     scores = {}
     for step, uri in steps.items():
         try:
-            score = meta_of(uri).get("metrics", {}).get(metric, math.inf)
-        except CheckpointError as error:
-            log.warning("passing over a damaged checkpoint: %s", error)
+            score = float(meta_of(uri).get("metrics", {}).get(metric, math.inf))
+        except (CheckpointError, AttributeError, TypeError, ValueError) as error:
+            log.warning("passing over a damaged checkpoint, %s: %s", uri, error)
             continue
         if math.isfinite(score):
             scores[step] = score
@@ -161,11 +161,7 @@ def meta_of(uri: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged.
     """
-    try:
-        values: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, "meta.json")))
-    except ValueError as error:
-        raise CheckpointError(f"{uri}: meta.json is not JSON: {error}") from None
-    return values
+    return _object_of(storage.read_bytes(storage.join(uri, "meta.json")), f"{uri}: meta.json")
 
 
 def require(uri: str) -> None:
@@ -195,11 +191,15 @@ def fetched(uri: str) -> Iterator[Path]:
             raise CheckpointError(
                 f"{uri}: expected format {FORMAT}, found {meta.get('format')}; use the release that wrote it"
             )
-        for name, expected in meta["files"].items():
+        try:
+            files = {name: (expected["bytes"], expected["sha256"]) for name, expected in meta["files"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{uri}: meta.json does not list the checkpoint's files: {error!r}") from None
+        for name, (size, sha256) in files.items():
             path = local / name
             if not path.exists():
                 raise CheckpointError(f"{uri}: {name} is missing")
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            if path.stat().st_size != size or _sha256(path) != sha256:
                 raise CheckpointError(f"{uri}: {name} is not the file that was saved (its sha256 differs)")
         yield local
 
@@ -238,7 +238,7 @@ def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:
             encoder_fingerprint=described["encoder_fingerprint"],
             step=described["step"],
         )
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
         raise CheckpointError(f"{folder}: model.json does not describe a model: {error}") from error
     try:
         network.load_state_dict(load_file(weights))
@@ -276,10 +276,14 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    return _object_of(path.read_bytes(), str(path))
+
+
+def _object_of(data: bytes, what: str) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        values: dict[str, Any] = json.loads(data)
+    except (ValueError, RecursionError) as error:  # not JSON, or not even text
+        raise CheckpointError(f"{what} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        raise CheckpointError(f"{what}: expected a JSON object, found {type(values).__name__}")
     return values

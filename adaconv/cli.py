@@ -7,6 +7,7 @@ exit code 0  done
         143  asked to stop, and stopped where it can go on
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -39,6 +40,7 @@ _PATHS_OR_WORDS = (
     "judge.weights",
     *_TRACKING,
 )  # such as `auto`, `imagenet`, a server's address
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but the newline and the tab
 _SECONDS = ("ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE")
 
 
@@ -66,26 +68,32 @@ def run(
     """
     _print_whatever_paths_hold()
     lines = _Lines(sys.stdout)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[lines])
+    lines.setFormatter(_Visible("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     try:
         _refuse_what_is_no_number()
-        loaded = load_config(model, sys.argv[1:] if argv is None else argv, prog=prog, description=doc or "")
+        try:
+            loaded = load_config(model, sys.argv[1:] if argv is None else argv, prog=prog, description=doc or "")
+        except BrokenPipeError:  # `--help | head`
+            return 0
         config = loaded.config
-        print(f"# {prog}: resolved configuration\n{to_yaml(config)}", flush=True)
+        _say(f"# {prog}: resolved configuration\n{to_yaml(config)}")
         _refuse_relative_paths_in_a_job(config)
         if loaded.dry_run:
-            print(f"# plan (dry run: nothing is written)\n{plan(config)}", flush=True)
+            _say(f"# plan (dry run: nothing is written)\n{plan(config)}")
             return 0
         return _execute(config, prog, execute, output(config))
     except AdaConvError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        _say(f"{prog}: error: {error}", sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"{prog}: error: {of_storage(error)}", file=sys.stderr)
+        _say(f"{prog}: error: {of_storage(error)}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         ctrl_c.tell(prog)
         return ctrl_c.EXIT_CODE
+    finally:
+        _give_up_what_is_not_printed()
 
 
 class _Lines(logging.StreamHandler[TextIO]):
@@ -94,6 +102,33 @@ class _Lines(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def visible(text: str) -> str:
+    """Text without what commands a terminal: names of files may hold it."""
+    return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    with contextlib.suppress(OSError):  # see _Lines
+        print(visible(text), file=stream or sys.stdout, flush=True)
+
+
+def _give_up_what_is_not_printed() -> None:
+    """What is left in a buffer would fail once more when Python ends, and make the exit code 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def _print_whatever_paths_hold() -> None:
@@ -166,9 +201,10 @@ def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], outpu
         # Paths may hold bytes that are no text: their escapes are those of JSON too.
         storage.publish_bytes(where, text.encode(errors="backslashreplace") + b"\n")
         told += f"\nresult: {where}"
-    print(told, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # who read enough; a full disk lost what it was to keep
+        print(visible(told), flush=True)
     if result["status"] == "failed":
-        print(f"{prog}: error: {result['error']}", file=sys.stderr)
+        _say(f"{prog}: error: {result['error']}", sys.stderr)
         return 1
     return 0
 

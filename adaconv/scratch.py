@@ -2,12 +2,15 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from adaconv.errors import UsageError
 
 _SWEEP_SECONDS = 60
 _swept: dict[Path, float] = {}
@@ -37,6 +40,21 @@ def scratch_folder(what: str, parent: str | Path | None = None) -> Iterator[Path
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             lock.unlink(missing_ok=True)
+
+
+def kept_folder(what: str) -> Path:
+    """A folder of this user's in the system's temporary folder, for what is there for the next process too; not made.
+
+    Raises:
+        UsageError: somebody else made it, who could put anything there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"adaconv-{what}-{os.geteuid()}"
+    if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.geteuid()):
+        raise UsageError(
+            f"expected a folder of this user's, or none, at {folder}, found somebody else's; remove it, or "
+            "give another temporary folder by TMPDIR"
+        )
+    return folder
 
 
 def _lock_of(folder: Path) -> Path:

@@ -44,7 +44,7 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
         cli.require_writable(config.output, "--output")
     model, tracked_at = source_of(config.model)
     others = [source_of(name)[0] for name in config.against]
-    tracking_uri = default_uri(config.tracking.uri or tracked_at, Path.cwd())
+    tracking_uri = default_uri(config.tracking.uri, Path.cwd(), found=tracked_at)
     registered = re.fullmatch(r"models:/([^/@]+)(?:@[^/]+|/\d+)", model)
     if config.promote and model.startswith(("models:/", "runs:/")) and not registered:
         raise UsageError(

@@ -47,7 +47,7 @@ def execute(config: ExportConfig) -> dict[str, Any]:
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
     uri, tracked_at = source_of(config.model)
-    with resolved_model(uri, tracking_uri=default_uri(config.tracking.uri or tracked_at, Path.cwd())) as (
+    with resolved_model(uri, tracking_uri=default_uri(config.tracking.uri, Path.cwd(), found=tracked_at)) as (
         model,
         folder,
     ):

@@ -40,7 +40,7 @@ def execute(config: RegisterConfig) -> dict[str, Any]:
             "tracking_uri": tracking_uri,
         }
     uri, tracked_at = source_of(config.model)
-    tracking_uri = default_uri(config.tracking.uri or tracked_at, Path.cwd())
+    tracking_uri = default_uri(config.tracking.uri, Path.cwd(), found=tracked_at)
     version = register(uri, name=config.name, alias=config.alias, reason=config.reason, tracking_uri=tracking_uri)
     return {
         "model": version.uri,

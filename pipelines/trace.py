@@ -79,11 +79,17 @@ def execute(config: TraceConfig) -> dict[str, Any]:
     }
     if config.output:
         named = storage.join(config.output, "outputs.txt")
-        storage.publish_bytes(named, "".join(f"{one.by}\t{one.uri}\n" for one in outputs).encode())
+        lines = "".join(f"{one.by}\t{_in_one_line(one.uri)}\n" for one in outputs)
+        storage.publish_bytes(named, lines.encode())
         result["named"] = named
     for line in advice:
         log.info("to undo: %s", line)
     return result
+
+
+def _in_one_line(uri: str) -> str:
+    """What is deleted by the list is nothing that a name adds to it."""
+    return cli.visible(uri).replace("\n", r"\x0a").replace("\t", r"\x09")
 
 
 def _flags(config: TraceConfig) -> str:

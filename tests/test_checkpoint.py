@@ -123,6 +123,12 @@ def test_a_damaged_one_holds_up_neither_keeping_nor_choosing(tmp_path):
     for step, loss in ((1, 0.1), (2, 0.5), (3, 0.6), (4, 0.7)):
         save_checkpoint(tmp_path, step, metrics={"probe/loss": loss})
     (tmp_path / "step-00000001" / "meta.json").write_bytes(b"\0" * 100)
+    for number, metrics in enumerate(("[]", '{"probe/loss": "x"}', '{"probe/loss": null}'), start=5):
+        save_checkpoint(tmp_path / "odd", number, metrics={})
+        odd = tmp_path / "odd" / f"step-0000000{number}" / "meta.json"
+        odd.write_text(odd.read_text().replace('"metrics": {}', f'"metrics": {metrics}'))
+        assert metrics in odd.read_text()
+    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path / "odd")), metric="probe/loss") is None
     assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path)), metric="probe/loss") == 2
     checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss")
     assert list(checkpoint.steps_in(str(tmp_path))) == [2, 4]

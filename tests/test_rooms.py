@@ -18,7 +18,7 @@ FORBIDDEN = {
     "images": {"ray", "mlflow", "webdataset", "pydantic", "adaconv.!errors"},
     "storage": {"torch", "ray", "mlflow", "adaconv.!errors,scratch"},
     "model": {"ray", "mlflow", "webdataset", "pydantic", "fsspec", "pyarrow", "adaconv.!errors,model,download"},
-    "scratch": {"torch", "ray", "mlflow", "adaconv.!"},
+    "scratch": {"torch", "ray", "mlflow", "adaconv.!errors"},
     "allocator": {"torch", "ray", "mlflow", "adaconv.!"},
     "data": {"ray", "mlflow", "adaconv.!data,images,storage,errors,progress,config,scratch"},
     "training": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,12 +19,15 @@ import pytest
 
 from adaconv import checkpoint
 from adaconv.data.loader import SampleReader
-from adaconv.data.manifest import _text_of, open_version
+from adaconv.data.manifest import _text_of, open_version, publish_version
+from adaconv.data.report import render
+from adaconv.data.shard_cache import default_cache_dir
 from adaconv.data.verify import verify_shard
-from adaconv.errors import CheckpointError, DatasetError, TrackingError
+from adaconv.errors import CheckpointError, DatasetError, TrackingError, UsageError
 from adaconv.stylize.outputs import pack_name, slug
 from adaconv.tracking.registry import resolved_model
-from adaconv.tracking.runs import default_uri
+from adaconv.tracking.runs import default_uri, local_folder
+from adaconv.tracking.spool import Spool
 from tests.helpers import build_version, save_checkpoint
 
 
@@ -252,3 +256,78 @@ def test_a_password_in_the_tracking_uri_is_refused_without_repeating_it(tmp_path
         assert "carries a password" in str(refused.value)
         assert "hunter2" not in str(refused.value)
     assert default_uri("http://127.0.0.1:5000", tmp_path) == "http://127.0.0.1:5000"
+
+
+def test_a_checkpoint_does_not_say_who_gets_the_account(tmp_path, monkeypatch):
+    """MLflow's client sends it to whichever server it is told, and a checkpoint may be anybody's."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a file of MLflow's may have an account
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    there = "https://elsewhere.example:5000"
+    assert default_uri(None, tmp_path, found=there) == there  # nothing to send
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    for known in ("", "https://mlflow.example", "http://elsewhere.example:5000", "https://elsewhere.example:5001"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", known)
+        with pytest.raises(TrackingError, match=f"give --tracking.uri {there}") as refused:
+            default_uri(None, tmp_path, found=there)
+        assert "hunter2" not in str(refused.value)
+    assert default_uri(there, tmp_path, found=there) == there  # the user said so
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{there}/path")
+    assert default_uri(None, tmp_path, found=there) == there
+    assert default_uri(None, tmp_path, found="sqlite:////x.db") == "sqlite:////x.db"
+
+
+# Pages
+
+
+def test_names_fill_nothing_in_and_run_nothing(photos, tmp_path):
+    """Marks and markup in labels and sources."""
+    version = build_version(photos, str(tmp_path))
+    odd = [{**row, "label": "{{sheet}}", "source": "<script>alert(1)</script>"} for row in version.rows()]
+    latest = {"after": version.version, "parent": version}
+    child = publish_version(version.root, recipe=version.recipe, shards=version.shards, rows=odd, **latest)
+    page = render(child, distance=0, sheet=2)
+    assert "<td>{{sheet}}</td>" in page
+    assert page.count("<script") == 0 < page.count("&lt;script")
+    assert "default-src 'none'" in page
+
+
+# Folders that others can write to
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_a_folder_of_somebody_else_is_not_taken_for_ours(tmp_path, monkeypatch):
+    """Shards of it would count as verified, and its records say which files are removed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for known in (default_cache_dir, lambda: str(local_folder("s3://bucket/runs"))):
+        folder = Path(known())
+        assert folder.parent == tmp_path
+        folder.mkdir()
+        assert known() == str(folder)
+        os.chown(folder, 65534, 65534)
+        with pytest.raises(UsageError, match="found somebody else's"):
+            known()
+        folder.rmdir()
+        folder.symlink_to(tmp_path)
+        with pytest.raises(UsageError, match="found somebody else's"):
+            known()
+
+
+def test_a_record_names_no_file_outside_of_its_spool(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("years")
+    (tmp_path / "spool").mkdir()
+    record = {"kind": "image", "step": 1, "timestamp_ms": 1, "values": {"key": "samples/grid", "file": str(precious)}}
+    (tmp_path / "spool" / "records.jsonl").write_text(json.dumps(record) + "\n")
+    spool = Spool(tmp_path / "spool", lambda records: None, interval_seconds=0.01)
+    assert spool.flush(timeout_seconds=10) == 0
+    spool.close()
+    assert precious.read_text() == "years"
+
+
+@pytest.mark.parametrize("meta", ["[]", "[" * 200_000, '{"format": 3}', '{"format": 3, "files": {"model.json": 1}}'])
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, meta):
+    _, uri = save_checkpoint(tmp_path)
+    (Path(uri) / "meta.json").write_text(meta)
+    with pytest.raises(CheckpointError), checkpoint.fetched(uri):
+        pass

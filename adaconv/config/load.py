@@ -100,7 +100,7 @@ def _read_files(model: type[Config], files: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--config {name}: no such file") from None
         except IsADirectoryError:
             raise ConfigError(f"--config {name}: expected a YAML file, found a folder") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"--config {name}: expected YAML, found: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"--config {name}: expected keys and values, found {type(values).__name__}")

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config, LocalFolder, Location, TrackingUri
+from adaconv.config.base import Config, LocalFolder, Location, Name, TrackingUri
 
 
 class SyncConfig(Config):
@@ -18,9 +18,9 @@ class SyncConfig(Config):
 
 
 class PageConfig(Config):
-    run: str
+    run: Name
     """Name or id of a run."""
-    against: str | None = None
+    against: Name | None = None
     """Name or id of a run to show beside it."""
     output: Location
     """Folder for time-machine.html, which needs no other file."""

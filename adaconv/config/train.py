@@ -34,8 +34,8 @@ class DataConfig(Config):
     """Shards of s3:// that each rank fetches before they are read: the blocks that both streams are at, and the next
     ones."""
     cache_dir: LocalFolder | None = None
-    """Folder for shards fetched from s3://, shared by the ranks of a node; default: `adaconv-shards` in the system's
-    temporary folder."""
+    """Folder for shards fetched from s3://, shared by the ranks of a node; default: `adaconv-shards-UID` in the
+    system's temporary folder."""
     cache_gb: float = Field(default=100, gt=0)
     """Bytes, in 10^9, that fetched shards may take there; the least recently read ones make room. A shard is compared
     with its sha256 when it is fetched."""
@@ -202,8 +202,8 @@ class HardwareConfig(Config):
 class TrackingConfig(Config):
     uri: TrackingUri = None
     """MLflow tracking server or database; None: the variable MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the
-    output folder; for one on s3://, in `adaconv-runs` of the system's temporary folder. Ranks on several machines reach
-    a SQLite file only in a folder that they share."""
+    output folder; for one on s3://, in `adaconv-runs-UID` of the system's temporary folder. Ranks on several machines
+    reach a SQLite file only in a folder that they share."""
     experiment: str = "adaconv"
     """MLflow experiment."""
     samples_every_steps: int = Field(default=500, ge=1)

@@ -185,6 +185,8 @@ def latest_version(root: str) -> str | None:
         return storage.read_bytes(latest_uri(root)).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise UsageError(f"expected a dataset at {root}, found a file") from None
 
 
 def open_version(spec: str) -> DatasetVersion:
@@ -210,7 +212,7 @@ def open_version(spec: str) -> DatasetVersion:
     try:
         described = json.loads(text)
         schema = described["schema"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DatasetError(f"{uri}: expected the description of a dataset version, found damage") from None
     if schema != SCHEMA_NUMBER:
         raise DatasetError(

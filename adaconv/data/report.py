@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,14 @@ def render(version: DatasetVersion, *, distance: int, sheet: int) -> str:
         "facts": _facts(version),
         "books": _books(version.books),
         "reasons": _reasons(version),
-        "sizes": _histogram(np.minimum(width, height), _SIDES),
-        "aspects": _histogram(width / np.maximum(height, 1), _ASPECTS),
+        "sizes": _histogram(np.minimum(width, height), _SIDES, what="images by shorter side"),
+        "aspects": _histogram(width / np.maximum(height, 1), _ASPECTS, what="images by aspect"),
         "labels": _labels(samples),
         "similar": _similar(version, places, pairs, distance),
         "sheet": "".join(_figure_of(version, row) for row in _evenly(places, sheet)),
     }
-    page = _PAGE
-    for name, text in parts.items():
-        page = page.replace(f"{{{{{name}}}}}", text)
-    return page
+    # In one pass: what is filled in may hold a mark itself.
+    return re.sub(rf"{{{{({'|'.join(parts)})}}}}", lambda found: parts[found[1]], _PAGE)
 
 
 def _facts(version: DatasetVersion) -> str:
@@ -84,7 +83,8 @@ def _reasons(version: DatasetVersion) -> str:
     for reason, count in sorted(version.books["reasons"].items(), key=lambda item: (-item[1], item[0])):
         state = examples[reason][0]["state"]
         figures = "".join(_figure_of(version, row) for row in examples[reason])
-        parts.append(f'<h3>{reason} <small>{count:,} {state}</small></h3><div class="pictures">{figures}</div>')
+        heading = f"{html.escape(reason)} <small>{count:,} {html.escape(state)}</small>"
+        parts.append(f'<h3>{heading}</h3><div class="pictures">{figures}</div>')
     return "".join(parts) or "<p>Every image was kept as it was.</p>"
 
 
@@ -150,7 +150,7 @@ def _img(jpeg: str) -> str:
     return f'<img src="data:image/jpeg;base64,{jpeg}" alt="" loading="lazy">'
 
 
-def _histogram(values: Any, edges: Sequence[float]) -> str:
+def _histogram(values: Any, edges: Sequence[float], *, what: str) -> str:
     """Bars, one below the other; a bin holds lower edge <= value < upper edge."""
     counts, _ = np.histogram(values, edges)
     most = max(1, counts.max())
@@ -163,4 +163,4 @@ def _histogram(values: Any, edges: Sequence[float]) -> str:
             f'<rect x="98" y="{y + 2}" width="{400 * count / most:.1f}" height="14"/>'
             f'<text x="{104 + 400 * count / most:.1f}" y="{y + 13}">{count:,}</text>'
         )
-    return f'<svg width="600" height="{18 * len(counts)}" role="img">{"".join(lines)}</svg>'
+    return f'<svg width="600" height="{18 * len(counts)}" role="img" aria-label="{what}">{"".join(lines)}</svg>'

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from filelock import FileLock
 
 from adaconv import storage
 from adaconv.errors import DatasetError, UsageError
+from adaconv.scratch import kept_folder
 
 if TYPE_CHECKING:
     from adaconv.data.manifest import Shard
@@ -40,7 +40,7 @@ _ABANDONED_SECONDS = 600.0  # a copy that nobody has added to for so long belong
 
 
 def default_cache_dir() -> str:
-    return str(Path(tempfile.gettempdir()) / "adaconv-shards")
+    return str(kept_folder("shards"))
 
 
 @dataclass(frozen=True)

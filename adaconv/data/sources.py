@@ -9,6 +9,7 @@ import errno
 import hashlib
 import logging
 import posixpath
+import re
 import struct
 import unicodedata
 import zipfile
@@ -163,7 +164,7 @@ def _is_image(path: str) -> bool:
 
 def _kind_of(path: str) -> str:
     extension = posixpath.splitext(path)[1].lower()
-    return extension if 1 < len(extension) <= 10 else "without an extension"
+    return extension if re.fullmatch(r"\.\w[\w-]{0,8}", extension) else "without an extension"
 
 
 def _walk_folder(root: str) -> Iterator[Found]:

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,10 +89,16 @@ def ray_cluster(config: DoctorConfig) -> Iterator[Finding]:
 def _nodes(config: DoctorConfig) -> Iterator[Finding]:
     """Every node of the connected cluster."""
     from adaconv import storage
+    from adaconv.errors import TrackingError
     from adaconv.orchestration import cluster_doctor
+    from adaconv.tracking.runs import default_uri
 
     output = storage.absolute(config.output)
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        uri = default_uri(uri, Path(output)) if uri else None
+    except TrackingError:  # `tracking` says what is wrong with it, without the password that may be
+        uri = None
     found = list(cluster_doctor.reports(output=output, tracking_uri=uri))
     for level, what, do in cluster_doctor.judged(found, now=time.time()):
         yield Finding(level, what, do)
@@ -102,6 +109,8 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
     from adaconv import storage
 
     probe = storage.join(storage.absolute(config.output), f".adaconv-doctor-{uuid.uuid4().hex[:8]}")
+    folders = Path(probe).parents if storage.is_local(probe) else []
+    missing = [folder for folder in folders if not folder.exists()]
     began = time.monotonic()
     try:
         storage.publish_bytes(probe, b"probe")
@@ -112,12 +121,17 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
             "FAIL", f"cannot write to {config.output}: {error}", "check permissions, credentials and AWS_ENDPOINT_URL"
         )
         return
+    finally:
+        for folder in missing:  # a mistyped path should not be there from now on
+            with suppress(OSError):
+                folder.rmdir()
     if back != b"probe":
         yield Finding("FAIL", f"{config.output} gave back other bytes than were written", "use another store")
         return
-    where = f"{config.output} is writable (round trip {1000 * (time.monotonic() - began):.0f} ms)"
+    new = "is not there yet, and can be made and written to" if missing else "is writable"
+    where = f"{config.output} {new} (round trip {1000 * (time.monotonic() - began):.0f} ms)"
     if storage.is_local(config.output):
-        free_gb = shutil.disk_usage(storage.absolute(config.output)).free / 1e9
+        free_gb = shutil.disk_usage(next(folder for folder in folders if folder.exists())).free / 1e9
         level: Literal["ok", "note"] = "ok" if free_gb > 10 else "note"
         yield Finding(level, f"{where}, {free_gb:.0f} GB free", "" if free_gb > 10 else "COCO and WikiArt take 30 GB")
     else:

@@ -110,7 +110,7 @@ class Recipe:
             if found != FORMAT:
                 raise UsageError(f"{name}: expected a recipe of format {FORMAT}, found {found}")
             return cls(**described)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{name}: expected a recipe of this project, found damage: {error}") from None
 
 

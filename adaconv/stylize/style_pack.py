@@ -105,7 +105,7 @@ class StylePack:
                 described["options"],
                 base64.b64decode(described["thumbnail"]),
             )
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{name} is not a style pack: {error}") from error
         pack.require_model(model_digest, name=name)
         return pack

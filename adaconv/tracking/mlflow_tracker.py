@@ -414,7 +414,7 @@ class MlflowTracker:
 
     def _deliver_image(self, client: MlflowClient, run_id: str, record: Record) -> None:
         """As MlflowClient.log_image does, but under names that are the same when it is done again."""
-        key, file = record.values["key"], self.spool / "images" / record.values["file"]
+        key, file = record.values["key"], self.spool / "images" / Path(record.values["file"]).name
         if self._logged.has_image(key, record.step) or not file.exists():
             return
         name = f"{key.replace('/', '~')}+step+{record.step}+timestamp+{record.timestamp_ms}+{file.stem}"

@@ -320,7 +320,9 @@ def trained_on(model: str, *, tracking_uri: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     with contextlib.suppress(MlflowException, AdaConvError, OSError):
         client, run_id = reader_of(tracking_uri), run_of(model, tracking_uri=tracking_uri)
-        while run_id:
+        asked = set()
+        while run_id and run_id not in asked:
+            asked.add(run_id)
             run = client.get_run(run_id)
             for one in run.inputs.dataset_inputs if run.inputs else []:
                 found.setdefault(one.dataset.name, []).append(one.dataset.source)

@@ -136,7 +136,10 @@ def find(client: MlflowClient, run: str) -> Run:
     try:
         return client.get_run(run)
     except MlflowException:
-        found = every(client.search_runs, experiments, f"tags.`{NAME_TAG}` = {quoted(run)}")
+        try:
+            found = every(client.search_runs, experiments, f"tags.`{NAME_TAG}` = {quoted(run)}")
+        except MlflowException as error:
+            raise TrackingError(f"cannot look for a run of the name {run}: {error}") from error
     if len(found) != 1:
         ids = ", ".join(one.info.run_id for one in found) or "none"
         raise TrackingError(f"expected one run with id or name {run}, found {ids}")

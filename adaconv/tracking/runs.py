@@ -6,7 +6,6 @@ Every function here may be repeated: what is there already is left as it is.
 import logging
 import os
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 import psutil
@@ -21,10 +21,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
 
 from adaconv import storage
 from adaconv.config.base import refuse_password
 from adaconv.errors import TrackingError
+from adaconv.scratch import kept_folder
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,8 @@ def reader_of(uri: str) -> MlflowClient:
     """The client of a backend that holds something already.
 
     Raises:
-        TrackingError: a SQLite file that is not there: MLflow would make it, and find nothing in it.
+        TrackingError: a SQLite file that is not there: MLflow would make it, and find nothing in it. Or there is no
+            client of such an address.
     """
     file = database_file(uri)
     if file and not file.exists():
@@ -107,18 +110,29 @@ def reader_of(uri: str) -> MlflowClient:
             f"tracking: expected MLflow's database at {file}, found none; give --tracking.uri (of runs.py "
             "--tracking-uri) sqlite:////…/runs/mlflow.db with the output folder of the runs, or set MLFLOW_TRACKING_URI"
         )
-    return client_of(uri)
+    try:
+        return client_of(uri)
+    except Exception as error:  # of whatever a scheme leads to
+        raise TrackingError(f"tracking: {uri}: {str(error).partition(chr(10))[0]}") from error
 
 
-def default_uri(uri: str | None, output: Path) -> str:
-    """The tracking URI to use: the one given, else MLFLOW_TRACKING_URI, else a SQLite file in the output folder.
+def default_uri(uri: str | None, output: Path, *, found: str | None = None) -> str:
+    """The tracking URI to use: the one given, else `found`, else MLFLOW_TRACKING_URI, else a SQLite file in the folder.
 
     With an absolute path, where it is a database's: other processes have other working directories.
 
+    Args:
+        uri: that the user gave.
+        output: the folder.
+        found: what a checkpoint names, which may be anybody's.
+
     Raises:
-        TrackingError: a folder, which MLflow no longer takes, or it carries a password.
+        TrackingError: a folder, which MLflow no longer takes; no address; it carries a password; or `found` is a server
+            that the user's account is not known to be for.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and found:
+        _refuse_to_send_the_account(found)
+    uri = uri or found or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:  # a variable may be set and empty
         return f"sqlite:///{output / 'mlflow.db'}"
     if uri.startswith("file:") or "://" not in uri:
@@ -128,17 +142,40 @@ def default_uri(uri: str | None, output: Path) -> str:
         )
     try:
         refuse_password(uri)
+        _origin(uri)
     except ValueError as error:
         raise TrackingError(f"tracking: {error}") from None
     scheme = "sqlite:///"
     return scheme + storage.absolute(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
 
 
+def _origin(uri: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    parts = urlsplit(uri)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def _refuse_to_send_the_account(uri: str) -> None:
+    """MLflow's client sends its account to whichever server it is told."""
+    account = get_default_host_creds(uri)
+    has_account = account.username or account.token or account.auth or account.aws_sigv4
+    known = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith(("http:", "https:")) and has_account and _origin(uri) != _origin(known):
+        raise TrackingError(
+            f"tracking: the checkpoint is of a run at {uri}, which would be sent your account of MLflow; "
+            f"MLFLOW_TRACKING_URI names {known or 'no server'}. If it may have that, give --tracking.uri {uri}"
+        )
+
+
 def local_folder(output: str) -> Path:
     """Where runs of an output folder keep what must lie on a disk: there, or in the temporary folder for s3://."""
     if storage.is_local(output):
         return Path(storage.absolute(output))
-    return Path(tempfile.gettempdir()) / "adaconv-runs"
+    return kept_folder("runs")
 
 
 def identity_of(run_folder: str) -> str:

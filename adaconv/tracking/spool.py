@@ -221,7 +221,7 @@ class Spool:
         aside.replace(self._drained)
         for record in records:
             if record.kind == "image":
-                (self.images / record.values["file"]).unlink(missing_ok=True)
+                (self.images / Path(record.values["file"]).name).unlink(missing_ok=True)
         return True
 
     def _deliver_or_set_aside(self, record: Record) -> None:

@@ -26,6 +26,7 @@ from adaconv.tracking.mlflow_tracker import logged_checkpoints
 log = logging.getLogger(__name__)
 
 PAGE_FILE, GRID_KEY = "time-machine.html", "samples/grid"
+_LINKED = ("file:", "s3:", "http:", "https:")  # a run may name anything as its checkpoint, also a script
 _PAGE = (Path(__file__).parent / "time_machine.html").read_text(encoding="utf-8")
 _GAP = 4  # pixels between the cells of a grid, as adaconv.training.probe draws it
 _MAX_BYTES, _MOST_STEPS, _MOST_POINTS = 18_000_000, 200, 500
@@ -166,11 +167,13 @@ def _grids(client: MlflowClient, run: Run, scratch: Path) -> dict[int, Path]:
 
 
 def _checkpoint_at(checkpoints: list[dict[str, Any]], step: int) -> dict[str, str] | None:
+    """Where it is, and, of what can only be looked at, a link to it."""
     before = [one for one in checkpoints if one["step"] <= step]
     if not before:
         return None
     uri = max(before, key=lambda one: one["step"])["uri"]
-    return {"uri": uri, "href": Path(uri).absolute().as_uri() if storage.is_local(uri) else uri}
+    href = Path(uri).absolute().as_uri() if storage.is_local(uri) else uri
+    return {"uri": uri, "href": href} if href.startswith(_LINKED) else {"uri": uri}
 
 
 def _curve(client: MlflowClient, run: Run) -> list[list[float]]:

@@ -72,7 +72,11 @@ def test_packages_are_compared_with_the_pins(home, monkeypatch):
 def test_a_folder_of_the_home_is_found(home):
     ((level, what),) = found(doctor.storage_of_output, output="~/out")
     assert level == ("ok" if shutil.disk_usage(home).free > 10e9 else "note")
-    assert f"{home}/out is writable" in what
+    assert f"{home}/out is not there yet, and can be made and written to" in what
+    assert not (home / "out").exists()  # it may be mistyped
+    (home / "out").mkdir()
+    assert f"{home}/out is writable" in found(doctor.storage_of_output, output="~/out")[0][1]
+    assert list((home / "out").iterdir()) == []
     assert list((home / "out").iterdir()) == []
 
 
@@ -112,7 +116,10 @@ def test_an_address_of_jobs_is_none_for_pipelines(monkeypatch):
 def test_runs_on_s3_are_looked_for_where_a_training_tells_of_them(home, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(home))
     ((level, what),) = found(doctor.tracking, output="s3://bucket/runs")
-    assert (level, what.partition(" is made")[0]) == ("ok", f"tracking: sqlite:///{home}/adaconv-runs/mlflow.db")
+    assert (level, what.partition(" is made")[0]) == (
+        "ok",
+        f"tracking: sqlite:///{home}/adaconv-runs-{os.geteuid()}/mlflow.db",
+    )
 
 
 def test_a_run_of_a_dead_process_is_ended(home):

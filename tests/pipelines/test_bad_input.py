@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.helpers import save_checkpoint
 
@@ -367,6 +368,42 @@ def test_work_goes_on_where_its_lines_cannot_be_written(folders):
     assert json.loads((folders / "out" / "result.json").read_text())["made"] == 3
     assert done.stderr.startswith("x.py: error: No space left on device")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--source", "a", "--output", "out", "--dry-run"]])
+def test_a_reader_that_has_enough_is_no_error(folders, arguments):
+    """`| head -1`: whatever is still in a buffer when Python ends."""
+    command = [sys.executable, "pipelines/shard.py", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    (folders / "a").mkdir(exist_ok=True)
+    Image.new("RGB", (600, 600)).save(folders / "a" / "one.jpg")
+    arguments = [str(folders / one) if one in ("a", "out") else one for one in arguments]
+    with subprocess.Popen([*command[:2], *arguments], cwd=REPO, env=environment, text=True, **pipes) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, "")
+
+
+def test_names_command_no_terminal(folders):
+    """In plans, lines of the log and errors."""
+    name = "a\x1b]0;owned\x07"
+    (folders / name).mkdir()
+    (folders / name / "notes.x\nERROR").write_text("no image")
+    done = started(
+        "pipelines/shard.py",
+        "--source",
+        folders / name,
+        "--output",
+        folders / "out",
+        "--dry-run",
+        stdout=subprocess.PIPE,
+    )
+    assert done.returncode == 2
+    assert "a\\x1b]0;owned\\x07: expected images" in done.stderr
+    assert "found 1 other files (1 without an extension)" in done.stderr
+    assert not set("\x1b\x07") & set(done.stdout + done.stderr)
+    assert "\nERROR" not in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (REPO / "pipelines").glob("*.py")))

@@ -23,8 +23,9 @@ from adaconv.stylize.stylizer import Stylizer
 from adaconv.tracking import logged_model
 from adaconv.tracking.logged_model import logged_models
 from adaconv.tracking.mlflow_tracker import close_run, open_run, sync
-from adaconv.tracking.registry import history_of, register, resolved_model, rollback
+from adaconv.tracking.registry import history_of, register, resolved_model, rollback, trained_on
 from adaconv.tracking.results import keep_models
+from pipelines import runs
 from tests.helpers import save_checkpoint, swapped_profile
 from tests.tracking.grids import grid_of
 
@@ -291,6 +292,25 @@ def test_a_checkpoint_is_registered_where_its_run_was_told_later(trained, tmp_pa
     assert left == 0
     version = register(str(folder / "step-00000200"), name="moved", alias=None, reason="", tracking_uri=uri)
     assert version.run_id == moved.run_id != tracker.run_id
+
+
+@pytest.mark.timeout(60)
+def test_runs_that_began_with_one_another_are_asked_once(trained):
+    uri, tracker, folder = trained
+    client = MlflowClient(uri)
+    client.set_tag(tracker.run_id, "adaconv.init_from.run_id", tracker.run_id)
+    found = trained_on(str(folder / "step-00000200"), tracking_uri=uri)
+    client.delete_tag(tracker.run_id, "adaconv.init_from.run_id")
+    assert found == {"content": ["/data/photos@v1"], "style": ["/data/paintings@v2"]}
+
+
+@pytest.mark.parametrize(
+    "uri", ["ftp://x", "htp://127.0.0.1", "s3://b/x", "sqlite://x.db", "mysql://h/x", "http://[::1"]
+)
+def test_what_is_no_address_of_a_server_is_told_in_a_line(uri, capsys, tmp_path):
+    for argv in (["reap"], ["page", "--run", "a", "--output", str(tmp_path)]):
+        assert runs.main([*argv, "--tracking-uri", uri]) == 1
+        assert re.search(r"^pipelines/runs.py \w+: error: tracking: .+$", capsys.readouterr().err)
 
 
 def test_the_best_and_the_last_are_kept_and_those_before_them_go(tmp_path, monkeypatch):

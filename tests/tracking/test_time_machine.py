@@ -214,6 +214,8 @@ def test_the_newest_checkpoint_up_to_a_step_is_beside_it():
         {"uri": "/runs/b c", "href": "file:///runs/b%20c"},
     )
     assert found == [None, first, first, second, second]
+    script = "javascript:void(document.title='owned')//://"
+    assert time_machine._checkpoint_at([{"step": 1, "uri": script}], 1) == {"uri": script}
 
 
 def test_a_run_that_does_not_exist_is_said(two, capsys):
@@ -221,6 +223,9 @@ def test_a_run_that_does_not_exist_is_said(two, capsys):
     argv = ["page", "--run", "third", "--output", str(root), "--tracking-uri", uri]
     assert runs.main(argv) == 1
     assert "expected one run with id or name third, found none" in capsys.readouterr().err
+    argv[2] = "a'b\"c"  # which no filter of MLflow's can hold
+    assert runs.main(argv) == 1
+    assert "cannot look for a run of the name a'b\"c" in capsys.readouterr().err
 
 
 @pytest.mark.slow
