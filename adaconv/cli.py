@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -44,6 +45,11 @@ _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characte
 _SECONDS = ("ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE")
 
 
+def _output_of(config: Any) -> str | None:
+    output: str | None = getattr(config, "output", None)
+    return output
+
+
 def run(
     model: type[C],
     argv: Sequence[str] | None,
@@ -52,7 +58,7 @@ def run(
     doc: str | None,
     plan: Callable[[C], str],
     execute: Callable[[C], dict[str, Any]],
-    output: Callable[[C], str | None] = lambda config: getattr(config, "output", None),
+    output: Callable[[C], str | None] = _output_of,
 ) -> int:
     """Run one pipeline from its command line to its exit code.
 
@@ -94,6 +100,31 @@ def run(
         return ctrl_c.EXIT_CODE
     finally:
         _give_up_what_is_not_printed()
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of several that a pipeline has; the fields are arguments of `run`."""
+
+    config: type[Config]
+    execute: Callable[[Any], dict[str, Any]]
+    plan: Callable[[Any], str]
+    output: Callable[[Any], str | None] = _output_of
+
+
+def run_command(commands: Mapping[str, Command], argv: Sequence[str] | None, *, prog: str, doc: str | None) -> int:
+    """Run the command that the first argument names, by its name in `commands`; the other arguments are its flags."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(f"usage: {prog} {{{','.join(commands)}}} [--config FILE] [flags]\n\n{doc}")
+        return 0
+    if name not in commands:
+        found = f"found {name!r}" if name else "found none"
+        print(f"{prog}: error: expected a command, one of {', '.join(commands)}; {found}", file=sys.stderr)
+        return UsageError.exit_code
+    command = commands[name]
+    how: dict[str, Any] = {"plan": command.plan, "execute": command.execute, "output": command.output}
+    return run(command.config, rest, prog=f"{prog} {name}", doc=doc, **how)
 
 
 class _Lines(logging.StreamHandler[TextIO]):

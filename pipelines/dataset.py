@@ -15,12 +15,11 @@ Each takes --help, --config and --dry-run as every pipeline does.
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from adaconv import cli
-from adaconv.config.base import Config
+from adaconv.cli import Command
 from adaconv.config.dataset import (
     AppendConfig,
     DiffConfig,
@@ -225,57 +224,28 @@ def plan_rollback(config: RollbackConfig) -> str:
     return f"LATEST of {version.root}: from {latest_version(version.root) or 'none'} to {config.to}; {_OTHERS_STAY}"
 
 
-class Command(NamedTuple):
-    config: type[Config]
-    execute: Callable[[Any], dict[str, Any]]
-    plan: Callable[[Any], str]
-    changes: bool  # the dataset: result.json then lies in its root
+def _root(config: Any) -> str:
+    """Of the dataset that a command changes: there its result.json lies."""
+    from adaconv.data.manifest import split_spec
+
+    return split_spec(config.dataset)[0]
 
 
 COMMANDS = {
-    "append": Command(AppendConfig, append, plan_version, True),
-    "remove": Command(RemoveConfig, remove, plan_remove, True),
-    "diff": Command(DiffConfig, diff, plan_version, False),
-    "versions": Command(VersionsConfig, versions, plan_versions, False),
-    "rollback": Command(RollbackConfig, rollback, plan_rollback, True),
-    "verify": Command(VerifyConfig, verify, plan_version, False),
-    "similar": Command(SimilarConfig, similar, plan_version, False),
-    "report": Command(ReportConfig, report, plan_version, False),
-    "gc": Command(GcConfig, gc, plan_gc, False),
+    "append": Command(AppendConfig, append, plan_version, _root),
+    "remove": Command(RemoveConfig, remove, plan_remove, _root),
+    "diff": Command(DiffConfig, diff, plan_version),
+    "versions": Command(VersionsConfig, versions, plan_versions),
+    "rollback": Command(RollbackConfig, rollback, plan_rollback, _root),
+    "verify": Command(VerifyConfig, verify, plan_version),
+    "similar": Command(SimilarConfig, similar, plan_version),
+    "report": Command(ReportConfig, report, plan_version),
+    "gc": Command(GcConfig, gc, plan_gc),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if name in ("-h", "--help"):
-        print(f"usage: pipelines/dataset.py {{{','.join(COMMANDS)}}} [--config FILE] [flags]\n\n{__doc__}")
-        return 0
-    if name not in COMMANDS:
-        found = f"found {name!r}" if name else "found none"
-        print(
-            f"pipelines/dataset.py: error: expected a command, one of {', '.join(COMMANDS)}; {found}", file=sys.stderr
-        )
-        return 2
-    command = COMMANDS[name]
-    return cli.run(
-        command.config,
-        rest,
-        prog=f"pipelines/dataset.py {name}",
-        doc=__doc__,
-        plan=command.plan,
-        execute=command.execute,
-        output=partial(_output, changes=command.changes),
-    )
-
-
-def _output(config: Any, *, changes: bool) -> str | None:
-    from adaconv.data.manifest import split_spec
-
-    if changes:
-        return split_spec(config.dataset)[0]
-    output: str | None = config.output
-    return output
+    return cli.run_command(COMMANDS, argv, prog="pipelines/dataset.py", doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ Each takes --help, --config and --dry-run as every pipeline does.
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from adaconv import cli
-from adaconv.config.base import Config
+from adaconv.cli import Command
 from adaconv.config.runs import PageConfig, ReapConfig, SyncConfig
 
 if TYPE_CHECKING:
@@ -99,12 +99,6 @@ def plan_sync(config: SyncConfig) -> str:
     return "\n".join(f"hand over what waits in {spool}" for spool in spools) or f"no spools below {config.runs}"
 
 
-class Command(NamedTuple):
-    config: type[Config]
-    execute: Callable[[Any], dict[str, Any]]
-    plan: Callable[[Any], str]
-
-
 COMMANDS = {
     "sync": Command(SyncConfig, sync, plan_sync),
     "page": Command(PageConfig, page, lambda c: f"time-machine.html of run {c.run} in {c.output}"),
@@ -113,18 +107,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if name in ("-h", "--help"):
-        print(f"usage: pipelines/runs.py {{{','.join(COMMANDS)}}} [--config FILE] [flags]\n\n{__doc__}")
-        return 0
-    if name not in COMMANDS:
-        found = f"found {name!r}" if name else "found none"
-        print(f"pipelines/runs.py: error: expected a command, one of {', '.join(COMMANDS)}; {found}", file=sys.stderr)
-        return 2
-    command = COMMANDS[name]
-    prog = f"pipelines/runs.py {name}"
-    return cli.run(command.config, rest, prog=prog, doc=__doc__, plan=command.plan, execute=command.execute)
+    return cli.run_command(COMMANDS, argv, prog="pipelines/runs.py", doc=__doc__)
 
 
 if __name__ == "__main__":
