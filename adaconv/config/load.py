@@ -16,6 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from adaconv.config.base import Config
@@ -142,35 +143,30 @@ def _sections(model: type[Config]) -> Iterator[tuple[str, type[Config]]]:
             yield name, info.annotation
 
 
-def flag_names(model: type[Config], prefix: str = "") -> list[str]:
+def flag_names(model: type[Config]) -> list[str]:
     """Every flag of a configuration as it is typed, without the dashes: `train.global-batch-size`."""
+    return [name for name, _ in _flags(model)]
+
+
+def _flags(model: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     sections = dict(_sections(model))
-    names = []
-    for name in model.model_fields:
+    for name, info in model.model_fields.items():
         dashed = prefix + name.replace("_", "-")
-        names += flag_names(sections[name], dashed + ".") if name in sections else [dashed]
-    return names
+        if name in sections:
+            yield from _flags(sections[name], dashed + ".")
+        else:
+            yield dashed, info
 
 
 def _with_values(model: type[Config], argv: Sequence[str]) -> list[str]:
     """A flag of yes or no that stands alone means yes: `--train.compile` is `--train.compile true`."""
-    switches = {f"--{name}" for name in _switches(model)}
+    switches = {f"--{name}" for name, info in _flags(model) if info.annotation is bool}
     given: list[str] = []
     for argument, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
         given.append(argument)
         if argument.replace("_", "-") in switches and after.startswith("-"):
             given.append("true")
     return given
-
-
-def _switches(model: type[Config], prefix: str = "") -> Iterator[str]:
-    sections = dict(_sections(model))
-    for name, info in model.model_fields.items():
-        dashed = prefix + name.replace("_", "-")
-        if name in sections:
-            yield from _switches(sections[name], dashed + ".")
-        elif info.annotation is bool:
-            yield dashed
 
 
 def _refuse_what_is_no_text(argv: Sequence[str]) -> None:
