@@ -39,7 +39,6 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     from adaconv.tracking.runs import default_uri
 
     log.info("%s", plan(config))  # a mistake is answered before a model is fetched
-    assert config.output is not None
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
     model, tracked_at = source_of(config.model)

@@ -43,7 +43,6 @@ def execute(config: ExportConfig) -> dict[str, Any]:
     from adaconv.tracking.registry import resolved_model, source_of
     from adaconv.tracking.runs import default_uri
 
-    assert config.output is not None
     if storage.is_local(config.output):
         cli.require_writable(config.output, "--output")
     uri, tracked_at = source_of(config.model)

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from adaconv.config.base import Alias, Config, Location, PathOrWord, TrackingUri, Weights
+from adaconv.config.base import Alias, Config, Location, TrackingUri, Weights
 from adaconv.config.model import Count
 
 Margin = Field(default=0.05, ge=0)
@@ -57,17 +57,17 @@ class EvaluateTrackingConfig(Config):
 
 
 class EvaluateConfig(Config):
-    model: PathOrWord = ""
+    model: Location
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://); of a run or a
     folder of runs the newest checkpoint."""
-    against: tuple[PathOrWord, ...] = ()
+    against: tuple[Location, ...] = ()
     """Other models, named likewise, to show beside it; whoever has the alias of --promote is always there."""
-    content: tuple[Location, ...] = ()
+    content: tuple[Location, ...] = Field(min_length=1)
     """Contents, not those of training: images, folders or zips of them, dataset versions (ROOT or ROOT@VERSION),
     FILE.parquet#COLUMN."""
-    style: tuple[Location, ...] = ()
+    style: tuple[Location, ...] = Field(min_length=1)
     """Styles: the same."""
-    output: Location | None = None
+    output: Location
     """Folder or s3://bucket/prefix for report.html and scores.parquet; run again, it measures what is missing."""
     promote: Alias = None
     """Alias that --model gets, if it may: no defects, and compared with whoever has it as --gate.* says. Ends with 1
@@ -83,10 +83,3 @@ class EvaluateConfig(Config):
     judge: JudgeConfig = JudgeConfig()
     gate: GateConfig = GateConfig()
     tracking: EvaluateTrackingConfig = EvaluateTrackingConfig()
-
-    @model_validator(mode="after")
-    def _complete(self) -> "EvaluateConfig":
-        missing = [f"--{name}" for name in ("model", "content", "style", "output") if not getattr(self, name)]
-        if missing:
-            raise ValueError(f"required: {', '.join(missing)}; give them as flags or in a --config file")
-        return self

@@ -1,8 +1,8 @@
 """Configuration of pipelines/export.py: a model to ONNX graphs."""
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from adaconv.config.base import Config, Location, PathOrWord, TrackingUri
+from adaconv.config.base import Config, Location, TrackingUri
 
 
 class ExportTrackingConfig(Config):
@@ -12,18 +12,11 @@ class ExportTrackingConfig(Config):
 
 
 class ExportConfig(Config):
-    model: PathOrWord = ""
+    model: Location
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://); of a run or a
     folder of runs the newest checkpoint."""
-    output: Location | None = None
+    output: Location
     """Folder or s3://bucket/prefix for style.onnx and apply.onnx; those that are there are replaced."""
     style_side: int = Field(default=256, ge=16)
     """Styles are squares of this side, in pixels; a network is trained with 256."""
     tracking: ExportTrackingConfig = ExportTrackingConfig()
-
-    @model_validator(mode="after")
-    def _complete(self) -> "ExportConfig":
-        missing = [f"--{name}" for name in ("model", "output") if not getattr(self, name)]
-        if missing:
-            raise ValueError(f"required: {', '.join(missing)}; give them as flags or in a --config file")
-        return self

@@ -41,9 +41,12 @@ def load_config(model: type[C], argv: Sequence[str], *, prog: str, description: 
     """
     _refuse_what_is_no_text(argv)
     argv = _with_values(model, argv)
-    if "-h" not in argv and "--help" not in argv:
+    asks_for_help = "-h" in argv or "--help" in argv
+    if not asks_for_help:
         _refuse_unknown_flags(model, argv)
     values = _read_files(model, _files_named(argv))
+    if not asks_for_help:
+        _refuse_missing(model, argv, values)
     twin = _twin(model, top=True)
     flags = tyro.cli(
         twin,
@@ -191,6 +194,15 @@ def _refuse_unknown_flags(model: type[Config], argv: Sequence[str]) -> None:
         raise ConfigError("\n".join([*unknown[:-1], f"{unknown[-1]}; --help lists every flag"]))
 
 
+def _refuse_missing(model: type[Config], argv: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Here rather than by tyro, which would print a page. Sections have defaults, so only top fields are required."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in argv}
+    required = [name for name, info in model.model_fields.items() if info.is_required() and name not in values]
+    missing = [flag for name in required if (flag := f"--{name.replace('_', '-')}") not in given]
+    if missing:
+        raise ConfigError(f"required: {', '.join(missing)}; give them as flags or in a --config file")
+
+
 def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
     """The known name that was probably meant, also where only the section was left out."""
     ends = {k: k.rpartition(".")[2] for k in known}
@@ -253,9 +265,6 @@ def _explain(model: type[Config], errors: Sequence[ErrorDetails], where: str) ->
         if error["type"] == "extra_forbidden":
             known = [name.replace("-", "_") for name in flag_names(model)]
             lines.append(f"{where}: unknown key '{path}'{_nearest(path, known)}")
-        elif error["type"] == "missing":
-            flag = "--" + path.replace("_", "-")
-            lines.append(f"{where}: {path} is required; give it as {flag} or in a --config file")
         elif not path or error["type"] == "value_error":
             message = error["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {path + ': ' if path and _is_leaf(model, error) else ''}{message}")

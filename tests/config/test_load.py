@@ -252,3 +252,10 @@ def test_each_path_of_a_job_is_looked_at_for_being_relative(model):
     found = set(locations(model))
     assert len(found) > 2
     assert found <= {*cli._PATHS, *cli._PATHS_OR_WORDS}
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"^required: --source, --output; give them as flags or in a --config file$"):
+        load()
+    with pytest.raises(ConfigError, match=r"^required: --output;"):
+        load("--config", write(tmp_path / "1.yaml", "source: [a]\n"))
