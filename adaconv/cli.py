@@ -250,13 +250,18 @@ def require_directory(path: str, flag: str) -> Path:
     return folder.absolute()
 
 
-def require_writable(path: str, flag: str) -> Path:
-    """A local folder that will be written to: made if need be, or one clear line."""
-    folder = Path(path).expanduser().absolute()
+def require_writable(output: str) -> None:
+    """Refuse an --output on a disk that cannot be written to, in one clear line; its folder is made if need be."""
+    from adaconv import storage
+
+    if not storage.is_local(output):  # which the first write asks
+        return
+    folder = Path(output).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{flag}: cannot make the folder {folder}: {error.strerror}; choose another") from None
+        raise UsageError(f"--output: cannot make the folder {folder}: {error.strerror}; choose another") from None
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"{flag}: no permission to write to {folder}; choose another folder or change its permissions")
-    return folder
+        raise UsageError(
+            f"--output: no permission to write to {folder}; choose another folder or change its permissions"
+        )

@@ -80,7 +80,8 @@ def execute(config: DemoConfig) -> dict[str, Any]:
     for flag in ("content", "style"):
         if (folder := getattr(config, flag)) is not None:
             list_images((folder,), flag=f"--{flag}")  # a typo is answered here, not by the third stage
-    root = cli.require_writable(config.output, "--output")
+    cli.require_writable(config.output)
+    root = Path(config.output).absolute()
     config = config.model_copy(
         update={f: storage.absolute(v) for f in ("content", "style") if (v := getattr(config, f)) is not None}
     )

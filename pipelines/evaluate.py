@@ -39,8 +39,7 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     from adaconv.tracking.runs import default_uri
 
     log.info("%s", plan(config))  # a mistake is answered before a model is fetched
-    if storage.is_local(config.output):
-        cli.require_writable(config.output, "--output")
+    cli.require_writable(config.output)
     model, tracked_at = source_of(config.model)
     others = [source_of(name)[0] for name in config.against]
     tracking_uri = default_uri(config.tracking.uri, Path.cwd(), found=tracked_at)

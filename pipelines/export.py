@@ -43,8 +43,7 @@ def execute(config: ExportConfig) -> dict[str, Any]:
     from adaconv.tracking.registry import resolved_model, source_of
     from adaconv.tracking.runs import default_uri
 
-    if storage.is_local(config.output):
-        cli.require_writable(config.output, "--output")
+    cli.require_writable(config.output)
     uri, tracked_at = source_of(config.model)
     with resolved_model(uri, tracking_uri=default_uri(config.tracking.uri, Path.cwd(), found=tracked_at)) as (
         model,

@@ -57,8 +57,7 @@ def execute(config: ShardConfig) -> dict[str, Any]:
         raise UsageError(
             f"--output {config.output}: what stands behind an @ would be read as a version; name it otherwise"
         )
-    if storage.is_local(config.output):
-        cli.require_writable(config.output, "--output")
+    cli.require_writable(config.output)
     absolute = {"output": storage.absolute(config.output), "source": tuple(map(storage.absolute, config.source))}
     config = config.model_copy(update=absolute)
     with _listed(config) as listed:

@@ -50,8 +50,7 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     _check_apart(config)
     job = plan_job(config)  # a mistake is answered before a cluster is started
     assert config.output is not None
-    if storage.is_local(config.output):
-        cli.require_writable(config.output, "--output")
+    cli.require_writable(config.output)
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     with resolved(config.model) as (model, folder), connect():
         from adaconv.orchestration.stylize_job import run_stylize_job

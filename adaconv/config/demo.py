@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config, Location
+from adaconv.config.base import Config, LocalFolder, Location
 
 
 class DemoConfig(Config):
@@ -10,7 +10,7 @@ class DemoConfig(Config):
     """Folder of photographs; None draws some."""
     style: Location | None = None
     """Folder of paintings; None draws some."""
-    output: Location = "demo-output"
+    output: LocalFolder = "demo-output"
     """Folder for everything that the demo makes; run again, it takes up what is there."""
     images: int = Field(default=240, ge=8)
     """Photographs and paintings to draw where no folder is given."""
