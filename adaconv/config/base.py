@@ -55,6 +55,14 @@ def _refuse(secret: str, uri: str | None, why: str) -> None:
 
 
 TrackingUri = Annotated[str | None, AfterValidator(refuse_password)]
+
+
+class ModelTrackingConfig(Config):
+    uri: TrackingUri = None
+    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: that of the run whose
+    checkpoint --model is, else MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
+
+
 Weights = Annotated[str, AfterValidator(refuse_secret)]
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from adaconv.config.base import Alias, Config, Location, TrackingUri, Weights
+from adaconv.config.base import Alias, Config, Location, ModelTrackingConfig, Weights
 from adaconv.config.model import Count
 
 Margin = Field(default=0.05, ge=0)
@@ -50,12 +50,6 @@ class GateConfig(Config):
     """The same of `identity`."""
 
 
-class EvaluateTrackingConfig(Config):
-    uri: TrackingUri = None
-    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: that of the run whose
-    checkpoint --model is, else MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
-
-
 class EvaluateConfig(Config):
     model: Location
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://); of a run or a
@@ -82,4 +76,4 @@ class EvaluateConfig(Config):
     protocol: ProtocolConfig = ProtocolConfig()
     judge: JudgeConfig = JudgeConfig()
     gate: GateConfig = GateConfig()
-    tracking: EvaluateTrackingConfig = EvaluateTrackingConfig()
+    tracking: ModelTrackingConfig = ModelTrackingConfig()

@@ -2,13 +2,7 @@
 
 from pydantic import Field
 
-from adaconv.config.base import Config, Location, TrackingUri
-
-
-class ExportTrackingConfig(Config):
-    uri: TrackingUri = None
-    """MLflow tracking server or database that models:/ and runs:/ are looked up in; None: MLFLOW_TRACKING_URI, else
-    mlflow.db in the current folder."""
+from adaconv.config.base import Config, Location, ModelTrackingConfig
 
 
 class ExportConfig(Config):
@@ -19,4 +13,4 @@ class ExportConfig(Config):
     """Folder or s3://bucket/prefix for style.onnx and apply.onnx; those that are there are replaced."""
     style_side: int = Field(default=256, ge=16)
     """Styles are squares of this side, in pixels; a network is trained with 256."""
-    tracking: ExportTrackingConfig = ExportTrackingConfig()
+    tracking: ModelTrackingConfig = ModelTrackingConfig()

@@ -2,13 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Alias, Config, Location, TrackingUri
-
-
-class RegisterTrackingConfig(Config):
-    uri: TrackingUri = None
-    """MLflow tracking server or database; None: the run's own, else MLFLOW_TRACKING_URI, else mlflow.db in the current
-    folder."""
+from adaconv.config.base import Alias, Config, Location, ModelTrackingConfig
 
 
 class RegisterConfig(Config):
@@ -25,7 +19,7 @@ class RegisterConfig(Config):
     """Why the alias moves; kept with the version and in the alias's history."""
     output: Location | None = None
     """Folder for result.json; None writes none."""
-    tracking: RegisterTrackingConfig = RegisterTrackingConfig()
+    tracking: ModelTrackingConfig = ModelTrackingConfig()
 
     @model_validator(mode="after")
     def _says_which_version(self) -> "RegisterConfig":
