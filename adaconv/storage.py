@@ -201,17 +201,8 @@ def publish_bytes(uri: str, data: bytes) -> None:
     if not is_local(uri):
         _patiently(uri, lambda: _filesystem(uri).pipe_file(uri, data, timeout=_time_for(len(data))))
         return
-    target = Path(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with full_disk_named(uri), aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _replacing(Path(uri)) as aside:
+        aside.write_bytes(data)
 
 
 def publish_file(path: Path, uri: str) -> None:
@@ -220,17 +211,31 @@ def publish_file(path: Path, uri: str) -> None:
         size = path.stat().st_size
         _patiently(uri, lambda: _filesystem(uri).put_file(str(path), uri, timeout=_time_for(size)))
         return
-    target = Path(uri)
+    with _replacing(Path(uri)) as aside:
+        shutil.copyfile(path, aside)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A file beside the target to write, which takes its place, synced, when the block has ended."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    aside = _aside(target)
     try:
-        with full_disk_named(uri):
-            shutil.copyfile(path, aside)
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
+        with full_disk_named(str(target)):
+            yield aside
+            _sync(aside)
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -266,8 +271,7 @@ def publish_written(path: Path, uri: str) -> None:
     if not is_local(uri):
         publish_file(path, uri)
         return
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    _sync(path)
     path.replace(uri)
 
 
@@ -285,7 +289,7 @@ def publish_directory(source: Path, uri: str, *, last: str) -> None:
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
-    aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    aside = _aside(target)
     try:
         aside.mkdir()
         for name in [*names, last]:
