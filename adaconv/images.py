@@ -355,13 +355,25 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [0, 1]."""
     import torch
 
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def to_float(values: Tensor) -> Tensor:
+    """uint8 levels, or floating values in [0, 1], of any shape -> float32 in [0, 1]."""
+    import torch
+
+    return values.float().div_(255) if values.dtype == torch.uint8 else values.float()
+
+
+def to_levels(values: Tensor) -> Tensor:
+    """Floating values of any shape, clamped to [0, 1] -> uint8 levels."""
+    import torch
+
+    return values.float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def to_uint8(image: Tensor) -> NDArray[np.uint8]:
     """(3, H, W) float of any device, clamped to [0, 1] -> (H, W, 3) uint8."""
-    import torch
-
-    levels = image.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
+    levels = to_levels(image).permute(1, 2, 0)
     pixels: NDArray[np.uint8] = levels.contiguous().cpu().numpy()  # a quarter of the bytes travel from a GPU
     return pixels

@@ -11,6 +11,7 @@ from adaconv.evaluation.gate import Verdict, interval
 from adaconv.evaluation.metrics import METRICS, OF_PAIRS
 from adaconv.evaluation.protocol import Protocol
 from adaconv.evaluation.scores import SHOWN, Scores, thumbnail
+from adaconv.images import to_float
 
 _PAGE = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
 
@@ -83,12 +84,12 @@ def _definitions() -> dict[str, str]:
 
 def _outputs(scores: Sequence[Scores], protocol: Protocol) -> str:
     contents, styles = protocol.contents[:SHOWN], protocol.styles[:SHOWN]
-    top = "<span></span>" + "".join(_img(thumbnail(one.pixels / 255), one.source) for one in styles)
+    top = "<span></span>" + "".join(_img(thumbnail(to_float(one.pixels)), one.source) for one in styles)
     parts = []
     for one in scores[:-1]:  # the contents themselves are the first column
         cells = [top]
         for c, content in enumerate(contents):
-            cells.append(_img(thumbnail(content.pixels / 255), content.source))
+            cells.append(_img(thumbnail(to_float(content.pixels)), content.source))
             for s in range(len(styles)):
                 told = ", ".join(f"{name} {one.of[name][c, s]:.4g}" for name in OF_PAIRS)
                 cells.append(_img(one.shown[c, s], told))

@@ -19,7 +19,7 @@ from torch import Tensor
 from adaconv import storage
 from adaconv.evaluation.metrics import METRICS, OF_PAIRS, Judge, compare, identity
 from adaconv.evaluation.protocol import Exhibit, Protocol
-from adaconv.images import encode_jpeg, to_uint8
+from adaconv.images import encode_jpeg, to_float, to_uint8
 from adaconv.stylize.style_pack import StylePack
 from adaconv.stylize.stylizer import Stylizer
 
@@ -132,12 +132,12 @@ class Evaluation:
 
     def _between_tiles(self, stylizer: Stylizer, pack: StylePack) -> float:
         """The largest difference between the first content's whole frame and its tiles, two a side or more: 0 to 1."""
-        content = self.protocol.contents[0].pixels.float().div(255)
+        content = to_float(self.protocol.contents[0].pixels)
         whole, tiled = (stylizer.stylize(content, pack, tile=tile) for tile in (None, self.protocol.side // 16 * 8))
         return (whole - tiled).abs().max().item()
 
     def _pixels(self, exhibit: Exhibit) -> Tensor:
-        return exhibit.pixels.float().div(255)[None].to(self._device)
+        return to_float(exhibit.pixels)[None].to(self._device)
 
 
 def _contrast(picture: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaconv.errors import UsageError
-from adaconv.images import as_seen, to_uint8
+from adaconv.images import as_seen, to_float, to_levels, to_uint8
 from adaconv.stylize.raster import Raster, Window, tiles
 
 Picture = Image.Image | NDArray[np.uint8] | NDArray[np.float32] | Tensor
@@ -58,7 +58,7 @@ def like(picture: P, pixels: Tensor) -> P:
         made = Image.fromarray(to_uint8(pixels[0]))
     elif isinstance(picture, Tensor):
         made = pixels if picture.ndim == 4 else pixels[0]
-        made = made.mul(255).round().to(torch.uint8) if picture.dtype == torch.uint8 else made.to(picture)
+        made = to_levels(made) if picture.dtype == torch.uint8 else made.to(picture)
     elif picture.dtype == np.uint8:
         made = to_uint8(pixels[0])
     else:
@@ -137,6 +137,4 @@ def scaled(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _box(raster: Raster, window: Window, factor: int) -> Tensor:
-    values = raster.read(window)
-    values = values.float().div(255) if values.dtype == torch.uint8 else values.float()
-    return F.avg_pool2d(values, factor, ceil_mode=True)
+    return F.avg_pool2d(to_float(raster.read(window)), factor, ceil_mode=True)

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from adaconv import storage
-from adaconv.images import ImageError, open_header, to_uint8
+from adaconv.images import ImageError, open_header, to_levels, to_uint8
 from adaconv.scratch import scratch_folder
 from adaconv.stylize import large
 from adaconv.stylize.inputs import decode_picture, metadata_of
@@ -365,7 +365,7 @@ def file_thumbnail(path: Path, *, side: int) -> bytes:
 
 
 def _write_levels(raster: FileRaster, window: Window, values: Tensor) -> None:
-    raster.write(window, values.clamp(0, 1).mul(255).round().to(torch.uint8))
+    raster.write(window, to_levels(values))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adaconv.checkpoint import ModelInfo, fetched, load_network
 from adaconv.errors import UsageError
-from adaconv.images import as_seen, to_rgb, to_tensor, upright
+from adaconv.images import as_seen, to_float, to_rgb, to_tensor, upright
 from adaconv.model.kernels import EPS
 from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, padded_side, reflected
 from adaconv.stylize.blend import mix
@@ -250,7 +250,7 @@ class Stylizer:
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> "Encoded":
         """What all styles share of contents of one size: (B, 3, H, W), uint8 or floating in [0, 1]."""
-        image = (pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels.float()).to(self._device)
+        image = to_float(pixels).to(self._device)
         with self._autocast():
             features = self._network.encode_content(image)
         return Encoded(image, features)
@@ -461,8 +461,7 @@ def _require_batch(size: int) -> None:
 
 
 def _float(picture: Picture) -> Tensor:
-    pixels = pixels_of(picture)
-    return pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels
+    return to_float(pixels_of(picture))
 
 
 def _decoded(packs: Sequence[StylePack]) -> list[str]:
@@ -485,7 +484,7 @@ def _mask(mask: Mask, height: int, width: int) -> Tensor:
     values = torch.as_tensor(np.array(mask) if isinstance(mask, np.ndarray) else mask)
     if values.dtype not in (torch.uint8, torch.bool) and not values.is_floating_point():
         raise UsageError(f"expected a mask of uint8, or floating in [0, 1], found {values.dtype}")
-    values = values.float().div(255) if values.dtype == torch.uint8 else values.float()
+    values = to_float(values)
     if values.ndim not in (2, 3, 4) or values.numel() != values.shape[-1] * values.shape[-2]:
         raise UsageError(f"expected a mask of {width}x{height} with one channel, found {tuple(values.shape)}")
     return values.reshape(1, 1, *values.shape[-2:]).clamp(0, 1)

@@ -58,6 +58,7 @@ class PaddedFrame:
         if len(rows) != values.shape[-2] or len(columns) != values.shape[-1] or rows[0] != top or columns[0] != left:
             values = values.index_select(-2, rows - top).index_select(-1, columns - left)
         values = values.to(self._device)
+        # As images.to_float, without Pillow: bench/ measures this on machines that have torch alone.
         scaled = values.float().div_(255) if values.dtype == torch.uint8 else values.float()
         return scaled.contiguous(memory_format=torch.channels_last)
 

@@ -24,6 +24,7 @@ from adaconv import checkpoint
 from adaconv.data.loader import Batch, Geometry, PairDataset, make_loader, prefetching
 from adaconv.data.shard_cache import ShardCache, default_cache_dir
 from adaconv.errors import CheckpointError
+from adaconv.images import to_float
 from adaconv.model.encoder_weights import fingerprint, load_encoder, normalise_encoder
 from adaconv.model.network import build_network
 from adaconv.progress import Due, duration
@@ -344,7 +345,7 @@ def _resume_or_start(
 def _calibration_images(config: TrainConfig, content: DatasetVersion, style: DatasetVersion) -> list[Tensor]:
     dataset = _dataset(config, content, style, calibration=True)
     given = [images for step in range(_CALIBRATION_BATCHES) for images in dataset[step].images]
-    return [images.to(torch.float32, memory_format=torch.contiguous_format).div_(255) for images in given]
+    return [to_float(images.contiguous()) for images in given]
 
 
 def _dataset(
