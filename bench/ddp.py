@@ -17,12 +17,11 @@ import torch.multiprocessing as mp
 
 from adaconv import allocator
 from adaconv.model import work
-from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import build_network
 from adaconv.model.work import Size
 from adaconv.training.state import make_state
 from adaconv.training.step import train_step
-from bench.measure import Row, floor_seconds
+from bench.measure import Row, environment_of_children, floor_seconds
+from bench.sizes import network_of
 from bench.train_step import LOSS, OPTIM
 
 _PAIRS = 4  # of a rank
@@ -55,15 +54,10 @@ def _seconds_of(ranks: int, size: Size, steps: int) -> float:
     """Median seconds of a step on so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "seconds"
-        before = dict(os.environ)
-        os.environ.update(allocator.environment())
-        try:
+        with environment_of_children(allocator.environment()):
             mp.spawn(  # type: ignore[no-untyped-call,attr-defined]
                 _rank, args=(ranks, _free_port(), str(answer), size, steps), nprocs=ranks
             )
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
         return float(answer.read_text())
 
 
@@ -72,9 +66,7 @@ def _rank(rank: int, ranks: int, port: int, answer: str, size: Size, steps: int)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
-    network = build_network(
-        encoder=VGGEncoder(widths=size.widths), descriptor_channels=size.descriptor_channels, groups=size.groups
-    )
+    network = network_of(size)
     optim: Any = SimpleNamespace(**OPTIM, precision="float32", global_batch_size=ranks * _PAIRS)
     loss: Any = SimpleNamespace(**LOSS)
     state = make_state(network, optim, device=torch.device("cpu"))

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.measure import Row, device
+from bench.sizes import SHORT
 
-_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Row -> the file that measures it, and what its `rows` is told besides; rows told the same are measured together.
 QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
@@ -36,7 +36,7 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"{name}/{label}{suffix}": ("train_step", {"architecture": architecture, "precision": precision, **how})
         for name, architecture in (("train_step", "adaconv"), ("adain/train_step", "adain"))
-        for label, precision in _PRECISIONS.items()
+        for precision, label in SHORT.items()
         for suffix, how in (
             ("", {}),
             ("/batch_2", {"batch": 2}),
@@ -55,7 +55,7 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
             ("adain/stylize", {"architecture": "adain"}),
         )
         for side in (256, 512, 1024)
-        for label, precision in _PRECISIONS.items()
+        for precision, label in SHORT.items()
         for suffix, how in (("", {}), ("/batch_16", {"batch": 16}))
     },
     "stylize/tiled/2048": ("stylize_tiled", {"side": 2048, "tile": 512}),

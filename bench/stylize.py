@@ -12,14 +12,11 @@ from typing import Any, Literal
 import torch
 
 from adaconv.model import work
-from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import StyleCode, build_network
-from adaconv.model.work import Size, size_of
+from adaconv.model.network import StyleCode
+from adaconv.model.work import Size
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import PEERS, NaotoAdaIN, RElbersAdaConv
-
-Precision = Literal["float32", "bfloat16"]
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+from bench.sizes import SHORT, Precision, network_of, size_of
 
 
 def rows(
@@ -58,12 +55,7 @@ def rows(
 
 def our_forward(*, size: Size, side: int, batch: int, precision: Precision, style_cached: bool) -> Callable[[], Any]:
     torch.manual_seed(0)
-    network = build_network(
-        encoder=VGGEncoder(widths=size.widths),
-        architecture=size.architecture,
-        descriptor_channels=size.descriptor_channels,
-        groups=size.groups,
-    )
+    network = network_of(size)
     network = network.to(device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     content, style = _images(size, side, batch)
 

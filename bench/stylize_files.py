@@ -18,14 +18,13 @@ from adaconv.checkpoint import ModelInfo
 from adaconv.data.synthetic import generate_paintings
 from adaconv.images import to_tensor, to_uint8
 from adaconv.model import work
-from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import build_network
-from adaconv.model.work import Size, size_of
+from adaconv.model.work import Size
 from adaconv.stylize.outputs import Recipe, encode
 from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.stylizer import Stylizer
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import PEERS, RElbersAdaConv
+from bench.sizes import network_of, size_of
 
 _CORES = os.cpu_count() or 1
 
@@ -90,9 +89,7 @@ def peers_files(*, size: Size, folder: str) -> Callable[[], Any]:
 
 def _stylizer(size: Size) -> Stylizer:
     torch.manual_seed(0)
-    network = build_network(
-        encoder=VGGEncoder(widths=size.widths), descriptor_channels=size.descriptor_channels, groups=size.groups
-    )
+    network = network_of(size)
     return Stylizer(network, ModelInfo("0" * 64, {}, "", 0), device=device().type, precision="bfloat16")
 
 

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from adaconv.model import work
-from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import build_network
-from adaconv.model.work import Size, size_of
+from adaconv.model.work import Size
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import PEERS, RElbersAdaConv
+from bench.sizes import network_of, size_of
 
 
 def rows(quick: bool) -> Iterable[Row]:
@@ -36,9 +35,7 @@ def rows(quick: bool) -> Iterable[Row]:
 
 def our_grid(*, size: Size, side: int, count: int) -> Callable[[], Any]:
     torch.manual_seed(0)
-    network = build_network(
-        encoder=VGGEncoder(widths=size.widths), descriptor_channels=size.descriptor_channels, groups=size.groups
-    )
+    network = network_of(size)
     network = network.to(device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     contents, styles = _images(count, side), _images(count, size.side)
 

@@ -23,14 +23,12 @@ from torch import nn
 from adaconv import allocator
 from adaconv.checkpoint import ModelInfo
 from adaconv.images import open_header
-from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import build_network
-from adaconv.model.work import size_of
 from adaconv.stylize import large
 from adaconv.stylize.outputs import Recipe
 from adaconv.stylize.production import Limits, Options, Production, Wanted
 from adaconv.stylize.raster import FileRaster, tiles
 from adaconv.stylize.stylizer import Stylizer
+from bench.sizes import network_of, size_of
 
 
 def main() -> int:
@@ -55,9 +53,7 @@ def main() -> int:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     size = size_of("adaconv", quick=options.small)
     torch.manual_seed(0)
-    network = build_network(
-        encoder=VGGEncoder(widths=size.widths), descriptor_channels=size.descriptor_channels, groups=size.groups
-    )
+    network = network_of(size)
     for module in network.modules():  # an encoder without weights of its own: maps that are neither zero nor infinite
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

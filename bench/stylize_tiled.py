@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from adaconv.model import work
-from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import StyleTransferNet, build_network
-from adaconv.model.work import Size, size_of
+from adaconv.model.network import StyleTransferNet
+from adaconv.model.work import Size
 from adaconv.stylize.layers import Region
 from adaconv.stylize.raster import MemoryRaster
 from adaconv.stylize.tiling import Tiler
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
+from bench.sizes import network_of, size_of
 
 
 def rows(quick: bool, *, side: int, tile: int) -> Iterable[Row]:
@@ -65,9 +65,7 @@ def whole_frame(*, size: Size, side: int) -> Callable[[], Any]:
 @torch.inference_mode()
 def _made(size: Size, side: int) -> tuple[StyleTransferNet, torch.Tensor, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    network = build_network(
-        encoder=VGGEncoder(widths=size.widths), descriptor_channels=size.descriptor_channels, groups=size.groups
-    )
+    network = network_of(size)
     network = network.to(device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     content = torch.rand(1, 3, side, side, device=device())
     return network, content, network.encode_style(torch.rand(1, 3, size.side, size.side, device=device()))

@@ -13,16 +13,12 @@ import torch
 
 from adaconv import allocator
 from adaconv.model import work
-from adaconv.model.encoder import VGGEncoder
-from adaconv.model.network import build_network
-from adaconv.model.work import Size, size_of
+from adaconv.model.work import Size
 from adaconv.training.state import make_state
 from adaconv.training.step import train_step
 from bench.measure import Row, Side, alternate_processes, device, floor_seconds
 from bench.peers import PEERS, NaotoAdaIN, RElbersAdaConv, naoto_step, relbers_step
-
-Precision = Literal["float32", "bfloat16"]
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+from bench.sizes import SHORT, Precision, network_of, size_of
 
 # The defaults of OptimConfig and LossConfig, without pydantic, which a bare GPU machine need not have. The step takes
 # any object with these attributes, and a batch likewise.
@@ -92,12 +88,7 @@ def rows(
 
 def our_step(*, size: Size, batch: int, precision: Precision, compiled: bool) -> Callable[[], Any]:
     torch.manual_seed(0)
-    network = build_network(
-        encoder=VGGEncoder(widths=size.widths),
-        architecture=size.architecture,
-        descriptor_channels=size.descriptor_channels,
-        groups=size.groups,
-    )
+    network = network_of(size)
     optim: Any = SimpleNamespace(**{**OPTIM, "compile": compiled}, precision=precision, global_batch_size=batch)
     loss: Any = SimpleNamespace(**LOSS)
     state = make_state(network, optim, device=device())

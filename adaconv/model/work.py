@@ -43,11 +43,6 @@ class Size:
         return [(channels, channels * channels // groups) for channels, groups in scales]
 
 
-def size_of(architecture: Literal["adaconv", "adain"], *, quick: bool) -> Size:
-    """The paper's, or one that shows that a row can be measured."""
-    return Size(architecture, (8, 16, 32, 64), 16, 64) if quick else Size(architecture)
-
-
 def encoder_convs(size: Size, side: int) -> list[tuple[int, int, int]]:
     """Channels in, channels out and side of every convolution up to relu4_1."""
     convs, channels = [], 3

@@ -17,6 +17,7 @@ from adaconv.model.encoder import VGGEncoder
 from adaconv.model.network import build_network
 from adaconv.training.losses import style_transfer_losses
 from bench import run, train_step
+from bench.sizes import size_of
 
 
 def measure(folder, *names):
@@ -95,7 +96,7 @@ def test_torch_and_numpy_are_all_that_the_network_needs_to_be_measured():
     ],
 )
 def test_counted_flops_are_those_that_torch_counts(architecture, other):
-    size = dataclasses.replace(work.size_of(architecture, quick=True), **other)
+    size = dataclasses.replace(size_of(architecture, quick=True), **other)
     network = build_network(
         encoder=VGGEncoder(widths=size.widths),
         architecture=architecture,
