@@ -28,6 +28,8 @@ from adaconv.data.manifest import (
 from adaconv.data.verify import verify_manifest
 from adaconv.errors import AdaConvError, DatasetError, UsageError
 
+_EXAMPLES = 20  # sources that a difference names
+
 
 def excluded(row: Row, reason: str, why: str) -> Row:
     """The row of an image that was taken out: what it was stays, where it lay goes."""
@@ -50,7 +52,7 @@ def by_shard(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
         yield name, mine
 
 
-def diff(new: DatasetVersion, old: DatasetVersion, *, examples: int = 20) -> dict[str, Any]:
+def diff(new: DatasetVersion, old: DatasetVersion) -> dict[str, Any]:
     """How a version differs from another: samples, states and bytes, with the sources of a few."""
     tables = {name: version.samples(["key", "source"]) for name, version in (("new", new), ("old", old))}
     there = {name: set(table["key"].to_pylist()) for name, table in tables.items()}
@@ -59,7 +61,7 @@ def diff(new: DatasetVersion, old: DatasetVersion, *, examples: int = 20) -> dic
 
     def sources(name: str, keys: set[str]) -> list[str]:
         chosen = tables[name].filter(pc.is_in(tables[name]["key"], pa.array(keys, pa.string())))
-        return heapq.nsmallest(examples, chosen["source"].to_pylist())
+        return heapq.nsmallest(_EXAMPLES, chosen["source"].to_pylist())
 
     added, removed = there["new"] - there["old"], there["old"] - there["new"]
     return {

@@ -17,6 +17,7 @@ from adaconv.data.ingest import check_hashes
 from adaconv.data.manifest import DatasetVersion
 
 _PAIRS_AT_ONCE = 2**22
+_COPY_BITS = 4  # between hashes of one picture, scaled or encoded anew
 
 Hashes = NDArray[np.uint64]
 Rows = dict[int, list[int]]  # of each hash, in order
@@ -50,20 +51,19 @@ def similar_pairs(hashes: Hashes, *, distance: int, others: Hashes | None = None
     return sorted(pairs, key=lambda pair: (pair.distance, pair.first, pair.second))
 
 
-def seen_in(version: DatasetVersion, hashes: Hashes, *, distance: int = 4) -> dict[int, str]:
+def seen_in(version: DatasetVersion, hashes: Hashes) -> dict[int, str]:
     """Which of some pictures a version holds too, or nearly: their places, each to the source of the nearest there.
 
     Args:
         version: of the dataset.
         hashes: of the pictures, (n,) uint64, by `ingest.perceptual_hash`.
-        distance: see `similar_pairs`.
 
     Raises:
         DatasetError: the version's pictures were hashed by another release.
     """
     check_hashes(version.recipe, of=f"{version.root}@{version.version}")
     table = version.samples(["phash", "source"])
-    near = similar_pairs(hashes, distance=distance, others=table["phash"].to_numpy())
+    near = similar_pairs(hashes, distance=_COPY_BITS, others=table["phash"].to_numpy())
     sources: dict[int, str] = {}
     for pair in near:  # the nearest come first
         sources.setdefault(pair.first, table["source"][pair.second].as_py())

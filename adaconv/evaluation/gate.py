@@ -21,6 +21,7 @@ from scipy import stats
 Array = NDArray[np.float64]
 Require = Literal["better", "not_worse"]
 
+_CONFIDENCE = 0.95  # of one-sided bounds
 _DRAWS = 4000
 _SEED = 0
 
@@ -72,18 +73,15 @@ def interval(scores: Array) -> Interval:
     return Interval(float(scores.mean()), low, high)
 
 
-def compare(
-    new: Mapping[str, Array], old: Mapping[str, Array], *, margins: Mapping[str, float], confidence: float = 0.95
-) -> list[Comparison]:
+def compare(new: Mapping[str, Array], old: Mapping[str, Array], *, margins: Mapping[str, float]) -> list[Comparison]:
     """Two models on the same pairs, metric by metric.
 
     Args:
         new: of the model that is to take the place; metric -> scores (contents, styles), lower is better.
         old: of the one that has it.
         margins: metric -> the share by which it may be worse.
-        confidence: of one-sided bounds.
     """
-    alone = (1 - confidence) / len(margins)  # what each may err, so that all together err no more than one
+    alone = (1 - _CONFIDENCE) / len(margins)  # what each may err, so that all together err no more than one
     found = []
     for metric, margin in margins.items():
         before, after = _drawn_means(old[metric]), _drawn_means(new[metric])
@@ -94,7 +92,7 @@ def compare(
         change = 0.0 if new[metric].mean() == old[metric].mean() else float(change)
         if np.isfinite(new[metric]).all() and not np.isfinite(old[metric]).all():
             changes, change = np.full_like(changes, -1.0), -1.0  # any number is better than none
-        at_most, surely = (_bound(changes, change, new[metric].shape, level) for level in (confidence, 1 - alone))
+        at_most, surely = (_bound(changes, change, new[metric].shape, level) for level in (_CONFIDENCE, 1 - alone))
         found.append(Comparison(metric, change, at_most, surely < 0, margin))
     return found
 

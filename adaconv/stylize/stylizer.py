@@ -6,7 +6,6 @@ stylizer.stylize(Image.open("content.jpg"), pack).save("stylized.png")
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,6 @@ Precision = Literal["float32", "bfloat16"]
 Tile = int | Literal["auto"] | None
 Mask = Image.Image | NDArray[np.uint8] | NDArray[np.float32] | Tensor
 
-_TRACKING = "MLFLOW_TRACKING_URI"
 _THUMBNAIL_SIDE = 192
 _LEVEL = 1 / 512  # half of one of 8 bits
 _RECOLOUR_SIDE = 1024  # windows of the second pass that CORAL takes
@@ -111,7 +109,8 @@ class Stylizer:
 
         Args:
             uri: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://).
-            tracking_uri: where models:/ and runs:/ are looked up; None takes MLFLOW_TRACKING_URI.
+            tracking_uri: where models:/ and runs:/ are looked up; None: MLFLOW_TRACKING_URI, else mlflow.db in the
+                current folder.
             how: see `from_folder`.
 
         Raises:
@@ -121,8 +120,9 @@ class Stylizer:
             with fetched(uri) as folder:
                 return cls.from_folder(folder, **how)
         from adaconv.tracking.registry import resolved_model  # the one thing here that needs MLflow
+        from adaconv.tracking.runs import default_uri
 
-        with resolved_model(uri, tracking_uri=tracking_uri or os.environ.get(_TRACKING)) as (_, folder):
+        with resolved_model(uri, tracking_uri=default_uri(tracking_uri, Path.cwd())) as (_, folder):
             return cls.from_folder(folder, **how)
 
     @property

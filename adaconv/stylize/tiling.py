@@ -37,7 +37,7 @@ _LEAST_SIDE = 64
 _MARGIN = 32  # of a tile in the encoder's first map, each side; less in all others
 # Maps of the widest full-size layer that live side by side while it is convolved: the input, its mirrored copy, the
 # output, and what the convolution itself takes. Measured, as 1,300 bytes a pixel with the paper's 64 channels.
-_MAPS_AT_ONCE = 5.2
+_MAPS_AT_ONCE, _BYTES_PER_VALUE = 5.2, 4
 _BASE_BYTES = 450e6  # Python, torch, and what its kernels keep
 
 
@@ -66,9 +66,7 @@ class PaddedFrame:
         raise TypeError("a picture is read only")
 
 
-def plan_tile(
-    height: int, width: int, *, network: StyleTransferNet, max_memory_gb: float, bytes_per_value: int = 4
-) -> int | None:
+def plan_tile(height: int, width: int, *, network: StyleTransferNet, max_memory_gb: float) -> int | None:
     """Side of the tiles that a picture is stylized in; None where the whole frame fits.
 
     A pure function of the picture's size and the network, so that who computes it, and when, changes no output.
@@ -78,14 +76,13 @@ def plan_tile(
         width: of the picture.
         network: whose widest full-size map counts.
         max_memory_gb: of the process, in 10^9 bytes, with all that it holds besides.
-        bytes_per_value: of maps.
 
     Raises:
         UsageError: not even the smallest tile fits.
     """
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     room = max_memory_gb * 1e9 - _BASE_BYTES - parameters
-    a_pixel = network.encoder.widths[0] * bytes_per_value * _MAPS_AT_ONCE
+    a_pixel = network.encoder.widths[0] * _BYTES_PER_VALUE * _MAPS_AT_ONCE
     if height * width * a_pixel <= room:
         return None
     side = int(max(0.0, room / a_pixel) ** 0.5 - 2 * _MARGIN) // _STEP * _STEP

@@ -234,7 +234,7 @@ def _moves(client: MlflowClient, name: str, alias: str) -> dict[int, Move]:
 
 
 @contextlib.contextmanager
-def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str, Path]]:
+def resolved_model(uri: str, *, tracking_uri: str) -> Iterator[tuple[str, Path]]:
     """What a name means now, and for the block a local folder with its `model.safetensors` and `model.json`.
 
     Args:
@@ -255,8 +255,6 @@ def resolved_model(uri: str, *, tracking_uri: str | None) -> Iterator[tuple[str,
         return
     if re.fullmatch("models:/[^/@]+", uri):  # to MLflow a model that has no name, by its id
         raise UsageError(f"expected {uri}@ALIAS or {uri}/VERSION, found {uri}")
-    if tracking_uri is None:
-        raise UsageError(f"{uri} is looked up in MLflow: give --tracking.uri or set MLFLOW_TRACKING_URI")
     try:
         client = reader_of(tracking_uri)
         by_alias = re.fullmatch(r"models:/([^/@]+)@([^/]+)", uri)
