@@ -55,8 +55,8 @@ class ImageError(AdaConvError):
         self.reason = reason
 
 
-def open_header(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Look at the header only, of bytes or of a file; nothing is decoded.
+def open_header(data: bytes | Path, *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+    """Look at the header only, of bytes or of a file; nothing is decoded. `max_pixels` None admits any size.
 
     Raises:
         ImageError: `empty`, `not_an_image`, `damaged_header` or `too_many_pixels`.
@@ -70,7 +70,7 @@ def open_header(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         if _start_of(data).startswith(_MAGIC):
             raise ImageError("damaged_header", "it starts like an image and does not go on like one") from error
         raise ImageError("not_an_image", "no image of a known format starts here") from error
-    if image.width * image.height > max_pixels:
+    if max_pixels is not None and image.width * image.height > max_pixels:
         raise ImageError("too_many_pixels", f"{image.width}x{image.height} exceeds {max_pixels} pixels")
     return image
 
@@ -102,7 +102,7 @@ def require_sound_jpeg(path: Path) -> None:
     Raises:
         ImageError: `truncated` or `corrupt_data`.
     """
-    with open_header(path, max_pixels=10**10) as image:
+    with open_header(path, max_pixels=None) as image:
         if image.format not in ("JPEG", "MPO"):
             return
         data = path.read_bytes()
@@ -182,12 +182,12 @@ def _without_stray_bytes(data: bytes) -> Iterator[bytes]:
         yield head + _PADDING.sub(own + _END, scan)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, keep_colours: bool = False) -> Image.Image:
+def decode(data: bytes, *, max_pixels: int | None = MAX_PIXELS, keep_colours: bool = False) -> Image.Image:
     """An upright RGB picture in sRGB of whatever was stored; transparency lies on white.
 
     Args:
         data: the file's bytes.
-        max_pixels: more are refused by the header.
+        max_pixels: more are refused by the header; None admits any size.
         keep_colours: leave the colours in those of its RGB profile.
 
     Raises:

@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     wanted = Wanted(0, recipe, lambda: pack)
     with _Peak() as peak:
         (made,) = Production(lambda: stylizer, str(folder), limits).make(folder / "content.png", [wanted])
-    with open_header(folder / recipe.name, max_pixels=10**12) as image:
+    with open_header(folder / recipe.name, max_pixels=None) as image:
         assert image.size == (options.side, options.side)
     return {
         "side": options.side,

@@ -177,12 +177,12 @@ def sha256_of(path: Path) -> str:
         raise ImageError("unreadable", "no permission to read it") from None
 
 
-def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -> Image.Image:
+def decode_picture(path: Path, *, max_pixels: int | None, keep_colours: bool = False) -> Image.Image:
     """An upright RGB picture in sRGB, transparency on white.
 
     Args:
         path: of an image's file.
-        max_pixels: more are refused by the header.
+        max_pixels: more are refused by the header; None admits any size.
         keep_colours: leave the colours in those of its RGB profile.
 
     Raises:
@@ -204,7 +204,7 @@ def decode_picture(path: Path, *, max_pixels: int, keep_colours: bool = False) -
 
 
 def metadata_of(path: Path) -> Metadata:
-    with open_header(path, max_pixels=10**10) as image:
+    with open_header(path, max_pixels=None) as image:
         kept = Metadata.of(image)
         return kept if image.mode in RGB_MODES else Metadata(kept.exif)  # a profile of CMYK fits no RGB
 

@@ -26,7 +26,7 @@ def reads(path: Path) -> bool:
     """Whether libvips reads a file as Pillow does: not BMP, not TIFF in CIELAB, in YCbCr, of 32 bits (see
     images.to_rgb) or with channels that are no transparency, and no PNG with its EXIF behind the pixels.
     """
-    with open_header(path, max_pixels=10**10) as image:
+    with open_header(path, max_pixels=None) as image:
         if isinstance(image, TiffImageFile):
             extra, channels = image.tag_v2.get(_EXTRA_SAMPLES, ()), image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
             if not set(extra) <= _TRANSPARENCY or channels > _MOST_CHANNELS:
@@ -63,7 +63,7 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
     """
     vips = libvips()
     require_sound_jpeg(path)
-    with open_header(path, max_pixels=10**10) as header:
+    with open_header(path, max_pixels=None) as header:
         keep_colours = keep_colours and header.mode in RGB_MODES
         bare_inks = header.mode == "CMYK" and not fits(header.info.get("icc_profile", b""), "CMYK")
     try:

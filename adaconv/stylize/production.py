@@ -342,14 +342,14 @@ class Production:
         if not one.shown and not storage.is_local(uri):
             head = storage.read_range(uri, 0, _HEADER_BYTES)
             # Of a TIFF, a WebP, or a JPEG with much metadata, what tells the size ends later.
-            with contextlib.suppress(ImageError), open_header(head, max_pixels=10**10) as header:
+            with contextlib.suppress(ImageError), open_header(head, max_pixels=None) as header:
                 return Made(one.key, "skipped", "", *header.size)
         with scratch_folder("seen", self._limits.scratch) as folder:
             path = Path(uri)
             if not storage.is_local(uri):
                 path = folder / storage.name_of(uri)
                 path.write_bytes(storage.read_bytes(uri))
-            with open_header(path, max_pixels=10**10) as header:
+            with open_header(path, max_pixels=None) as header:
                 size = header.size
             shown = file_thumbnail(path, side=self._limits.thumbnail_side) if one.shown else b""
         return Made(one.key, "skipped", "", *size, None, 0.0, shown)
@@ -359,7 +359,7 @@ def file_thumbnail(path: Path, *, side: int) -> bytes:
     """Of a content or an output; nothing where it cannot be shown, which is no reason to fail."""
     with contextlib.suppress(Exception):
         whole = not large.reads(path)
-        picture = decode_picture(path, max_pixels=10**10) if whole else large.thumbnail_of(path, side=side)
+        picture = decode_picture(path, max_pixels=None) if whole else large.thumbnail_of(path, side=side)
         return thumbnail(picture, side=side)
     return b""
 

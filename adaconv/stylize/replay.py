@@ -128,7 +128,7 @@ def _compared(uri: str, recipe: Recipe, original: bytes, again: bytes) -> dict[s
 def _levels_apart(one: bytes, other: bytes) -> tuple[int, float]:
     """At most and on average, of two files' pixels; all 255 where they are not of one size, or none can be read."""
     with contextlib.suppress(ImageError):
-        first, second = (decode(data, max_pixels=10**10, keep_colours=True) for data in (one, other))
+        first, second = (decode(data, max_pixels=None, keep_colours=True) for data in (one, other))
         if first.size == second.size:
             apart = ImageStat.Stat(ImageChops.difference(first, second))
             return max(int(most) for _, most in apart.extrema), sum(apart.mean) / len(apart.mean)
@@ -153,7 +153,7 @@ def _pack(
         if item.kind == "mixture":
             return mixture_of(item, pack_of)
         path = local_file(item, scratch)
-        picture, sha256 = decode_picture(path, max_pixels=10**10), sha256_of(path)
+        picture, sha256 = decode_picture(path, max_pixels=None), sha256_of(path)
         return stylizer.style_pack(picture, side=options.style_side, source=item.source, source_sha256=sha256)
 
     scratch.mkdir()
@@ -172,7 +172,7 @@ def _pack(
             f"then, found none such{trouble}"
         )
     path = _find(style, recipe.style, recipe.style_sha256, scratch, "--style")
-    picture = decode_picture(path, max_pixels=10**10)
+    picture = decode_picture(path, max_pixels=None)
     pack = stylizer.style_pack(picture, side=options.style_side, source=recipe.style, source_sha256=recipe.style_sha256)
     if pack.digest != recipe.pack_digest:
         raise UsageError(
