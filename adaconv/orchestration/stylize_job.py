@@ -423,11 +423,12 @@ class _ContentStylizer(_ModelActor):
             self.end()
         rows: list[Row] = []
         for number, style, options in pairs:
+            of_style = self._style(style, options)
             first = firsts[recipes[number].name] if number in recipes else number
-            one = made.get(first)
-            if one and one.state == "done" and first != number:
+            one = made.get(first) or Made(number, "failed", reason)
+            if one.state == "done" and first != number:
                 one = replace(one, state="skipped", seconds=0.0)
-            failed = self._style(style, options)["reason"] or (one.reason if one else reason)
+            failed = of_style["reason"] or one.reason
             rows.append(
                 {
                     "number": number,
@@ -435,19 +436,19 @@ class _ContentStylizer(_ModelActor):
                     "content_index": job["content"],
                     "style_index": style,
                     "output": recipes[number].name if number in recipes and not failed else "",
-                    "state": "failed" if failed else one.state if one else "failed",
+                    "state": "failed" if failed else one.state,
                     "reason": failed,
                     "content": item.source,
                     "content_sha256": sha256,
-                    "style": self._style(style, options)["source"],
-                    "style_sha256": self._style(style, options)["sha256"],
-                    "model_digest": self._style(style, options)["model_digest"],
+                    "style": of_style["source"],
+                    "style_sha256": of_style["sha256"],
+                    "model_digest": of_style["model_digest"],
                     "options": json.dumps(options, sort_keys=True),
-                    "width": one.width if one else 0,
-                    "height": one.height if one else 0,
-                    "tile": (one.tile or 0) if one else 0,
-                    "seconds": one.seconds if one else 0.0,
-                    "thumbnail": one.thumbnail if one else b"",
+                    "width": one.width,
+                    "height": one.height,
+                    "tile": one.tile or 0,
+                    "seconds": one.seconds,
+                    "thumbnail": one.thumbnail,
                     "content_thumbnail": thumbnail_of_content if number == shown else b"",
                     "error": "",
                     "usage": False,
