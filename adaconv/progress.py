@@ -3,7 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,24 @@ class Progress:
         else:
             parts.append(f"took {duration(seconds)}")
         return " | ".join(parts)
+
+
+@contextmanager
+def repeatedly(call: Callable[[], None], *, seconds: float) -> Iterator[None]:
+    """Call it every so many seconds, by a thread, while the block runs."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def duration(seconds: float) -> str:

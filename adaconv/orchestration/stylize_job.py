@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +31,7 @@ from adaconv.orchestration.cluster import require_resources, set_up_ray_data
 from adaconv.orchestration.metrics import output_counter
 from adaconv.orchestration.stylize_plan import Plan
 from adaconv.orchestration.tasks import plain_errors, raise_cause
-from adaconv.progress import Progress
+from adaconv.progress import Progress, repeatedly
 from adaconv.scratch import scratch_folder
 from adaconv.stylize.books import Books, culprit
 from adaconv.stylize.gallery import Failure, Picture, render
@@ -170,20 +169,15 @@ def _make_outputs(
 @contextmanager
 def _told_ahead(progress: Progress, board: ray.actor.ActorHandle) -> Iterator[None]:
     """Rows of a job come all at once, and a job of large pictures takes an hour: count what actors tell of before."""
-    over = threading.Event()
 
     def ask() -> None:
-        while not over.wait(_ASK_SECONDS):
-            with suppress(ray.exceptions.RayError):
-                progress.look_ahead(ray.get(board.totals.remote(), timeout=10)[0])
+        with suppress(ray.exceptions.RayError):
+            progress.look_ahead(ray.get(board.totals.remote(), timeout=10)[0])
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeatedly(ask, seconds=_ASK_SECONDS):
+            yield
     finally:
-        over.set()
-        thread.join()
         progress.look_ahead(0)
 
 

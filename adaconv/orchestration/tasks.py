@@ -1,7 +1,6 @@
 """Independent pieces of work as Ray Data tasks: bounded retries, one status line for all, answers as they are ready."""
 
 import logging
-import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,7 +14,7 @@ from adaconv.errors import AdaConvError, JobError
 from adaconv.orchestration.board import Board
 from adaconv.orchestration.cluster import set_up_ray_data
 from adaconv.orchestration.metrics import TaskMetrics
-from adaconv.progress import Progress
+from adaconv.progress import Progress, repeatedly
 
 # Of one task; Ray's own default is without end. Whoever may be killed by its input looks out for itself after the first
 # death, so what is left are machines and operators.
@@ -108,36 +107,26 @@ def raise_cause(error: ray.exceptions.RayTaskError) -> NoReturn:
     raise error
 
 
-class _watched:
-    """A thread that carries the board's totals to the status line and the metrics."""
+@contextmanager
+def _watched(progress: Progress, board: ray.actor.ActorHandle, metrics: TaskMetrics) -> Iterator[None]:
+    """Carry the board's totals to the status line and the metrics, and a last time at the end."""
+    began, told = time.monotonic(), 0
 
-    def __init__(self, progress: Progress, board: ray.actor.ActorHandle, metrics: TaskMetrics) -> None:
-        self._progress, self._board, self._metrics = progress, board, metrics
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._began = time.monotonic()
-        self._images = 0
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._look()
-        self._progress.close()
-
-    def _watch(self) -> None:
-        while not self._over.wait(_ASK_SECONDS):
-            self._look()
-
-    def _look(self) -> None:
+    def look() -> None:
+        nonlocal told
         try:
-            images, read_bytes, refused = ray.get(self._board.totals.remote(), timeout=10)
+            images, read_bytes, refused = ray.get(board.totals.remote(), timeout=10)
         except ray.exceptions.RayError:  # the board was lost and comes back empty: a line less, no more
             return
-        megabytes = read_bytes / 1e6 / (time.monotonic() - self._began)
-        forward = max(0, images - self._images)
-        self._images += forward
-        self._metrics.advance(forward, refused=refused)
-        self._progress.advance(forward, **{"MB/s": f"{megabytes:.1f}", "quarantined": refused})
+        megabytes = read_bytes / 1e6 / (time.monotonic() - began)
+        forward = max(0, images - told)
+        told += forward
+        metrics.advance(forward, refused=refused)
+        progress.advance(forward, **{"MB/s": f"{megabytes:.1f}", "quarantined": refused})
+
+    try:
+        with repeatedly(look, seconds=_ASK_SECONDS):
+            yield
+    finally:
+        look()
+        progress.close()

@@ -32,6 +32,7 @@ from adaconv.data.manifest import open_version
 from adaconv.errors import AdaConvError, JobError, of_storage
 from adaconv.orchestration.cluster import require_workers
 from adaconv.orchestration.metrics import MeteredTracker
+from adaconv.progress import repeatedly
 from adaconv.tracking.tracker import Tracker
 from adaconv.training.distributed import barrier
 from adaconv.training.loop import Word, train
@@ -364,23 +365,15 @@ def _ctrl_c_interrupts() -> Iterator[None]:
 @contextlib.contextmanager
 def _lines_of(desk: Any) -> Iterator[None]:
     """Log what the first rank says, without the noise of every worker's output."""
-    done = threading.Event()
 
     def take() -> None:
         for line in ray.get(desk.take_lines.remote()):
             log.info(line)
 
-    def follow() -> None:
-        while not done.wait(_POLL_SECONDS):
-            take()
-
-    thread = threading.Thread(target=follow, name="train-lines", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeatedly(take, seconds=_POLL_SECONDS):
+            yield
     finally:
-        done.set()
-        thread.join()
         take()
 
 
