@@ -35,12 +35,7 @@ _PATHS = (
     *("tracking.contents_from", "tracking.styles_from"),
 )
 _TRACKING = ("tracking.uri", "tracking_uri")
-_PATHS_OR_WORDS = (
-    "resume",
-    "encoder.weights",
-    "judge.weights",
-    *_TRACKING,
-)  # such as `auto`, `imagenet`, a server's address
+_PATHS_OR_WORDS = ("resume", "encoder.weights", "judge.weights", *_TRACKING)  # `auto`, `imagenet`, a server's address
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but the newline and the tab
 _SECONDS = ("ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE")
 
@@ -77,7 +72,7 @@ def run(
     lines.setFormatter(_Visible("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[lines])
     try:
-        _refuse_what_is_no_number()
+        _require_seconds()
         try:
             loaded = load_config(model, sys.argv[1:] if argv is None else argv, prog=prog, description=doc or "")
         except BrokenPipeError:  # `--help | head`
@@ -169,7 +164,7 @@ def _print_whatever_paths_hold() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _refuse_what_is_no_number() -> None:
+def _require_seconds() -> None:
     """Settings of the environment are read when a store or a node is waited for, which may be hours from now.
 
     Raises:

@@ -78,7 +78,7 @@ def _without_home(path: str) -> str:
     return whole
 
 
-def _refuse_no_path(path: str) -> str:
+def _require_path(path: str) -> str:
     """The path as it is, unless it is what a shell leaves of a variable that is not set.
 
     Raises:
@@ -90,20 +90,20 @@ def _refuse_no_path(path: str) -> str:
 
 
 PathOrWord = Annotated[str, AfterValidator(_without_home)]  # a registered model, `auto`, or a path
-Location = Annotated[str, AfterValidator(_refuse_no_path), AfterValidator(_without_home)]
+Location = Annotated[str, AfterValidator(_require_path), AfterValidator(_without_home)]
 Name = Annotated[str, Field(min_length=1)]  # an empty one would name all images that have none
 
 
-def _refuse_no_disk(path: str) -> str:
+def _require_local(path: str) -> str:
     if "://" in path:
         raise ValueError(f"expected a folder on a disk, found {path}")
     return path
 
 
-LocalFolder = Annotated[Location, AfterValidator(_refuse_no_disk)]
+LocalFolder = Annotated[Location, AfterValidator(_require_local)]
 
 
-def _refuse_no_alias(alias: str | None) -> str | None:
+def _require_alias(alias: str | None) -> str | None:
     """The alias as it is, if MLflow takes it.
 
     Raises:
@@ -114,4 +114,4 @@ def _refuse_no_alias(alias: str | None) -> str | None:
     return alias
 
 
-Alias = Annotated[str | None, AfterValidator(_refuse_no_alias)]
+Alias = Annotated[str | None, AfterValidator(_require_alias)]

@@ -39,7 +39,7 @@ def load_config(model: type[C], argv: Sequence[str], *, prog: str, description: 
             all of them in one message, each with its path and the value that was found. Or bytes that are no text.
         SystemExit: `--help` (0), or a flag whose value cannot be read at all (2), as argparse does.
     """
-    _refuse_what_is_no_text(argv)
+    _require_text(argv)
     argv = _with_values(model, argv)
     asks_for_help = "-h" in argv or "--help" in argv
     if not asks_for_help:
@@ -172,7 +172,7 @@ def _with_values(model: type[Config], argv: Sequence[str]) -> list[str]:
     return given
 
 
-def _refuse_what_is_no_text(argv: Sequence[str]) -> None:
+def _require_text(argv: Sequence[str]) -> None:
     """A path may be any bytes, but what it is written to, JSON and messages between processes, takes UTF-8."""
     flag = ""
     for argument in argv:

@@ -233,7 +233,7 @@ def test_every_shipped_file_fits_its_pipeline(path):
 
 def is_location(hint):
     own = getattr(hint, "__metadata__", ())
-    return any(getattr(one, "func", None) is base._refuse_no_path for one in own) or any(
+    return any(getattr(one, "func", None) is base._require_path for one in own) or any(
         is_location(part) for part in typing.get_args(hint)
     )
 
