@@ -30,7 +30,8 @@ from adaconv.checkpoint import ModelInfo, load_network
 from adaconv.images import encode_jpeg
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import model_card
-from adaconv.tracking.runs import every
+from adaconv.tracking.runs import every, logged_images
+from adaconv.tracking.tracker import GRID_GAP, GRID_KEY
 
 log = logging.getLogger(__name__)
 
@@ -130,15 +131,11 @@ def card_of(client: MlflowClient, model: LoggedModel) -> str:
 
 def newest_grid(client: MlflowClient, run_id: str, *, up_to_step: int) -> Image.Image | None:
     """The last sample grid that a run logged up to a step."""
-    found = []
-    for artifact in client.list_artifacts(run_id, "images"):
-        key, _, rest = Path(artifact.path).name.partition("+step+")
-        if key == "samples~grid" and rest.endswith(".png") and int(rest.partition("+")[0]) <= up_to_step:
-            found.append((int(rest.partition("+")[0]), artifact.path))
+    found = {step: path for key, step, path in logged_images(client, run_id) if key == GRID_KEY and step <= up_to_step}
     if not found:
         return None
     with scratch_folder("grid") as scratch:
-        path = client.download_artifacts(run_id, max(found)[1], scratch)
+        path = client.download_artifacts(run_id, found[max(found)], scratch)
         return Image.open(path).convert("RGB")
 
 
@@ -202,11 +199,12 @@ def _what_stylizing_does_not_need(folder: str, names: list[str]) -> set[str]:
 
 
 def _example(grid: Image.Image | None, crop: int) -> dict[str, list[bytes]]:
-    """A content and a style as JPEG files: the first of the sample grid, whose cells are `crop` wide with 4 between."""
+    """A content and a style as JPEG files: the first of the sample grid, whose cells are `crop` wide."""
     content = style = Image.linear_gradient("L").convert("RGB")
     if grid is not None:
-        content = grid.crop((0, crop + 4, crop, 2 * crop + 4))
-        style = grid.crop((crop + 4, 0, 2 * crop + 4, crop))
+        second = crop + GRID_GAP
+        content = grid.crop((0, second, crop, second + crop))
+        style = grid.crop((second, 0, second + crop, crop))
     small = (_EXAMPLE_SIDE, _EXAMPLE_SIDE)
     return {
         name: [encode_jpeg(image.resize(small), quality=90)] for name, image in (("content", content), ("style", style))

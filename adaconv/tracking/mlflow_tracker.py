@@ -43,6 +43,7 @@ from adaconv.tracking.runs import (
     find_run,
     is_permanent,
     iso,
+    logged_images,
     make_or_find,
     ping,
     process_here,
@@ -444,7 +445,7 @@ class MlflowTracker:
 
     def _deliver_checkpoints(self, client: MlflowClient, run_id: str, records: dict[int, Record]) -> None:
         """The newest as tags, all of them as an artifact."""
-        told = {one["step"]: one for one in self._logged.checkpoints(client)}
+        told = {one["step"]: one for one in logged_checkpoints(client, run_id)}
         for step, r in records.items():
             if told.get(step, {}).get("uri") != r.values["uri"]:  # else it is told again, and keeps its time
                 told[step] = {"step": step, "uri": r.values["uri"], "time_ms": r.timestamp_ms}
@@ -461,11 +462,7 @@ class _Logged:
         self._client, self._run_id = client, run_id
         self._newest = {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
         self._steps: dict[str, set[int]] = {}
-        self.images = set()
-        for artifact in client.list_artifacts(run_id, "images"):
-            key, _, rest = Path(artifact.path).name.partition("+step+")
-            if rest.endswith(".png"):
-                self.images.add((key.replace("~", "/"), int(rest.partition("+")[0])))
+        self.images = {(key, step) for key, step, _ in logged_images(client, run_id)}
 
     def has_metric(self, key: str, step: int) -> bool:
         if key not in self._newest or step > self._newest[key]:
@@ -481,9 +478,6 @@ class _Logged:
 
     def has_image(self, key: str, step: int) -> bool:
         return (key, step) in self.images
-
-    def checkpoints(self, client: MlflowClient) -> list[dict[str, Any]]:
-        return logged_checkpoints(client, self._run_id)
 
 
 def logged_checkpoints(client: MlflowClient, run_id: str) -> list[dict[str, Any]]:

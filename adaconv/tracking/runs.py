@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -317,6 +317,14 @@ def every(search: Callable[..., Any], *what: Any, **how: Any) -> list[Any]:
         page = search(*what, **how, page_token=page.token)
         found += page
     return found
+
+
+def logged_images(client: MlflowClient, run_id: str) -> Iterator[tuple[str, int, str]]:
+    """Key, step and artifact path of each whole picture of a run; MLflow tells the first two by its name alone."""
+    for artifact in client.list_artifacts(run_id, "images"):
+        key, _, rest = Path(artifact.path).name.partition("+step+")
+        if rest.endswith(".png"):
+            yield key.replace("~", "/"), int(rest.partition("+")[0]), artifact.path
 
 
 def ping(uri: str) -> int:

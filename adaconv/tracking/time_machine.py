@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from PIL import Image
 from adaconv import storage
 from adaconv.scratch import scratch_folder
 from adaconv.tracking.mlflow_tracker import logged_checkpoints
+from adaconv.tracking.runs import logged_images
+from adaconv.tracking.tracker import GRID_GAP, GRID_KEY
 
 log = logging.getLogger(__name__)
 
-PAGE_FILE, GRID_KEY = "time-machine.html", "samples/grid"
+PAGE_FILE = "time-machine.html"
 _LINKED = ("file:", "s3:", "http:", "https:")  # a run may name anything as its checkpoint, also a script
 _PAGE = (Path(__file__).parent / "time_machine.html").read_text(encoding="utf-8")
-_GAP = 4  # pixels between the cells of a grid, as adaconv.training.probe draws it
 _MAX_BYTES, _MOST_STEPS, _MOST_POINTS = 18_000_000, 200, 500
 _HEADER_SIDE = 256
 _QUALITIES = (85, 75, 65, 50, 35, 20)
@@ -94,28 +96,25 @@ def _size_of(path: Path) -> tuple[int, int]:
         return grid.size
 
 
+@dataclass(frozen=True)
 class _Layout:
     """Where the cells of a grid lie: `rows` x `columns` stylized ones, of `width` x `height` pixels as they are shown.
 
     `side` is 0 for a picture that is no grid of known cells: it is one cell.
     """
 
-    def __init__(self, size: tuple[int, int], side: int, rows: int, columns: int, width: int, height: int) -> None:
-        self.size, self.side, self.rows, self.columns, self.width, self.height = (
-            size,
-            side,
-            rows,
-            columns,
-            width,
-            height,
-        )
+    side: int
+    rows: int
+    columns: int
+    width: int
+    height: int
 
     @classmethod
     def of(cls, size: tuple[int, int], side: int) -> "_Layout":
-        across, down = ((length + _GAP) / (side + _GAP) for length in size)
+        across, down = ((length + GRID_GAP) / (side + GRID_GAP) for length in size)
         if side == 0 or across % 1 or down % 1 or min(across, down) < 2:
-            return cls(size, 0, 1, 1, *size)
-        return cls(size, side, int(down) - 1, int(across) - 1, side, side)
+            return cls(0, 1, 1, *size)
+        return cls(side, int(down) - 1, int(across) - 1, side, side)
 
     def headers(self, grid: Image.Image) -> tuple[list[bytes], list[bytes]]:
         """Contents and styles, as WebP."""
@@ -144,22 +143,17 @@ class _Layout:
             grid = image.convert("RGB")
         fits = self
         while fits.width > 48 and len(_encode(fits.sheet(grid), _QUALITIES[1])) > budget:
-            small = (int(fits.width * 0.85), int(fits.height * 0.85))
-            fits = _Layout(self.size, self.side, self.rows, self.columns, *small)
+            fits = replace(fits, width=int(fits.width * 0.85), height=int(fits.height * 0.85))
         return fits
 
     def _cell(self, grid: Image.Image, down: int, across: int) -> Image.Image:
-        step = self.side + _GAP
+        step = self.side + GRID_GAP
         return grid.crop((across * step, down * step, across * step + self.side, down * step + self.side))
 
 
 def _grids(client: MlflowClient, run: Run, scratch: Path) -> dict[int, Path]:
     """Files of the run's grids, by step; evenly fewer where there are very many."""
-    found = {}
-    for artifact in client.list_artifacts(run.info.run_id, "images"):
-        key, _, rest = Path(artifact.path).name.partition("+step+")
-        if key == GRID_KEY.replace("/", "~") and rest.endswith(".png"):
-            found[int(rest.partition("+")[0])] = artifact.path
+    found = {step: path for key, step, path in logged_images(client, run.info.run_id) if key == GRID_KEY}
     steps = sorted(found)
     if len(steps) > _MOST_STEPS:
         steps = sorted({steps[round(i * (len(steps) - 1) / (_MOST_STEPS - 1))] for i in range(_MOST_STEPS)})

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+GRID_KEY = "samples/grid"  # of the pictures that a run's page and its models are shown by
+GRID_GAP = 4  # pixels of white between a grid's cells
+
 
 class Tracker(Protocol):
     """The first rank's view of a run. No method raises for an outage of what is behind it, and none waits for it."""

@@ -28,6 +28,7 @@ from adaconv.images import to_float
 from adaconv.model.encoder_weights import fingerprint, load_encoder, normalise_encoder
 from adaconv.model.network import build_network
 from adaconv.progress import Due, duration
+from adaconv.tracking.tracker import GRID_KEY
 from adaconv.training import distributed
 from adaconv.training.probe import Look, collapse, probe_of
 from adaconv.training.saving import CheckpointWriter
@@ -252,7 +253,7 @@ class _Watch:
 
     def look(self) -> None:
         step, look = self._state.step, self._look()
-        self._tracker.image("samples/grid", look.grid, step=step)
+        self._tracker.image(GRID_KEY, look.grid, step=step)
         self._tracker.metrics(look.metrics, step=step)
         trouble = collapse(look.metrics) if step else None
         if trouble:

@@ -18,8 +18,9 @@ from adaconv.data.order import stable_seed
 from adaconv.data.shard_cache import ShardCache
 from adaconv.data.sources import list_images, read_found
 from adaconv.errors import UsageError
-from adaconv.images import ImageError, as_seen, open_header, to_tensor
+from adaconv.images import ImageError, as_seen, open_header, to_tensor, to_uint8
 from adaconv.model.network import StyleTransferNet
+from adaconv.tracking.tracker import GRID_GAP
 from adaconv.training.losses import style_transfer_losses
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from adaconv.config.train import TrainConfig
     from adaconv.data.manifest import DatasetVersion
 
-_GAP = 4  # pixels of white between cells
 _MAX_PIXELS = 10**9  # a few pictures that somebody chose: cameras exceed what whole collections are held to
 _LEAST_CONTRAST, _LEAST_STYLE_SPREAD = 0.1, 1 / 255
 
@@ -111,12 +111,11 @@ def collapse(metrics: Mapping[str, float]) -> str | None:
 def tile_grid(rows: list[list[Tensor]]) -> NDArray[np.uint8]:
     """Cells (3, S, S) float in [0, 1], clamped, side by side on white: (H, W, 3) uint8."""
     side = rows[0][0].shape[-1]
-    step = side + _GAP
-    sheet = np.full((len(rows) * step - _GAP, len(rows[0]) * step - _GAP, 3), 255, np.uint8)
+    step = side + GRID_GAP
+    sheet = np.full((len(rows) * step - GRID_GAP, len(rows[0]) * step - GRID_GAP, 3), 255, np.uint8)
     for down, row in enumerate(rows):
         for across, cell in enumerate(row):
-            pixels = cell.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            sheet[down * step : down * step + side, across * step : across * step + side] = pixels
+            sheet[down * step : down * step + side, across * step : across * step + side] = to_uint8(cell)
     return sheet
 
 
