@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 3
 BEST_BY = "probe/loss"  # a function of the weights alone, where a batch's loss would choose by luck
+MODEL_FILES = ("model.safetensors", "model.json")  # what inference needs
 _PREFIX = "step-"
 
 
@@ -103,7 +104,7 @@ def steps_in(folder: str) -> dict[int, str]:
     """Whole checkpoints below a folder: step to URI, in order of steps. A folder without `meta.json` is none."""
     found = {}
     for uri in storage.list_directories(folder):
-        name = uri.rstrip("/").rpartition("/")[2]
+        name = storage.name_of(uri)
         digits = name.removeprefix(_PREFIX)
         if name.startswith(_PREFIX) and digits.isdigit() and storage.exists(storage.join(uri, "meta.json")):
             found[int(digits)] = uri
@@ -121,32 +122,32 @@ def newest(folder: str) -> str | None:
     return None
 
 
-def keep(folder: str, *, last: int, best: int, metric: str, passed_over: Collection[int] = ()) -> None:
-    """Remove all checkpoints but the newest `last` and the `best` with the lowest metric, of equals the older.
+def keep(folder: str, *, last: int, best: int, passed_over: Collection[int] = ()) -> None:
+    """Remove all checkpoints but the newest `last` and the `best` with the lowest `BEST_BY`, of equals the older.
 
     Those `passed_over` when the run was resumed are damaged: they take no place, and stay for who may mend them.
     """
     steps = {step: uri for step, uri in steps_in(folder).items() if step not in passed_over}
     newest_steps = list(steps)[-last:]
-    scores = _scores_of(steps, metric) if best and len(steps) > last else {}
+    scores = _scores_of(steps) if best and len(steps) > last else {}
     best_steps = sorted(scores, key=lambda step: (scores[step], step))[:best]
     for step, uri in steps.items():
         if step not in newest_steps and step not in best_steps:
             storage.remove_directory(uri, first="meta.json")
 
 
-def best_step(steps: Mapping[int, str], *, metric: str) -> int | None:
-    """Which of some checkpoints, by step, has the lowest metric; None where none has it."""
-    scores = _scores_of(steps, metric)
+def best_step(steps: Mapping[int, str]) -> int | None:
+    """Which of some checkpoints, by step, has the lowest `BEST_BY`; None where none has it."""
+    scores = _scores_of(steps)
     return min(scores, key=lambda s: (scores[s], s), default=None)
 
 
-def _scores_of(steps: Mapping[int, str], metric: str) -> dict[int, float]:
-    """The metric of each checkpoint that has it; one whose `meta.json` is damaged has none and holds nobody up."""
+def _scores_of(steps: Mapping[int, str]) -> dict[int, float]:
+    """`BEST_BY` of each checkpoint that has it; one whose `meta.json` is damaged has none and holds nobody up."""
     scores = {}
     for step, uri in steps.items():
         try:
-            score = float(meta_of(uri).get("metrics", {}).get(metric, math.inf))
+            score = float(meta_of(uri).get("metrics", {}).get(BEST_BY, math.inf))
         except (CheckpointError, AttributeError, TypeError, ValueError) as error:
             log.warning("passing over a damaged checkpoint, %s: %s", uri, error)
             continue
@@ -221,7 +222,7 @@ def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:
     """
     folder = Path(folder)
     weights = folder / "model.safetensors"
-    for path in (weights, folder / "model.json"):
+    for path in (folder / name for name in MODEL_FILES):
         if not path.exists():
             raise CheckpointError(f"expected a model in {folder}, found no {path.name}")
     described = _read_json(folder / "model.json")
@@ -262,7 +263,7 @@ def load_data(folder: Path) -> dict[str, Any]:
 
 def copy_model(folder: Path, target: Path) -> None:
     """Only what inference needs of a fetched checkpoint."""
-    for name in ("model.safetensors", "model.json"):
+    for name in MODEL_FILES:
         shutil.copy2(folder / name, target / name)
 
 

@@ -221,7 +221,7 @@ def _run_name(config: TrainConfig, *root_hashes: str) -> str:
 def _unused(output: str, name: str) -> str:
     from adaconv import storage
 
-    taken = {uri.rstrip("/").rpartition("/")[2] for uri in storage.list_directories(output)}
+    taken = set(map(storage.name_of, storage.list_directories(output)))
     names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))]
     return next(candidate for candidate in names if candidate not in taken)
 

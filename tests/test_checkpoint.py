@@ -111,9 +111,9 @@ def test_a_model_whose_bytes_changed_is_refused_and_nothing_else_is_raised(tmp_p
 def test_the_newest_and_the_best_stay(tmp_path, last, best, left):
     for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.6), (4, 0.7)):
         save_checkpoint(tmp_path, step, metrics={"probe/loss": loss})
-    checkpoint.keep(str(tmp_path), last=last, best=best, metric="probe/loss")
+    checkpoint.keep(str(tmp_path), last=last, best=best)
     assert list(checkpoint.steps_in(str(tmp_path))) == left
-    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path)), metric="probe/loss") == min(
+    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path))) == min(
         left, key=lambda step: [0, 0.5, 9, 0.6, 0.7][step]
     )
 
@@ -128,9 +128,9 @@ def test_a_damaged_one_holds_up_neither_keeping_nor_choosing(tmp_path):
         odd = tmp_path / "odd" / f"step-0000000{number}" / "meta.json"
         odd.write_text(odd.read_text().replace('"metrics": {}', f'"metrics": {metrics}'))
         assert metrics in odd.read_text()
-    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path / "odd")), metric="probe/loss") is None
-    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path)), metric="probe/loss") == 2
-    checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss")
+    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path / "odd"))) is None
+    assert checkpoint.best_step(checkpoint.steps_in(str(tmp_path))) == 2
+    checkpoint.keep(str(tmp_path), last=1, best=1)
     assert list(checkpoint.steps_in(str(tmp_path))) == [2, 4]
 
 
@@ -140,10 +140,10 @@ def test_a_damaged_one_that_is_newer_takes_no_place(tmp_path):
         save_checkpoint(tmp_path, step, metrics={"probe/loss": 0.5 / step})
     (tmp_path / "step-00000004" / "model.safetensors").write_bytes(b"cut")
     _, uri = save_checkpoint(tmp_path, 2, metrics={"probe/loss": 0.4})
-    checkpoint.keep(str(tmp_path), last=1, best=0, metric="probe/loss", passed_over={4})
+    checkpoint.keep(str(tmp_path), last=1, best=0, passed_over={4})
     assert checkpoint.newest(str(tmp_path)) == uri
     _, uri = save_checkpoint(tmp_path, 3, metrics={"probe/loss": 0.6})
-    checkpoint.keep(str(tmp_path), last=1, best=1, metric="probe/loss", passed_over={4})
+    checkpoint.keep(str(tmp_path), last=1, best=1, passed_over={4})
     assert list(checkpoint.steps_in(str(tmp_path))) == [2, 3, 4]
 
 

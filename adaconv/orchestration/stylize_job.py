@@ -44,7 +44,6 @@ from adaconv.stylize.stylizer import Stylizer
 
 log = logging.getLogger(__name__)
 
-_MODEL_FILES = ("model.safetensors", "model.json")
 _DEATHS_ADMITTED = 5  # of workers at one picture, before it is named a failure
 _PACKS_AT_HAND = 512  # of an actor; 100 kB each for the paper's network
 _ASK_SECONDS = 2.0
@@ -76,7 +75,7 @@ def run_stylize_job(config: StylizeConfig, plan: Plan, *, model: str, folder: Pa
     scaling = config.scaling
     require_resources(CPU=num_actors * scaling.cpus_per_actor, GPU=num_actors * scaling.gpus_per_actor)
     # Actors on other nodes have no such folder: the files travel through the object store.
-    files = ray.put({name: (folder / name).read_bytes() for name in _MODEL_FILES})
+    files = ray.put({name: (folder / name).read_bytes() for name in checkpoint.MODEL_FILES})
     # Beside the driver, which is lost with it anyway: on another node it would be one more thing to lose.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Should it die all the same, calls wait for the next one, which counts anew.

@@ -122,7 +122,7 @@ def _roles(steps: Mapping[int, str]) -> dict[int, str]:
     """Which of some checkpoints are the best and the last."""
     if not steps:
         return {}
-    last, best = max(steps), checkpoint.best_step(steps, metric=checkpoint.BEST_BY)
+    last, best = max(steps), checkpoint.best_step(steps)
     return {last: "best,last"} if best in (None, last) else {best: "best", last: "last"}
 
 

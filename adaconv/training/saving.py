@@ -104,7 +104,6 @@ class CheckpointWriter:
                 self._folder,
                 last=self._keep_last,
                 best=self._keep_best,
-                metric=checkpoint.BEST_BY,
                 passed_over=self._passed_over,
             )
         except Exception as error:  # the next one tries again
