@@ -6,18 +6,15 @@ import shutil
 import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from adaconv import storage
-
-Level = Literal["ok", "note", "FAIL"]
+from adaconv.orchestration.doctor import Finding, storage_error
 
 # What must not differ: pickles, bytes of shards and of weights depend on it.
 _PACKAGES = ("adaconv", "ray", "torch", "numpy", "pillow", "simplejpeg", "pyarrow", "mlflow")
@@ -74,7 +71,7 @@ def _look(output: str, tracking_uri: str | None, gpus_promised: float, asked: fl
         disk_free_gb=shutil.disk_usage(tempfile.gettempdir()).free / 1e9,
         gpus=_gpus(),
         gpus_promised=gpus_promised,
-        storage_error=_try_storage(output),
+        storage_error=storage_error(output),
         tracking_error=_try_tracking(tracking_uri),
     )
 
@@ -85,17 +82,6 @@ def _gpus() -> tuple[str, ...]:
         return tuple(sorted(os.listdir("/proc/driver/nvidia/gpus")))
     except OSError:
         return ()
-
-
-def _try_storage(output: str) -> str:
-    probe = storage.join(output, f".adaconv-doctor-{uuid.uuid4().hex[:8]}")
-    try:
-        storage.publish_bytes(probe, b"probe")
-        back = storage.read_bytes(probe)
-        storage.remove(probe)
-    except Exception as error:  # whatever a store can answer
-        return f"{type(error).__name__}: {error}"
-    return "" if back == b"probe" else "gave back other bytes than were written"
 
 
 def _try_tracking(uri: str | None) -> str:
@@ -110,8 +96,8 @@ def _try_tracking(uri: str | None) -> str:
     return ""
 
 
-def judged(found: Sequence[NodeReport | tuple[str, str]], *, now: float) -> Iterator[tuple[Level, str, str]]:
-    """Level, what and what to do, for each node and then for the cluster.
+def judged(found: Sequence[NodeReport | tuple[str, str]], *, now: float) -> Iterator[Finding]:
+    """Findings for each node and then for the cluster.
 
     Args:
         found: what `reports` gave.
@@ -119,7 +105,8 @@ def judged(found: Sequence[NodeReport | tuple[str, str]], *, now: float) -> Iter
     """
     nodes = [report for report in found if isinstance(report, NodeReport)]
     for lost in (report for report in found if not isinstance(report, NodeReport)):
-        yield "FAIL", f"node {lost[0]} does not answer: {lost[1]}", "see its logs; a node that hangs is best restarted"
+        what = f"node {lost[0]} does not answer: {lost[1]}"
+        yield Finding("FAIL", what, "see its logs; a node that hangs is best restarted")
     usual = _usual([node.software for node in nodes])
     for node in nodes:
         name = f"node {node.address} ({node.host})"
@@ -128,30 +115,29 @@ def judged(found: Sequence[NodeReport | tuple[str, str]], *, now: float) -> Iter
             for package in usual
             if node.software.get(package) != usual[package]
         ]
-        problems: list[tuple[Level, str, str]] = []
+        problems: list[Finding] = []
         if different:
-            problems.append(("FAIL", f"{name} has other software: {', '.join(different)}", "give all nodes one image"))
+            what = f"{name} has other software: {', '.join(different)}"
+            problems.append(Finding("FAIL", what, "give all nodes one image"))
         if node.storage_error:
-            problems.append(("FAIL", f"{name} cannot use the output: {node.storage_error}", "see credentials, mounts"))
+            what = f"{name} cannot use the output: {node.storage_error}"
+            problems.append(Finding("FAIL", what, "see credentials, mounts"))
         if node.tracking_error:
-            problems.append(
-                ("FAIL", f"{name}: {node.tracking_error}", "see MLFLOW_TRACKING_* in the nodes' environment")
-            )
+            what = f"{name}: {node.tracking_error}"
+            problems.append(Finding("FAIL", what, "see MLFLOW_TRACKING_* in the nodes' environment"))
         if node.gpus_promised > len(node.gpus):
             what = f"{name} promises {node.gpus_promised:g} GPUs and has {len(node.gpus)}"
-            problems.append(("FAIL", what, "see the driver and the container's runtime"))
+            problems.append(Finding("FAIL", what, "see the driver and the container's runtime"))
         if node.disk_free_gb < _LEAST_DISK_GB:
             what = f"{name} has {node.disk_free_gb:.1f} GB free for temporary files"
-            problems.append(("note", what, "shards are cached and objects spilled there"))
+            problems.append(Finding("note", what, "shards are cached and objects spilled there"))
         if not node.asked - _MOST_CLOCK_SECONDS <= node.clock <= now + _MOST_CLOCK_SECONDS:
-            problems.append(("note", f"{name}: its clock is off by seconds", "S3 refuses requests when it is minutes"))
-        yield from problems or [("ok", f"{name}: {node.disk_free_gb:.0f} GB free, {len(node.gpus)} GPUs", "")]
+            what = f"{name}: its clock is off by seconds"
+            problems.append(Finding("note", what, "S3 refuses requests when it is minutes"))
+        yield from problems or [Finding("ok", f"{name}: {node.disk_free_gb:.0f} GB free, {len(node.gpus)} GPUs")]
     if len(nodes) == len(found) and nodes:
-        yield (
-            "ok",
-            f"{len(nodes)} nodes answer; Python {usual['python']}, torch {usual['torch']}, Ray {usual['ray']}",
-            "",
-        )
+        versions = f"Python {usual['python']}, torch {usual['torch']}, Ray {usual['ray']}"
+        yield Finding("ok", f"{len(nodes)} nodes answer; {versions}")
 
 
 def _usual(software: list[dict[str, str]]) -> dict[str, str]:

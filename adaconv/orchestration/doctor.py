@@ -19,9 +19,12 @@ from adaconv.orchestration.submission import REQUEST_LIMIT_BYTES, package_files
 _REPO = Path(__file__).parents[2]
 
 
+Level = Literal["ok", "note", "FAIL"]
+
+
 @dataclass(frozen=True)
 class Finding:
-    level: Literal["ok", "note", "FAIL"]
+    level: Level
     what: str
     do: str = ""
 
@@ -100,42 +103,47 @@ def _nodes(config: DoctorConfig) -> Iterator[Finding]:
     except TrackingError:  # `tracking` says what is wrong with it, without the password that may be
         uri = None
     found = list(cluster_doctor.reports(output=output, tracking_uri=uri))
-    for level, what, do in cluster_doctor.judged(found, now=time.time()):
-        yield Finding(level, what, do)
+    yield from cluster_doctor.judged(found, now=time.time())
 
 
 def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
     """Write, read and remove a small file where jobs are to write."""
     from adaconv import storage
 
-    probe = storage.join(storage.absolute(config.output), f".adaconv-doctor-{uuid.uuid4().hex[:8]}")
-    folders = Path(probe).parents if storage.is_local(probe) else []
-    missing = [folder for folder in folders if not folder.exists()]
+    folder = storage.absolute(config.output)
+    is_new = storage.is_local(folder) and not Path(folder).exists()
     began = time.monotonic()
+    if error := storage_error(folder):
+        what = f"cannot use {config.output}: {error}"
+        yield Finding("FAIL", what, "check permissions, credentials and AWS_ENDPOINT_URL, or use another store")
+        return
+    new = "is not there yet, and can be made and written to" if is_new else "is writable"
+    where = f"{config.output} {new} (round trip {1000 * (time.monotonic() - began):.0f} ms)"
+    if storage.is_local(config.output):
+        free_gb = shutil.disk_usage(next(one for one in (Path(folder), *Path(folder).parents) if one.exists())).free / 1e9
+        level: Level = "ok" if free_gb > 10 else "note"
+        yield Finding(level, f"{where}, {free_gb:.0f} GB free", "" if free_gb > 10 else "COCO and WikiArt take 30 GB")
+    else:
+        yield Finding("ok", where)
+
+
+def storage_error(folder: str) -> str:
+    """What goes wrong where a small file is written, read and removed; nothing if all is well."""
+    from adaconv import storage
+
+    probe = storage.join(folder, f".adaconv-doctor-{uuid.uuid4().hex[:8]}")
+    missing = [one for one in (Path(folder), *Path(folder).parents) if storage.is_local(folder) and not one.exists()]
     try:
         storage.publish_bytes(probe, b"probe")
         back = storage.read_bytes(probe)
         storage.remove(probe)
     except Exception as error:  # whatever a store can answer
-        yield Finding(
-            "FAIL", f"cannot write to {config.output}: {error}", "check permissions, credentials and AWS_ENDPOINT_URL"
-        )
-        return
+        return f"{type(error).__name__}: {error}"
     finally:
-        for folder in missing:  # a mistyped path should not be there from now on
+        for made in missing:  # a mistyped path should not be there from now on
             with suppress(OSError):
-                folder.rmdir()
-    if back != b"probe":
-        yield Finding("FAIL", f"{config.output} gave back other bytes than were written", "use another store")
-        return
-    new = "is not there yet, and can be made and written to" if missing else "is writable"
-    where = f"{config.output} {new} (round trip {1000 * (time.monotonic() - began):.0f} ms)"
-    if storage.is_local(config.output):
-        free_gb = shutil.disk_usage(next(folder for folder in folders if folder.exists())).free / 1e9
-        level: Literal["ok", "note"] = "ok" if free_gb > 10 else "note"
-        yield Finding(level, f"{where}, {free_gb:.0f} GB free", "" if free_gb > 10 else "COCO and WikiArt take 30 GB")
-    else:
-        yield Finding("ok", where)
+                made.rmdir()
+    return "" if back == b"probe" else "gave back other bytes than were written"
 
 
 def tracking(config: DoctorConfig) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ GOOD = NodeReport("a", "10.0.0.1", SOFTWARE, 100.0, 99.0, 500.0, ("gpu0",), 1.0,
 
 
 def said(*nodes):
-    return [(level, what) for level, what, _ in judged(nodes, now=101.0)]
+    return [(finding.level, finding.what) for finding in judged(nodes, now=101.0)]
 
 
 def test_nodes_alike_are_well():

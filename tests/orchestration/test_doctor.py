@@ -84,7 +84,7 @@ def test_an_output_that_cannot_be_written_fails(home):
     (home / "file").write_text("")
     ((level, what),) = found(doctor.storage_of_output, output="~/file/out")
     assert level == "FAIL"
-    assert what.startswith(f"cannot write to {home}/file/out: ")
+    assert what.startswith(f"cannot use {home}/file/out: ")
 
 
 def test_an_output_on_s3_has_no_disk(bucket):
