@@ -120,7 +120,9 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
     new = "is not there yet, and can be made and written to" if is_new else "is writable"
     where = f"{config.output} {new} (round trip {1000 * (time.monotonic() - began):.0f} ms)"
     if storage.is_local(config.output):
-        free_gb = shutil.disk_usage(next(one for one in (Path(folder), *Path(folder).parents) if one.exists())).free / 1e9
+        free_gb = (
+            shutil.disk_usage(next(one for one in (Path(folder), *Path(folder).parents) if one.exists())).free / 1e9
+        )
         level: Level = "ok" if free_gb > 10 else "note"
         yield Finding(level, f"{where}, {free_gb:.0f} GB free", "" if free_gb > 10 else "COCO and WikiArt take 30 GB")
     else:

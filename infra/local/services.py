@@ -1,7 +1,6 @@
 """Each service: how it is set up once, started, and asked whether it answers. All listen on 127.0.0.1 alone."""
 
 import base64
-import json
 import os
 import pwd
 import shutil
@@ -15,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from infra.docker.make_mlflow_user import make_user
 from infra.local import ceph
-from infra.local.processes import Running, StackError, binary, listens, run, start, stopped_if_it_fails, write_private
+from infra.local.processes import (
+    Running,
+    StackError,
+    binary,
+    listens,
+    run,
+    start,
+    stop,
+    stopped_if_it_fails,
+    write_private,
+)
 
 if TYPE_CHECKING:
     from infra.local.stack import Place
@@ -30,7 +39,7 @@ def refuse_taken_ports(ports: Iterable[int]) -> None:
         raise StackError(f"ports {taken} are taken; give another --base-port, or stop what listens there")
 
 
-def stop_service(running: Running, stop: Any) -> None:
+def stop_service(running: Running) -> None:
     # PostgreSQL takes SIGTERM as "when everybody has left", SIGINT as "now, and cleanly".
     stop(running, ask=signal.SIGINT if running.name == "postgres" else signal.SIGTERM)
 
@@ -250,16 +259,14 @@ def start_prometheus(place: "Place") -> Running:
     )
 
 
-def http_status(
-    url: str, *, token: str = "", user: str = "", password: str = "", body: dict[str, Any] | None = None
-) -> int | None:
+def http_status(url: str, *, token: str = "", user: str = "", password: str = "") -> int | None:
     """The status that a URL answers with; None where nobody answers."""
-    headers = {"Content-Type": "application/json"}
+    headers = {}
     if token:
         headers["Authorization"] = f"Bearer {token}"
     elif user:
         headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-    request = urllib.request.Request(url, headers=headers, data=json.dumps(body).encode() if body else None)
+    request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return int(answer.status)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.local import services
-from infra.local.processes import PACKAGES, Running, StackError, require_programs, stop, write_private
+from infra.local.processes import PACKAGES, Running, StackError, require_programs, write_private
 
 __all__ = ["Stack", "StackError"]
 
@@ -132,7 +132,7 @@ class Stack:
                 if self.running[name].process():
                     say(f"{name}: runs already")
                     continue
-                services.stop_service(self.running[name], stop)  # what a killed one left serves on
+                services.stop_service(self.running[name])  # what a killed one left serves on
             services.refuse_taken_ports([place.port(_SERVES_AT[name])] if name in _SERVES_AT else [])
             self.running[name] = start()
             self._note()
@@ -144,7 +144,7 @@ class Stack:
     def down(self, *, purge: bool, say: Callable[[str], None]) -> None:
         """Stop in the reverse order, so that nobody loses what it is about to write to."""
         for name in reversed(self.running):
-            services.stop_service(self.running[name], stop)
+            services.stop_service(self.running[name])
             say(f"{name}: stopped")
         self.running = {}
         if self.place:
@@ -184,19 +184,14 @@ class Stack:
             )
         }
         ray_folder = Path(tempfile.gettempdir()) / f"adaconv-ray-{secrets.token_hex(3)}"
-        place = Place(self.folder, ray_folder, base_port, passwords)
-        self.place = place
-        self.save_secrets()
+        place = self.place = Place(self.folder, ray_folder, base_port, passwords)
         self._note()
         return place
 
-    def save_secrets(self) -> None:
+    def _note(self) -> None:
+        """Passwords first, for they are read wherever stack.json is there."""
         assert self.place
         write_private(self.folder / "secrets.json", json.dumps(self.place.secrets, indent=2))
-
-    def _note(self) -> None:
-        assert self.place
         told: dict[str, Any] = {"base_port": self.place.base_port, "ray_folder": str(self.place.ray_folder)}
         told["running"] = {name: asdict(one) for name, one in self.running.items()}
         write_private(self.folder / "stack.json", json.dumps(told, indent=2))
-        self.save_secrets()

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from adaconv import storage
-from infra.local.processes import PACKAGES, StackError, require_programs, stop
+from infra.local.processes import PACKAGES, StackError, require_programs
 from infra.local.services import http_status, stop_service
 from infra.local.stack import Stack
 from infra.monitoring.dashboard import dashboard
@@ -218,7 +218,7 @@ def test_a_backup_of_mlflow_is_restored(site, kept, tmp_path):
     artifacts = {entry.uri: storage.read_bytes(entry.uri) for entry in storage.walk("s3://mlflow")}
     assert artifacts
 
-    stop_service(site.stack.running["mlflow"], stop)
+    stop_service(site.stack.running["mlflow"])
     for database in ("mlflow", "mlflow_auth"):
         tool("dropdb", database)
         tool("createdb", database)
