@@ -229,7 +229,7 @@ def test_a_pixel_bomb_is_refused_in_little_memory(tmp_path, side):
     assert int(done.stdout) < 30_000  # kB
 
 
-def test_a_bomb_in_a_zip_is_read_no_further_than_it_says(tmp_path, photos):
+def test_a_bomb_in_a_zip_is_read_no_further_than_it_says(tmp_path):
     """A member that unfolds to more than the archive's directory tells is refused; memory holds what was told."""
     from adaconv.data.sources import iter_images, read_found
     from adaconv.images import ImageError

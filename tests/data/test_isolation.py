@@ -71,7 +71,7 @@ def test_an_image_is_not_blamed_for_a_kill_from_outside(decoder, tmp_path):
     assert not isinstance(answer, Refusal)
 
 
-def test_no_child_is_left(tmp_path):
+def test_no_child_is_left():
     with IsolatedDecoder(RECIPE) as decoder:
         decoder.look(b"")
         pid = decoder._child.pid

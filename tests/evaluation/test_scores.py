@@ -99,7 +99,7 @@ def test_pictures_beyond_the_memory_are_made_in_tiles(photos, paintings, encoder
         assert tiled.of[name] == pytest.approx(whole.of[name], rel=1e-3)
 
 
-def test_a_protocol_is_named_by_its_pictures_sizes_and_judge(protocol, photos, paintings, tmp_path):
+def test_a_protocol_is_named_by_its_pictures_sizes_and_judge(photos, paintings, tmp_path):
     def protocol_of(photos=photos, judge="j", **other):
         return read_protocol([str(photos)], [str(paintings)], judge=judge, **{**SIZES, **other})
 

@@ -155,7 +155,7 @@ def test_a_seed_is_a_network():
     assert fingerprint(one) == fingerprint(again) != fingerprint(other)
 
 
-def test_seeded_features_tell_images_apart(images):
+def test_seeded_features_tell_images_apart():
     """Channels neither die nor grow alike: over noise the deepest map has some variance in every channel."""
     encoder = load_encoder("seeded:0", widths=(8, 16, 32, 64))
     features = encoder(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))[-1]

@@ -271,7 +271,7 @@ def test_an_error_in_the_data_ends_the_run_at_once_with_its_cause(training, tmp_
 
 
 @pytest.mark.slow
-def test_shards_and_checkpoints_on_s3_outlive_a_server_that_is_gone_for_a_while(training, unbroken, s3, bucket):
+def test_shards_and_checkpoints_on_s3_outlive_a_server_that_is_gone_for_a_while(training, s3, bucket):
     for name, version in (("content", training.content), ("style", training.style)):
         root = storage.join(bucket, name)
         for entry in storage.walk(version.root):

@@ -94,7 +94,7 @@ def sha256_of(root, name):
     return sha256_of(root / f"{name}.jpg")
 
 
-def test_everything_that_came_of_some_images_is_found_and_nothing_else(history, tmp_path, capsys):
+def test_everything_that_came_of_some_images_is_found_and_nothing_else(history, tmp_path):
     root, uri, versions, _, stylizers = history
     made = stylized(history, tmp_path / "out")
     argv = ["--dataset", f"{root}/data", "--label", "Cubism", "--tracking-uri", uri]

@@ -31,11 +31,6 @@ from tests.helpers import grey_profile, held_open, save_checkpoint, swapped_prof
 from tests.servers import REPO
 
 
-@pytest.fixture(scope="module")
-def stylizer(tmp_path_factory):
-    return Stylizer.from_folder(save_checkpoint(tmp_path_factory.mktemp("model"))[1])
-
-
 def smooth(width, height, seed=0):
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

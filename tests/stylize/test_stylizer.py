@@ -27,11 +27,6 @@ from tests.helpers import TINY_WIDTHS, save_checkpoint, swapped_profile
 from tests.servers import REPO
 
 
-@pytest.fixture(scope="module")
-def stylizer(tmp_path_factory):
-    return Stylizer.from_folder(save_checkpoint(tmp_path_factory.mktemp("model"))[1])
-
-
 def picture(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 

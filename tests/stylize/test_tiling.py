@@ -116,7 +116,7 @@ def test_adain_in_tiles_equals_the_whole_frame():
     assert (in_tiles(network, picture, code, 64) - whole).abs().max() < 1e-4
 
 
-def test_naive_tiles_do_not(tmp_path):
+def test_naive_tiles_do_not():
     """What is compared can differ: each tile by itself has other statistics, and seams."""
     network = tiny()
     picture = smooth(128, 128)
@@ -174,11 +174,6 @@ def test_memory_does_not_grow_from_4_to_64_megapixels():
     assert found[0]["tile"] == found[1]["tile"]
     assert found[1]["peak_mb"] < 1.1 * found[0]["peak_mb"]
     assert found[1]["peak_mb"] < found[1]["limit_mb"]
-
-
-@pytest.fixture(scope="module")
-def stylizer(tmp_path_factory):
-    return Stylizer.from_folder(save_checkpoint(tmp_path_factory.mktemp("model"))[1])
 
 
 @pytest.mark.parametrize("color", ["style", "luminance", "coral"])

@@ -444,7 +444,7 @@ def test_hunger_is_told_a_minute_at_a_time_and_again_after_ten(content_version, 
     assert said == told
 
 
-def test_outputs_that_collapse_are_told(content_version, style_version, unbroken, tmp_path):
+def test_outputs_that_collapse_are_told(content_version, style_version, tmp_path):
     """A network whose last layer is zero paints every picture in one colour."""
 
     listening = Listening()
