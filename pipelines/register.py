@@ -28,25 +28,18 @@ def execute(config: RegisterConfig) -> dict[str, Any]:
     from adaconv.tracking.registry import register, rollback, source_of
     from adaconv.tracking.runs import default_uri
 
-    if config.model is None:
-        tracking_uri = default_uri(config.tracking.uri, Path.cwd())
-        version = rollback(
-            name=config.name, alias=str(config.rollback), reason=config.reason, tracking_uri=tracking_uri
-        )
-        return {
-            "model": version.uri,
-            "version": version.version,
-            "run_id": version.run_id,
-            "tracking_uri": tracking_uri,
-        }
-    uri, tracked_at = source_of(config.model)
+    uri, tracked_at = (None, None) if config.model is None else source_of(config.model)
     tracking_uri = default_uri(config.tracking.uri, Path.cwd(), found=tracked_at)
-    version = register(uri, name=config.name, alias=config.alias, reason=config.reason, tracking_uri=tracking_uri)
+    how = {"name": config.name, "reason": config.reason, "tracking_uri": tracking_uri}
+    if uri is None:
+        version = rollback(alias=str(config.rollback), **how)
+    else:
+        version = register(uri, alias=config.alias, **how)
     return {
         "model": version.uri,
         "version": version.version,
         "run_id": version.run_id,
-        "checkpoint": uri,
+        **({"checkpoint": uri} if uri else {}),
         "tracking_uri": tracking_uri,
     }
 

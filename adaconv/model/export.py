@@ -100,14 +100,21 @@ def export_onnx(
     return of_style, of_content
 
 
-def _write(graph: nn.Module, inputs: tuple[Any, ...], path: Path, notes: Mapping[str, str], **how: Any) -> None:
+def _write(
+    graph: nn.Module,
+    inputs: tuple[Any, ...],
+    path: Path,
+    notes: Mapping[str, str],
+    *,
+    dynamic_shapes: Any,
+    **names: Any,
+) -> None:
     # Exported here, since torch.onnx falls back to fixed sizes, without a word, where any sizes cannot be.
-    shapes = how.pop("dynamic_shapes")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own parts, that they are to change
-        exported = torch.export.export(graph.eval(), inputs, dynamic_shapes=shapes)
+        exported = torch.export.export(graph.eval(), inputs, dynamic_shapes=dynamic_shapes)
         program = torch.onnx.export(
-            exported, dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=shapes, **how
+            exported, dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=dynamic_shapes, **names
         )
     assert program is not None
     program.model.metadata_props.update(notes)
