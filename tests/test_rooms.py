@@ -12,6 +12,7 @@ FORBIDDEN = {
     "config": {"torch", "ray", "mlflow", "pyarrow", "fsspec", "numpy", "adaconv.!config,errors"},
     "errors": {"adaconv.!"},
     "ctrl_c": {"pydantic", "torch", "ray", "mlflow", "adaconv.!"},
+    "pages": {"torch", "ray", "mlflow", "adaconv.!"},
     "progress": {"torch", "ray", "mlflow", "adaconv.!"},
     "cli": {"torch", "ray", "mlflow", "adaconv.!config,ctrl_c,errors,storage"},
     "download": {"torch", "ray", "mlflow", "adaconv.!progress"},
@@ -20,15 +21,19 @@ FORBIDDEN = {
     "model": {"ray", "mlflow", "webdataset", "pydantic", "fsspec", "pyarrow", "adaconv.!errors,model,download"},
     "scratch": {"torch", "ray", "mlflow", "adaconv.!errors"},
     "allocator": {"torch", "ray", "mlflow", "adaconv.!"},
-    "data": {"ray", "mlflow", "adaconv.!data,images,storage,errors,progress,config,scratch"},
+    "data": {"ray", "mlflow", "adaconv.!data,images,storage,errors,pages,progress,config,scratch"},
     "training": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "checkpoint": {"ray", "mlflow", "webdataset", "pyarrow", "pydantic"},
     "stylize": {"ray", "mlflow", "webdataset", "pydantic"},
     "evaluation": {
         *("ray", "mlflow", "webdataset", "pydantic"),
-        "adaconv.!evaluation,errors,images,model,progress,storage,stylize,training",
+        "adaconv.!evaluation,errors,images,model,pages,progress,storage,stylize,training",
     },
-    "tracking": {"ray", "webdataset", "adaconv.!tracking,config,checkpoint,storage,errors,images,stylize,scratch"},
+    "tracking": {
+        "ray",
+        "webdataset",
+        "adaconv.!tracking,config,checkpoint,storage,errors,images,pages,stylize,scratch",
+    },
     "orchestration": {"mlflow"},
 }
 # Only these rooms may name these libraries.

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from adaconv import storage
+from adaconv import pages, storage
 from adaconv.data.manifest import IN_SHARDS, STATES, DatasetVersion, Row
 from adaconv.data.similar import Pair, similar_pairs
 from adaconv.images import encode_jpeg
@@ -49,8 +48,7 @@ def render(version: DatasetVersion, *, distance: int, sheet: int) -> str:
         "similar": _similar(version, places, pairs, distance),
         "sheet": "".join(_figure_of(version, row) for row in _evenly(places, sheet)),
     }
-    # In one pass: what is filled in may hold a mark itself.
-    return re.sub(rf"{{{{({'|'.join(parts)})}}}}", lambda found: parts[found[1]], _PAGE)
+    return pages.fill(_PAGE, parts)
 
 
 def _facts(version: DatasetVersion) -> str:
@@ -62,7 +60,7 @@ def _facts(version: DatasetVersion) -> str:
         "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items()),
         "codecs": ", ".join(f"{name} {value}" for name, value in version.recipe["codecs"].items()),
     }
-    return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items())
+    return pages.facts(facts)
 
 
 def _books(books: Mapping[str, Any]) -> str:

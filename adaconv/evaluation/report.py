@@ -2,10 +2,10 @@
 
 import base64
 import html
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from adaconv import pages
 from adaconv.evaluation import metrics
 from adaconv.evaluation.gate import Verdict, interval
 from adaconv.evaluation.metrics import METRICS, OF_PAIRS
@@ -34,14 +34,13 @@ def render(scores: Sequence[Scores], protocol: Protocol, verdict: Verdict | None
     }
     parts = {
         "title": html.escape(f"Evaluation of {scores[0].model}"),
-        "facts": _list(facts),
+        "facts": pages.facts(facts),
         "verdict": _verdict(scores[0].model, verdict, alias) if verdict else "",
         "scores": _table(scores),
-        "metrics": _list(_definitions()),
+        "metrics": pages.facts(_definitions()),
         "outputs": _outputs(scores, protocol),
     }
-    # In one pass: what is filled in may hold a mark itself.
-    return re.sub(rf"{{{{({'|'.join(parts)})}}}}", lambda found: parts[found[1]], _PAGE)
+    return pages.fill(_PAGE, parts)
 
 
 def _verdict(model: str, verdict: Verdict, alias: str) -> str:
@@ -99,10 +98,6 @@ def _outputs(scores: Sequence[Scores], protocol: Protocol) -> str:
             f"{''.join(cells)}</div></div>"
         )
     return "".join(parts)
-
-
-def _list(facts: dict[str, str]) -> str:
-    return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items())
 
 
 def _img(jpeg: bytes, told: str) -> str:

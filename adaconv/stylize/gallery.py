@@ -2,13 +2,13 @@
 
 import base64
 import html
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from adaconv import pages
 
 _PAGE = (Path(__file__).parent / "gallery.html").read_text(encoding="utf-8")
 
@@ -52,27 +52,20 @@ def render(
     for (row, column), cell in cells.items():
         of_row.setdefault(row, {})[column] = {"failed": cell.reason} if isinstance(cell, Failure) else _told(cell)
     rows = (
-        f'<script type="application/json" class="row-data">{_json({**_told(content), "cells": of_row.get(row, {})})}'
-        "</script>"
+        f'<script type="application/json" class="row-data">'
+        f"{pages.script_json({**_told(content), 'cells': of_row.get(row, {})})}</script>"
         for row, content in enumerate(contents)
     )
-    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     parts = {
-        "{{title}}": html.escape(title),
-        "{{facts}}": listed,
-        "{{note}}": html.escape(note),
-        "{{columns}}": _json([_told(style) for style in styles]),
-        "{{rows}}": "\n".join(rows),
+        "title": html.escape(title),
+        "facts": pages.facts(facts),
+        "note": html.escape(note),
+        "columns": pages.script_json([_told(style) for style in styles]),
+        "rows": "\n".join(rows),
     }
-    # In one pass: what is filled in may hold a mark itself.
-    return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], _PAGE)
+    return pages.fill(_PAGE, parts)
 
 
 def _told(picture: Picture) -> dict[str, str]:
     told = {"title": picture.title, "image": base64.b64encode(picture.thumbnail).decode()}
     return told if picture.link is None else {**told, "link": quote(picture.link)}
-
-
-def _json(value: Any) -> str:
-    """JSON that a script element can hold: nothing in it ends the element."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

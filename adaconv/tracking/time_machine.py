@@ -7,9 +7,7 @@ are the same at all steps, lie in it once; the stylized cells of a step are one 
 import base64
 import html
 import io
-import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from adaconv import storage
+from adaconv import pages, storage
 from adaconv.scratch import scratch_folder
 from adaconv.tracking.mlflow_tracker import logged_checkpoints
 from adaconv.tracking.runs import logged_images
@@ -48,11 +46,8 @@ def render(client: MlflowClient, runs: Sequence[Run], *, max_bytes: int = _MAX_B
     if not shown:
         return None
     title = " and ".join(f"{one['name']}" for one in shown)
-    # A JSON text may hold </script>, which would end the element.
-    data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"{{title}}": html.escape(f"{title}: samples over time"), "{{data}}": data}
-    # In one pass: what is filled in may hold a mark itself.
-    return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], _PAGE)
+    parts = {"title": html.escape(f"{title}: samples over time"), "data": pages.script_json(shown)}
+    return pages.fill(_PAGE, parts)
 
 
 def _data_of(client: MlflowClient, run: Run, max_bytes: int) -> dict[str, Any] | None:
