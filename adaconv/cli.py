@@ -78,17 +78,18 @@ def run(
         except BrokenPipeError:  # `--help | head`
             return 0
         config = loaded.config
-        _say(f"# {prog}: resolved configuration\n{to_yaml(config)}")
+        with contextlib.suppress(OSError):  # see _Lines
+            _say(f"# {prog}: resolved configuration\n{to_yaml(config)}")
         _refuse_relative_paths_in_a_job(config)
         if loaded.dry_run:
             _say(f"# plan (dry run: nothing is written)\n{plan(config)}")
             return 0
         return _execute(config, prog, execute, output(config))
     except AdaConvError as error:
-        _say(f"{prog}: error: {error}", sys.stderr)
+        _tell(f"{prog}: error: {error}")
         return error.exit_code
     except OSError as error:
-        _say(f"{prog}: error: {of_storage(error)}", sys.stderr)
+        _tell(f"{prog}: error: {of_storage(error)}")
         return 1
     except KeyboardInterrupt:
         ctrl_c.tell(prog)
@@ -111,11 +112,12 @@ def run_command(commands: Mapping[str, Command], argv: Sequence[str] | None, *, 
     """Run the command that the first argument names, by its name in `commands`; the other arguments are its flags."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
-        print(f"usage: {prog} {{{','.join(commands)}}} [--config FILE] [flags]\n\n{doc}")
+        _say(f"usage: {prog} {{{','.join(commands)}}} [--config FILE] [flags]\n\n{doc}")
+        _give_up_what_is_not_printed()
         return 0
     if name not in commands:
         found = f"found {name!r}" if name else "found none"
-        print(f"{prog}: error: expected a command, one of {', '.join(commands)}; {found}", file=sys.stderr)
+        _tell(f"{prog}: error: expected a command, one of {', '.join(commands)}; {found}")
         return UsageError.exit_code
     command = commands[name]
     how: dict[str, Any] = {"plan": command.plan, "execute": command.execute, "output": command.output}
@@ -136,13 +138,23 @@ class _Visible(logging.Formatter):
 
 
 def visible(text: str) -> str:
-    """Text without what commands a terminal: names of files may hold it."""
-    return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """Text without what commands a terminal, as escapes of JSON: names of files may hold it."""
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _say(text: str, stream: TextIO | None = None) -> None:
-    with contextlib.suppress(OSError):  # see _Lines
-        print(visible(text), file=stream or sys.stdout, flush=True)
+def _say(text: str) -> None:
+    """Print what is asked for.
+
+    Raises:
+        OSError: it is lost, as on a full disk; not where its reader has had enough (`| head`).
+    """
+    with contextlib.suppress(BrokenPipeError):
+        print(visible(text), flush=True)
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # the exit code says that something is wrong
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def _give_up_what_is_not_printed() -> None:
@@ -227,10 +239,9 @@ def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], outpu
         # Paths may hold bytes that are no text: their escapes are those of JSON too.
         storage.publish_bytes(where, text.encode(errors="backslashreplace") + b"\n")
         told += f"\nresult: {where}"
-    with contextlib.suppress(BrokenPipeError):  # who read enough; a full disk lost what it was to keep
-        print(visible(told), flush=True)
+    _say(told)
     if result["status"] == "failed":
-        _say(f"{prog}: error: {result['error']}", sys.stderr)
+        _tell(f"{prog}: error: {result['error']}")
         return 1
     return 0
 

@@ -89,7 +89,7 @@ def execute(config: TraceConfig) -> dict[str, Any]:
 
 def _in_one_line(uri: str) -> str:
     """What is deleted by the list is nothing that a name adds to it."""
-    return cli.visible(uri).replace("\n", r"\x0a").replace("\t", r"\x09")
+    return cli.visible(uri).replace("\n", r"\u000a").replace("\t", r"\u0009")
 
 
 def _flags(config: TraceConfig) -> str:

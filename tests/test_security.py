@@ -271,10 +271,15 @@ def test_a_checkpoint_does_not_say_who_gets_the_account(tmp_path, monkeypatch):
         with pytest.raises(TrackingError, match=f"give --tracking.uri {there}") as refused:
             default_uri(None, tmp_path, found=there)
         assert "hunter2" not in str(refused.value)
+        for odd in ("HTTPS://elsewhere.example:5000", f" {there}", "http://h:99999", "http://[bad"):
+            with pytest.raises(TrackingError):  # MLflow reads the first two as the same server
+                default_uri(None, tmp_path, found=odd)
     assert default_uri(there, tmp_path, found=there) == there  # the user said so
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{there}/path")
     assert default_uri(None, tmp_path, found=there) == there
     assert default_uri(None, tmp_path, found="sqlite:////x.db") == "sqlite:////x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example:443")
+    assert default_uri(None, tmp_path, found="https://MLflow.example") == "https://MLflow.example"
 
 
 # Pages

@@ -138,7 +138,9 @@ class ScalingConfig(Config):
     def _one_or_two(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         try:
             return read(value)
-        except ValidationError:  # which would tell of each of the two kinds
+        except ValidationError as error:  # which would tell of each of the two kinds
+            if any(one["type"] == "value_error" for one in error.errors()):
+                raise
             raise ValueError(f"expected one number, or the fewest and the most, from 1 on; found {value!r}") from None
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,7 +102,8 @@ def _nodes(config: DoctorConfig) -> Iterator[Finding]:
         uri = default_uri(uri, Path(output)) if uri else None
     except TrackingError:  # `tracking` says what is wrong with it, without the password that may be
         uri = None
-    found = list(cluster_doctor.reports(output=output, tracking_uri=uri))
+    with _left_as_it_was(output):
+        found = list(cluster_doctor.reports(output=output, tracking_uri=uri))
     yield from cluster_doctor.judged(found, now=time.time())
 
 
@@ -111,22 +112,38 @@ def storage_of_output(config: DoctorConfig) -> Iterator[Finding]:
     from adaconv import storage
 
     folder = storage.absolute(config.output)
-    is_new = storage.is_local(folder) and not Path(folder).exists()
+    is_new = storage.is_local(folder) and not os.path.exists(folder)
     began = time.monotonic()
-    if error := storage_error(folder):
+    with _left_as_it_was(folder):
+        error = storage_error(folder)
+    if error:
         what = f"cannot use {config.output}: {error}"
         yield Finding("FAIL", what, "check permissions, credentials and AWS_ENDPOINT_URL, or use another store")
         return
     new = "is not there yet, and can be made and written to" if is_new else "is writable"
     where = f"{config.output} {new} (round trip {1000 * (time.monotonic() - began):.0f} ms)"
     if storage.is_local(config.output):
-        free_gb = (
-            shutil.disk_usage(next(one for one in (Path(folder), *Path(folder).parents) if one.exists())).free / 1e9
-        )
+        there = next(one for one in (Path(folder), *Path(folder).parents) if os.path.exists(one))
+        free_gb = shutil.disk_usage(there).free / 1e9
         level: Level = "ok" if free_gb > 10 else "note"
         yield Finding(level, f"{where}, {free_gb:.0f} GB free", "" if free_gb > 10 else "COCO and WikiArt take 30 GB")
     else:
         yield Finding("ok", where)
+
+
+@contextmanager
+def _left_as_it_was(folder: str) -> Iterator[None]:
+    """Remove the folders that the block made: a mistyped path should not be there from now on."""
+    from adaconv import storage
+
+    local = (Path(folder), *Path(folder).parents) if storage.is_local(folder) else ()
+    missing = [one for one in local if not os.path.exists(one)]  # Path's own raises where one may not look
+    try:
+        yield
+    finally:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
 
 
 def storage_error(folder: str) -> str:
@@ -134,17 +151,12 @@ def storage_error(folder: str) -> str:
     from adaconv import storage
 
     probe = storage.join(folder, f".adaconv-doctor-{uuid.uuid4().hex[:8]}")
-    missing = [one for one in (Path(folder), *Path(folder).parents) if storage.is_local(folder) and not one.exists()]
     try:
         storage.publish_bytes(probe, b"probe")
         back = storage.read_bytes(probe)
         storage.remove(probe)
     except Exception as error:  # whatever a store can answer
         return f"{type(error).__name__}: {error}"
-    finally:
-        for made in missing:  # a mistyped path should not be there from now on
-            with suppress(OSError):
-                made.rmdir()
     return "" if back == b"probe" else "gave back other bytes than were written"
 
 

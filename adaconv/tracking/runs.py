@@ -130,9 +130,8 @@ def default_uri(uri: str | None, output: Path, *, found: str | None = None) -> s
         TrackingError: a folder, which MLflow no longer takes; no address; it carries a password; or `found` is a server
             that the user's account is not known to be for.
     """
-    if not uri and found:
-        _refuse_to_send_the_account(found)
-    uri = uri or found or os.environ.get("MLFLOW_TRACKING_URI")
+    from_checkpoint = not uri and bool(found)
+    uri = uri or (found and found.strip()) or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:  # a variable may be set and empty
         return f"sqlite:///{output / 'mlflow.db'}"
     if uri.startswith("file:") or "://" not in uri:
@@ -143,6 +142,8 @@ def default_uri(uri: str | None, output: Path, *, found: str | None = None) -> s
     try:
         refuse_password(uri)
         _origin(uri)
+        if from_checkpoint:
+            _refuse_to_send_the_account(uri)
     except ValueError as error:
         raise TrackingError(f"tracking: {error}") from None
     scheme = "sqlite:///"
@@ -155,18 +156,22 @@ def _origin(uri: str) -> tuple[str, str | None, int | None]:
     Raises:
         ValueError: it is no address.
     """
-    parts = urlsplit(uri)
-    return parts.scheme, parts.hostname, parts.port
+    parts = urlsplit(uri)  # which reads the scheme and the host in any case of letters
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _refuse_to_send_the_account(uri: str) -> None:
-    """MLflow's client sends its account to whichever server it is told."""
+    """MLflow's client sends its account to whichever server it is told.
+
+    Raises:
+        ValueError: it may not be told to this one; or MLFLOW_TRACKING_URI is no address.
+    """
     account = get_default_host_creds(uri)
     has_account = account.username or account.token or account.auth or account.aws_sigv4
     known = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith(("http:", "https:")) and has_account and _origin(uri) != _origin(known):
-        raise TrackingError(
-            f"tracking: the checkpoint is of a run at {uri}, which would be sent your account of MLflow; "
+    if _origin(uri)[0] in ("http", "https") and has_account and _origin(uri) != _origin(known):
+        raise ValueError(
+            f"the checkpoint is of a run at {uri}, which would be sent your account of MLflow; "
             f"MLFLOW_TRACKING_URI names {known or 'no server'}. If it may have that, give --tracking.uri {uri}"
         )
 

@@ -39,14 +39,17 @@ class Running:
     """A process that was started, the first of a session of its own.
 
     `created` tells it from a later one with the same number: seconds after the boot, which do not change when the clock
-    is set.
+    is set. `where` its number means this: a boot, and a container.
     """
 
     name: str
     pid: int
     created: float
+    where: str
 
     def process(self) -> psutil.Process | None:
+        if self.where != _here():
+            return None
         try:
             process = psutil.Process(self.pid)
             same = self._is(process) and process.status() != psutil.STATUS_ZOMBIE
@@ -57,7 +60,7 @@ class Running:
     def family(self) -> list[psutil.Process]:
         """What is left of it and of those that it started, which outlive it where it was killed."""
         found = []
-        for process in psutil.process_iter():
+        for process in psutil.process_iter() if self.where == _here() else ():
             with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
                 if process.pid == self.pid and not self._is(process):
                     return []  # a number is given anew once nobody of its session is left
@@ -70,6 +73,10 @@ class Running:
 
     def _is(self, process: psutil.Process) -> bool:
         return abs(_created(process) - self.created) < 0.05
+
+
+def _here() -> str:
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _created(process: psutil.Process) -> float:
@@ -113,7 +120,7 @@ def start(
             extra_groups=[] if user else None,
             start_new_session=True,
         )
-    running = Running(name, process.pid, _created(psutil.Process(process.pid)))
+    running = Running(name, process.pid, _created(psutil.Process(process.pid)), _here())
     deadline = time.monotonic() + patience_seconds
     with stopped_if_it_fails(running):
         while not answers():

@@ -96,7 +96,10 @@ class Stack:
             told = json.loads(noted.read_text())
             passwords = json.loads((self.folder / "secrets.json").read_text())
             self.place = Place(self.folder, Path(told["ray_folder"]), told["base_port"], passwords)
-            self.running = {name: Running(**one) for name, one in told["running"].items()}
+            try:
+                self.running = {name: Running(**one) for name, one in told["running"].items()}
+            except TypeError:
+                raise StackError(f"{noted} is another release's: `down` by the one that started the stack") from None
 
     def up(
         self,

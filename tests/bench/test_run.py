@@ -120,7 +120,7 @@ def test_counted_flops_are_those_that_torch_counts(architecture, other):
 @pytest.mark.parametrize("decoder_convs", [(1, 4, 2, 2), (1, 1, 1, 1)])
 def test_counted_flops_of_training_are_those_that_torch_counts(decoder_convs):
     """Of AdaIN: torch counts grouped convolutions' gradients as if they were not grouped."""
-    size = dataclasses.replace(work.size_of("adain", quick=True), decoder_convs=decoder_convs)
+    size = dataclasses.replace(size_of("adain", quick=True), decoder_convs=decoder_convs)
     network = build_network(
         encoder=VGGEncoder(widths=size.widths), architecture="adain", decoder_convs=size.decoder_convs
     )

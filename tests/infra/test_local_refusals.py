@@ -1,5 +1,6 @@
 """What `python -m infra.local` refuses, and never touches; no server is started."""
 
+import json
 import os
 import re
 import signal
@@ -131,9 +132,22 @@ def test_a_folder_of_another_user_is_not_trusted(tmp_path, capsys):
     assert main(["down", "--folder", str(folder)]) == 1
 
 
+def test_a_stack_of_another_release_is_not_forgotten(tmp_path, capsys):
+    noted = {"base_port": 1, "ray_folder": "/tmp/r", "running": {"s3": {"name": "s3", "pid": 1, "created": 1.7e9}}}
+    (tmp_path / "stack.json").write_text(json.dumps(noted))
+    (tmp_path / "secrets.json").write_text("{}")
+    assert main(["down", "--folder", str(tmp_path)]) == 1
+    assert "stack.json is another release's" in capsys.readouterr().err
+
+
 def test_a_process_of_another_time_is_not_stopped():
     """Numbers of processes come again; the time of creation tells them apart."""
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    stop(Running("ray", sleeper.pid, created=1.0))
+    own = psutil.Process(sleeper.pid)
+    created = own.create_time() - psutil.boot_time()
+    for one in (Running("ray", own.pid, 1.0, processes._here()), Running("ray", own.pid, created, "another boot")):
+        assert one.family() == []
+        stop(one)
     assert sleeper.poll() is None
+    assert Running("ray", own.pid, created, processes._here()).process()
     sleeper.communicate(b"\n")

@@ -370,19 +370,31 @@ def test_work_goes_on_where_its_lines_cannot_be_written(folders):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--source", "a", "--output", "out", "--dry-run"]])
-def test_a_reader_that_has_enough_is_no_error(folders, arguments):
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("shard", ["--help"]), ("dataset", ["--help"]), ("shard", ["--source", "a", "--output", "out", "--dry-run"])],
+)
+def test_a_reader_that_has_enough_is_no_error(folders, name, arguments):
     """`| head -1`: whatever is still in a buffer when Python ends."""
-    command = [sys.executable, "pipelines/shard.py", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     (folders / "a").mkdir(exist_ok=True)
     Image.new("RGB", (600, 600)).save(folders / "a" / "one.jpg")
     arguments = [str(folders / one) if one in ("a", "out") else one for one in arguments]
-    with subprocess.Popen([*command[:2], *arguments], cwd=REPO, env=environment, text=True, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, f"pipelines/{name}.py", *arguments], cwd=REPO, env=environment, text=True, **pipes
+    ) as process:
         process.stdout.close()
         err = process.stderr.read()
     assert (process.returncode, err) == (0, "")
+
+
+def test_a_plan_that_a_full_disk_loses_is_an_error(folders):
+    Image.new("RGB", (600, 600)).save(folders / "images" / "a.jpg")
+    with open("/dev/full", "w") as full:
+        arguments = ("--source", folders / "images", "--output", folders / "out", "--dry-run")
+        done = started("pipelines/shard.py", *arguments, stdout=full)
+    assert (done.returncode, done.stderr) == (1, "pipelines/shard.py: error: No space left on device\n")
 
 
 def test_names_command_no_terminal(folders):
@@ -400,7 +412,7 @@ def test_names_command_no_terminal(folders):
         stdout=subprocess.PIPE,
     )
     assert done.returncode == 2
-    assert "a\\x1b]0;owned\\x07: expected images" in done.stderr
+    assert "a\\u001b]0;owned\\u0007: expected images" in done.stderr
     assert "found 1 other files (1 without an extension)" in done.stderr
     assert not set("\x1b\x07") & set(done.stdout + done.stderr)
     assert "\nERROR" not in done.stderr

@@ -336,6 +336,11 @@ def test_what_is_no_number_of_ranks_is_told_in_one_line(found):
     assert "1 validation error" in str(told.value)
 
 
+def test_yes_for_a_number_of_ranks_is_told_as_everywhere():
+    with pytest.raises(ValueError, match="YAML reads yes, no, on and off as such"):
+        config_of(scaling={"num_workers": True})
+
+
 def test_losses_of_which_none_counts_are_refused():
     with pytest.raises(ValueError, match="loss: expected one weight above 0, found all of them 0"):
         config_of(loss={"content_weight": 0, "style_weight": 0})
