@@ -28,6 +28,7 @@ PACKAGES = {
 
 
 _RUN_SECONDS = 120
+_CHILDREN_SECONDS = 2  # to end with the process that started them
 
 
 class StackError(Exception):
@@ -147,14 +148,13 @@ def stop(running: Running, *, patience_seconds: float = 20, ask: int = signal.SI
     family = running.family()
     if process := running.process():
         process.send_signal(ask)
-    else:
-        for one in family:
+        psutil.wait_procs([process], timeout=patience_seconds)
+    _, alive = psutil.wait_procs(family, timeout=_CHILDREN_SECONDS)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for one in alive:
             with contextlib.suppress(psutil.Error):
-                one.terminate()
-    _, alive = psutil.wait_procs(family, timeout=patience_seconds)
-    for one in alive:
-        one.kill()
-    psutil.wait_procs(alive, timeout=5)
+                end(one)
+        _, alive = psutil.wait_procs(alive, timeout=5)
 
 
 def run(
