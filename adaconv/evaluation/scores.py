@@ -131,10 +131,13 @@ class Evaluation:
         return {"of": of, "shown": [base64.b64encode(thumbnail(one[0])).decode() for one in outputs[:shown]]}
 
     def _between_tiles(self, stylizer: Stylizer, pack: StylePack) -> float:
-        """The largest difference between the first content's whole frame and its tiles, two a side or more: 0 to 1."""
-        content = to_float(self.protocol.contents[0].pixels)
-        whole, tiled = (stylizer.stylize(content, pack, tile=tile) for tile in (None, self.protocol.side // 16 * 8))
-        return (whole - tiled).abs().max().item()
+        """The largest difference of the first content, 0 to 1: between its whole frame, or the largest tiles that there
+        is memory for, and tiles of half their side.
+        """
+        content, side = to_float(self.protocol.contents[0].pixels), self.protocol.side
+        largest = stylizer.tile_of(side, side)
+        first, other = (stylizer.stylize(content, pack, tile=tile) for tile in (largest, (largest or side) // 16 * 8))
+        return (first - other).abs().max().item()
 
     def _pixels(self, exhibit: Exhibit) -> Tensor:
         return to_float(exhibit.pixels)[None].to(self._device)

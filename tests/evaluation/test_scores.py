@@ -94,9 +94,12 @@ def test_pictures_beyond_the_memory_are_made_in_tiles(photos, paintings, encoder
     small = Stylizer(*network, max_memory_gb=0.46)
     assert small.tile_of(512, 512) is not None
     monkeypatch.setattr(Stylizer, "stylize_all", None)  # whole frames
+    plain, sides = Stylizer.stylize, set()
+    monkeypatch.setattr(Stylizer, "stylize", lambda *args, tile="auto": sides.add(tile) or plain(*args, tile=tile))
     tiled = evaluation(protocol, encoder, tmp_path / "tiled").scores("mine", small)
     for name in METRICS:
         assert tiled.of[name] == pytest.approx(whole.of[name], rel=1e-3)
+    assert sides == {"auto", small.tile_of(512, 512), small.tile_of(512, 512) // 16 * 8}
 
 
 def test_a_protocol_is_named_by_its_pictures_sizes_and_judge(photos, paintings, tmp_path):
