@@ -106,8 +106,7 @@ def give_roles(client: MlflowClient, run: Run, roles: dict[str, str]) -> list[st
     Returns:
         ids of deleted models.
     """
-    versions = every(client.search_model_versions, f"run_id = '{run.info.run_id}'")
-    registered = {version.source for version in versions}
+    registered = _registered(client, run)
     deleted = []
     for model in _models_of(client, run):
         is_whole = str(model.status) == "READY"
@@ -115,10 +114,25 @@ def give_roles(client: MlflowClient, run: Run, roles: dict[str, str]) -> list[st
         if model.model_id in roles:
             client.set_logged_model_tags(model.model_id, {_ROLES_TAG: roles[model.model_id]})
         elif (is_whole or is_left) and _ROLES_TAG in model.tags and model.artifact_location not in registered:
-            get_artifact_repository(model.artifact_location).delete_artifacts()
-            client.delete_logged_model(model.model_id)
+            _delete(client, model)
             deleted.append(str(model.model_id))
     return deleted
+
+
+def delete_if_unused(client: MlflowClient, run: Run, model: LoggedModel) -> None:
+    """Delete a copy of a model that is no version of any name, and neither the best nor the last of its run."""
+    if _ROLES_TAG not in model.tags and model.artifact_location not in _registered(client, run):
+        _delete(client, model)
+
+
+def _registered(client: MlflowClient, run: Run) -> set[str]:
+    return {version.source for version in every(client.search_model_versions, f"run_id = '{run.info.run_id}'")}
+
+
+def _delete(client: MlflowClient, model: LoggedModel) -> None:
+    """With its files, which MLflow would leave."""
+    get_artifact_repository(model.artifact_location).delete_artifacts()
+    client.delete_logged_model(model.model_id)
 
 
 def card_of(client: MlflowClient, model: LoggedModel) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -21,7 +21,7 @@ from adaconv import checkpoint, storage
 from adaconv.errors import AdaConvError, CheckpointError, TrackingError, UsageError
 from adaconv.scratch import scratch_folder
 from adaconv.tracking import provenance
-from adaconv.tracking.logged_model import card_of, log_model
+from adaconv.tracking.logged_model import DIGEST_TAG, card_of, delete_if_unused, log_model, logged_models
 from adaconv.tracking.runs import FAILURES, INITIAL_RUN_TAG, every, find_run, iso, quoted, reader_of
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class Move:
 def register(model: str, *, name: str, alias: str | None, reason: str, tracking_uri: str) -> RegisteredVersion:
     """Give a checkpoint's model a version of a name, and an alias to the version.
 
-    A checkpoint that has a version of this name already gets no second one; a registered version is only renamed.
+    A checkpoint that has a version of this name already gets no second one, also where two register it at once; a
+    registered version is only renamed.
 
     Args:
         model: a whole checkpoint, whose `meta.json` names the run; or models:/NAME@ALIAS, models:/NAME/VERSION.
@@ -376,17 +377,33 @@ def _version_of_checkpoint(client: MlflowClient, checkpoint_uri: str, name: str)
     run_id = run.info.run_id
     with checkpoint.fetched(checkpoint_uri) as folder:
         logged = log_model(client, run, folder, checkpoint_uri=checkpoint_uri)
-    for version in every(client.search_model_versions, f"name = {quoted(name)} and run_id = '{run_id}'"):
-        if version.source == logged.artifact_location:
-            return version
-    with contextlib.suppress(MlflowException):  # it is there already
-        client.create_registered_model(name, description="AdaConv: a content drawn in a style, pictures in and out.")
-    return client.create_model_version(
-        name,
-        logged.artifact_location,
-        run_id=run_id,
-        model_id=logged.model_id,
-        # The registry forgets which logged model a version is; its params are the metrics at its step.
-        tags={"checkpoint": checkpoint_uri, "step": str(meta["step"]), "metrics": json.dumps(logged.params)},
-        description=card_of(client, logged),
-    )
+    first = _first_version_of(client, run, logged, name)
+    if first is None:
+        with contextlib.suppress(MlflowException):  # it is there already
+            client.create_registered_model(
+                name, description="AdaConv: a content drawn in a style, pictures in and out."
+            )
+        made = client.create_model_version(
+            name,
+            logged.artifact_location,
+            run_id=run_id,
+            model_id=logged.model_id,
+            # The registry forgets which logged model a version is; its params are the metrics at its step.
+            tags={"checkpoint": checkpoint_uri, "step": str(meta["step"]), "metrics": json.dumps(logged.params)},
+            description=card_of(client, logged),
+        )
+        # Two may come to this at once, and nothing in MLflow makes one wait: all keep the version of the lowest number.
+        first = _first_version_of(client, run, logged, name) or made
+        if first.version != made.version:
+            client.delete_model_version(name, made.version)
+    if first.source != logged.artifact_location:
+        delete_if_unused(client, run, logged)
+    return first
+
+
+def _first_version_of(client: MlflowClient, run: Run, logged: LoggedModel, name: str) -> ModelVersion | None:
+    """The version of a name that has a logged model's weights."""
+    digest = logged.tags[DIGEST_TAG]
+    same = {one.artifact_location for one in logged_models(client, run) if one.tags.get(DIGEST_TAG) == digest}
+    versions = every(client.search_model_versions, f"name = {quoted(name)} and run_id = '{run.info.run_id}'")
+    return min((one for one in versions if one.source in same), key=lambda one: int(one.version), default=None)

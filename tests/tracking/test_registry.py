@@ -20,7 +20,7 @@ from PIL import Image
 from adaconv import checkpoint
 from adaconv.errors import CheckpointError, TrackingError, UsageError
 from adaconv.stylize.stylizer import Stylizer
-from adaconv.tracking import logged_model
+from adaconv.tracking import logged_model, registry
 from adaconv.tracking.logged_model import logged_models
 from adaconv.tracking.mlflow_tracker import close_run, open_run, sync
 from adaconv.tracking.registry import history_of, register, resolved_model, rollback, trained_on
@@ -242,6 +242,32 @@ def test_the_same_checkpoint_gets_no_second_version(trained, versions):
         assert exact == f"models:/adaconv/{again.version}"
         assert checkpoint.load_network(local)[1].step == 200
     assert not local.exists()  # a copy of 240 MB a job would fill the disk
+
+
+@pytest.mark.parametrize("moment", ["create_logged_model", "create_model_version"])
+def test_two_who_register_one_checkpoint_at_once_get_one_version(trained, monkeypatch, moment):
+    uri, _, folder = trained
+    client, found, name = MlflowClient(uri), str(folder / "step-00000300"), f"at-once-{moment}"
+    run = client.get_run(checkpoint.meta_of(found)["run_id"])
+    if moment == "create_logged_model":  # as if nobody had registered it
+        monkeypatch.setattr(logged_model, "DIGEST_TAG", "a digest of its own")
+        monkeypatch.setattr(registry, "DIGEST_TAG", "a digest of its own")
+    before = {model.model_id for model in logged_models(client, run)}
+    ours, others = getattr(MlflowClient, moment), []
+
+    def after_another(self, *args, **kwargs):
+        monkeypatch.setattr(MlflowClient, moment, ours)
+        others.append(register(found, name=name, alias="other", reason="", tracking_uri=uri))
+        return ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, moment, after_another)
+    mine = register(found, name=name, alias="mine", reason="", tracking_uri=uri)
+    assert mine.version == others[0].version == "1"
+    assert [str(version.version) for version in client.search_model_versions(f"name = '{name}'")] == ["1"]
+    new = {model.model_id for model in logged_models(client, run)} - before
+    assert len(new) == (moment == "create_logged_model")
+    with resolved_model(f"models:/{name}@mine", tracking_uri=uri) as (_, local):
+        assert checkpoint.load_network(local)[1].step == 300
 
 
 def test_what_cannot_be_registered_is_said(trained, tmp_path):
