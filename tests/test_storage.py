@@ -26,14 +26,6 @@ from adaconv.data.sources import Found, iter_images, read_found
 from adaconv.errors import CredentialsError, UsageError, of_storage
 from adaconv.images import ImageError
 from adaconv.orchestration.shard_job import publish_note
-from tests.servers import S3Server
-
-
-@pytest.fixture(scope="module")
-def s3_server():
-    server = S3Server()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -42,16 +34,8 @@ def root(request, tmp_path):
 
 
 @pytest.fixture
-def bucket(request, s3_server, monkeypatch):
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    storage._clients.clear()
-    import boto3
-
-    bucket = f"b{abs(hash(request.node.name))}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    yield f"s3://{bucket}/prefix"
-    storage._clients.clear()
+def bucket(bucket):
+    return f"{bucket}/prefix"
 
 
 def test_bytes_come_back_whole_and_in_ranges(root):
@@ -339,8 +323,8 @@ def test_keys_that_were_not_deleted_are_tried_again_or_named(monkeypatch):
         storage.remove_directory("s3://b/p")
 
 
-def test_a_server_that_is_busy_is_asked_again(bucket, s3_server):
-    s3_server.mode = "busy"
+def test_a_server_that_is_busy_is_asked_again(bucket, s3):
+    s3.mode = "busy"
     try:
         storage.publish_bytes(f"{bucket}/a", b"abc")
         assert storage.read_bytes(f"{bucket}/a") == b"abc"
@@ -351,42 +335,42 @@ def test_a_server_that_is_busy_is_asked_again(bucket, s3_server):
         storage.remove_directory(bucket)
         assert not storage.exists(bucket)
     finally:
-        s3_server.mode = "up"
+        s3.mode = "up"
 
 
 @pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken", "SignatureDoesNotMatch"])
-def test_credentials_that_are_refused_are_no_fault_of_the_file(bucket, s3_server, code):
+def test_credentials_that_are_refused_are_no_fault_of_the_file(bucket, s3, code):
     """A session's token expires after some hours: what is read then is neither empty nor unreadable."""
     storage.publish_bytes(f"{bucket}/a.jpg", b"abc")
     (found,) = iter_images((bucket,))
     assert storage.read_range(found.uri, 500, 10) == b""
-    s3_server.mode = code
+    s3.mode = code
     try:
         for call in (lambda uri: storage.read_range(uri, 0, 3), lambda uri: read_found(found)):
             with pytest.raises(CredentialsError, match=rf"prefix/a.jpg: S3 refuses the credentials \({code}.*renew"):
                 call(found.uri)
         with pytest.raises(CredentialsError, match="renew"):
             storage.size_of(found.uri)
-        s3_server.mode = "InvalidRequest"
+        s3.mode = "InvalidRequest"
         with pytest.raises(OSError, match="No, says the server"):
             storage.read_range(found.uri, 0, 3)
-        s3_server.mode = "AccessDenied"
+        s3.mode = "AccessDenied"
         with pytest.raises(ImageError, match="unreadable: no permission to read it"):
             read_found(found)
     finally:
-        s3_server.mode = "up"
+        s3.mode = "up"
 
 
-def test_a_server_that_is_gone_is_named_soon_and_one_that_comes_back_is_found(bucket, s3_server, monkeypatch):
+def test_a_server_that_is_gone_is_named_soon_and_one_that_comes_back_is_found(bucket, s3, monkeypatch):
     monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "1")
     storage.publish_bytes(f"{bucket}/a", b"kept")
-    s3_server.stop()
+    s3.stop()
     try:
         for call in (storage.read_bytes, storage.exists, lambda uri: storage.publish_bytes(uri, b"x")):
             with pytest.raises(ConnectionError, match=r"prefix/a: no answer in 1 s.*AWS_ENDPOINT_URL"):
                 call(f"{bucket}/a")
     finally:
-        s3_server.start()
+        s3.start()
     assert storage.read_bytes(f"{bucket}/a") == b"kept"
 
 

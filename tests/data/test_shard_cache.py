@@ -17,31 +17,17 @@ from adaconv.data.loader import Geometry, PairDataset, SampleReader, make_loader
 from adaconv.data.manifest import open_version
 from adaconv.data.shard_cache import ShardCache, ShardPrefetcher
 from adaconv.errors import DatasetError, UsageError
-from tests.servers import S3Server
 
 GEOMETRY = Geometry(resize=48, crop=32, flip=True)
 
 
-@pytest.fixture(scope="module")
-def s3():
-    server = S3Server()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
-def remote(s3, content_version, monkeypatch, request):
+def remote(bucket, content_version):
     """The content dataset on S3."""
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    storage._clients.clear()
-    bucket = f"b{abs(hash(request.node.name))}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    root = f"s3://{bucket}/photos"
+    root = f"{bucket}/photos"
     for entry in storage.walk(content_version.root):
         storage.publish_bytes(storage.join(root, entry.path), storage.read_bytes(entry.uri))
-    yield open_version(root)
-    storage._clients.clear()
+    return open_version(root)
 
 
 def cached(folder):

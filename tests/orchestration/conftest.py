@@ -1,15 +1,13 @@
-"""One Ray cluster and one S3 server for the tests of this folder, and a build that nothing happened to."""
+"""One Ray cluster for the tests of this folder, and a build that nothing happened to."""
 
 import shutil
 import time
 
-import boto3
 import pytest
 
-from adaconv import storage
 from adaconv.data.synthetic import generate_photos
 from tests.orchestration.runs import hashes_of, shard
-from tests.servers import S3Server, ray_cluster
+from tests.servers import ray_cluster
 
 # Comes into every process of the cluster by PYTHONPATH: a decoder that dies, for real, of images that say so. It reads
 # at address 0, as those do: a signal sent to the process may find another thread, and the decoding one goes on.
@@ -31,13 +29,6 @@ def load(self):
 
 PngImagePlugin.PngImageFile._open, PngImagePlugin.PngImageFile.load = _open, load
 """
-
-
-@pytest.fixture(scope="package")
-def s3():
-    server = S3Server()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="package")
@@ -74,15 +65,3 @@ def undisturbed(cluster, images, tmp_path_factory):
     began = time.monotonic()
     done = shard(cluster, images, root)
     return root, hashes_of(root), time.monotonic() - began, done.stdout
-
-
-@pytest.fixture
-def bucket(s3, monkeypatch, request):
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("ADACONV_STORAGE_PATIENCE", "4")
-    storage._clients.clear()
-    name = f"b{abs(hash(request.node.name))}"
-    boto3.client("s3").create_bucket(Bucket=name)
-    yield f"s3://{name}"
-    storage._clients.clear()
