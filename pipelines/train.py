@@ -55,7 +55,7 @@ def plan(config: TrainConfig) -> str:
 def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv import checkpoint, storage
     from adaconv.data.manifest import open_version
-    from adaconv.errors import Interrupted, UsageError
+    from adaconv.errors import Interrupted
     from adaconv.orchestration.cluster import connect
     from adaconv.tracking.mlflow_tracker import close_run, open_run
     from adaconv.tracking.results import hand_over, keep_results, lacks_its_end
@@ -79,23 +79,10 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"run": run_folder, "name": name, "tracking_uri": tracking_uri}
 
     checkpoints = storage.join(run_folder, "checkpoints")
-    there, whole = list(checkpoint.steps_in(checkpoints)), checkpoint.newest(checkpoints)
+    whole = checkpoint.newest(checkpoints)
     before = checkpoint.meta_of(whole) if whole else {}
     done = before.get("step", 0)
-    origin: dict[str, Any] = {key: before[key] for key in ("started_from", "init_from") if key in before}
-    initial = None
-    if _starts_from(config):
-        if there and origin.get("started_from") != config.resume:
-            raise UsageError(
-                f"--resume {config.resume}: expected a run that has no checkpoints yet, or started from this one; "
-                f"found some in {checkpoints}. Give another --name or none, or leave out --resume to go on from there"
-            )
-        origin = {"started_from": config.resume}
-    elif config.init_from and whole is None and there in ([], [0]):
-        initial = _initial(config)
-        origin = {"init_from": initial.origin}
-    if "init_from" in origin:
-        log.info("%s", _told(origin["init_from"]))
+    origin, initial = _origin(config, checkpoints, before)
     if done < config.train.steps:
         for line in describe(config, content, style, ranks=()).splitlines():
             log.info(line)
@@ -183,6 +170,40 @@ def _tracking_uri(config: TrainConfig) -> str:
     from adaconv.tracking.runs import default_uri, local_folder
 
     return default_uri(config.tracking.uri, local_folder(config.output))
+
+
+def _origin(
+    config: TrainConfig, checkpoints: str, newest: Mapping[str, Any]
+) -> "tuple[dict[str, Any], Initial | None]":
+    """Whose weights a run begins or began with, for its books; and these weights, where it has none of its own yet.
+
+    Args:
+        config: of the run.
+        checkpoints: folder of the run's.
+        newest: the meta of its newest whole one; empty where there is none.
+
+    Raises:
+        UsageError: it began otherwise than it is asked to.
+    """
+    from adaconv import checkpoint
+    from adaconv.errors import UsageError
+
+    there = list(checkpoint.steps_in(checkpoints))
+    origin = {key: newest[key] for key in ("started_from", "init_from") if key in newest}
+    initial = None
+    if _starts_from(config):
+        if there and origin.get("started_from") != config.resume:
+            raise UsageError(
+                f"--resume {config.resume}: expected a run that has no checkpoints yet, or started from this one; "
+                f"found some in {checkpoints}. Give another --name or none, or leave out --resume to go on from there"
+            )
+        origin = {"started_from": config.resume}
+    elif config.init_from and not newest and there in ([], [0]):
+        initial = _initial(config)
+        origin = {"init_from": initial.origin}
+    if "init_from" in origin:
+        log.info("%s", _told(origin["init_from"]))
+    return origin, initial
 
 
 def _initial(config: TrainConfig) -> "Initial":
