@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -14,9 +15,13 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` and `on` as true, and true would be 1."""
+    def _refuse_other_kinds(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, and true would be 1; `no` for a section would be its defaults."""
         kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            if not isinstance(value, Mapping | Config):
+                raise ValueError(f"expected settings below it, found {value!r}")
+            return value
         values = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(one, bool) for one in values) and bool not in (kind, *get_args(kind)):
             raise ValueError("expected no truth value; YAML reads yes, no, on and off as such: put words in quotes")
@@ -92,6 +97,34 @@ def _require_path(path: str) -> str:
 PathOrWord = Annotated[str, AfterValidator(_without_home)]  # a registered model, `auto`, or a path
 Location = Annotated[str, AfterValidator(_require_path), AfterValidator(_without_home)]
 Name = Annotated[str, Field(min_length=1)]  # an empty one would name all images that have none
+
+
+def _require_folder_name(name: str | None) -> str | None:
+    """The name as it is, if it is one of a folder in another.
+
+    Raises:
+        ValueError: it is empty, leads elsewhere, or would break a line of the log.
+    """
+    if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+        raise ValueError(f"expected a name for a folder, without / and not . or .., found {name!r}")
+    return name
+
+
+FolderName = Annotated[str | None, AfterValidator(_require_folder_name)]
+
+
+def _require_model_name(name: str) -> str:
+    """The name as it is, if MLflow takes it and models:/NAME@ALIAS can be read.
+
+    Raises:
+        ValueError: it is empty, or has a character that parts such a name.
+    """
+    if not name.strip() or re.search("[/:@]", name):
+        raise ValueError(f"expected a name of a registered model, without /, : and @, found {name!r}")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_require_model_name)]
 
 
 def _require_local(path: str) -> str:

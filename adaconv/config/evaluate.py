@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from adaconv.config.base import Alias, Config, Location, ModelTrackingConfig, Weights
+from adaconv.config.base import Alias, Config, Location, ModelName, ModelTrackingConfig, Weights
 from adaconv.config.model import Count
 
 Margin = Field(default=0.05, ge=0)
@@ -66,7 +66,7 @@ class EvaluateConfig(Config):
     promote: Alias = None
     """Alias that --model gets, if it may: no defects, and compared with whoever has it as --gate.* says. Ends with 1
     if it may not."""
-    name: str = "adaconv"
+    name: ModelName = "adaconv"
     """Registered model that the alias belongs to; a --model models:/… says so itself."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,15 @@ class _OnceEach(yaml.SafeLoader):
         return node
 
 
-def _not_by_sixties(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
-    """YAML 1.1 reads 10:20, a range of batches, as 620."""
-    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+def _as_written(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    """YAML 1.1 reads 10:20, a range of batches, as 620, and 010 as 8: the field makes of them what it means by them."""
+    if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
+        return node.value
+    return loader.construct_yaml_int(node) if node.tag.endswith(":int") else loader.construct_yaml_float(node)
 
 
-_OnceEach.add_constructor("tag:yaml.org,2002:int", _not_by_sixties)
+for _number in ("int", "float"):
+    _OnceEach.add_constructor(f"tag:yaml.org,2002:{_number}", _as_written)
 
 
 def _read_files(model: type[Config], files: Sequence[str]) -> dict[str, Any]:
@@ -112,8 +116,7 @@ def _read_files(model: type[Config], files: Sequence[str]) -> dict[str, Any]:
         try:
             model.model_validate(values)
         except ValidationError as error:
-            mine = [e for e in error.errors(include_url=False) if e["type"] not in ("missing", "value_error")]
-            mine += [e for e in error.errors(include_url=False) if e["type"] == "value_error" and _is_leaf(model, e)]
+            mine = [one for one in error.errors(include_url=False) if _is_settled(model, one)]
             if mine:
                 raise ConfigError(_explain(model, mine, name)) from None
         _merge(merged, values)
@@ -239,7 +242,7 @@ def _twin_of_values(model: type[Config], twin: Any, values: Mapping[str, Any]) -
     filled: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         if name in sections:
-            filled[name] = _twin_of_values(sections[name], twins[name], values.get(name) or {})
+            filled[name] = _twin_of_values(sections[name], twins[name], values.get(name, {}))
         elif name in values:
             filled[name] = TypeAdapter[Any](info.annotation or Any).validate_python(values[name])
         else:
@@ -248,6 +251,13 @@ def _twin_of_values(model: type[Config], twin: Any, values: Mapping[str, Any]) -
         if isinstance(filled[name], bool):
             filled[name] = str(filled[name]).lower()
     return twin(**filled)
+
+
+def _is_settled(model: type[Config], error: ErrorDetails) -> bool:
+    """Whether neither another file nor a flag can mend an error of a file."""
+    if error["type"] == "missing":
+        return isinstance(error["loc"][-1], int)  # of a list, that is too short
+    return error["type"] != "value_error" or _is_leaf(model, error) or not isinstance(error["input"], Mapping)
 
 
 def _is_leaf(model: type[Config], error: ErrorDetails) -> bool:
@@ -267,7 +277,8 @@ def _explain(model: type[Config], errors: Sequence[ErrorDetails], where: str) ->
             lines.append(f"{where}: unknown key '{path}'{_nearest(path, known)}")
         elif not path or error["type"] == "value_error":
             message = error["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {path + ': ' if path and _is_leaf(model, error) else ''}{message}")
+            of_it = path and (_is_leaf(model, error) or not isinstance(error["input"], Mapping))
+            lines.append(f"{where}: {path + ': ' if of_it else ''}{message}")
         else:
             lines.append(f"{where}: {path}: {error['msg'][:1].lower() + error['msg'][1:]}, found {error['input']!r}")
     return "\n".join(lines)

@@ -2,14 +2,14 @@
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Alias, Config, Location, ModelTrackingConfig
+from adaconv.config.base import Alias, Config, Location, ModelName, ModelTrackingConfig
 
 
 class RegisterConfig(Config):
     model: Location | None = None
     """Checkpoint folder (local or s3://); a folder of runs or of one run, whose newest checkpoint is taken; or a
     version that is there, models:/NAME@ALIAS or models:/NAME/VERSION, that an alias is moved to."""
-    name: str = "adaconv"
+    name: ModelName = "adaconv"
     """Registered model that the version belongs to."""
     alias: Alias = "candidate"
     """Alias that is moved to the version; `champion` is the one that jobs use."""

@@ -40,11 +40,11 @@ class SubsetConfig(Config):
     They are those of the lowest hashes of the seed and their path below the source: the same ones wherever that lies.
     """
 
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Images to take, at most. With the same seed, a smaller number takes some of those that a larger one takes."""
     fraction: float | None = Field(default=None, gt=0, le=1)
     """Share of the images to take, about."""
-    per_label: int | None = Field(default=None, ge=1)
+    per_label: int | None = Field(default=None, ge=1, lt=2**63)
     """Images to take of each style where the layout tells styles, else of each folder, at most: as many of one with ten
     thousand as of one with a hundred."""
     seed: int = 0

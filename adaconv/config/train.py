@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
-from adaconv.config.base import Config, LocalFolder, Location, PathOrWord, TrackingUri
+from adaconv.config.base import Config, FolderName, LocalFolder, Location, Name, PathOrWord, TrackingUri
 from adaconv.config.model import EncoderConfig, LossConfig, ModelConfig
 
 
@@ -173,7 +173,7 @@ class CheckpointConfig(Config):
 
 
 class HardwareConfig(Config):
-    """What the plan of `--dry-run` reckons with; nothing here changes a run."""
+    """What the plan of `--dry-run` reckons with, and what a start is refused by that cannot fit; no result changes."""
 
     tflops: float | None = Field(default=None, gt=0)
     """10^12 operations a second that a rank attains in training; None: where ranks have GPUs, what an H200 was measured
@@ -206,7 +206,7 @@ class TrackingConfig(Config):
     """MLflow tracking server or database; None: the variable MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the
     output folder; for one on s3://, in `adaconv-runs-UID` of the system's temporary folder. Ranks on several machines
     reach a SQLite file only in a folder that they share."""
-    experiment: str = "adaconv"
+    experiment: Name = "adaconv"
     """MLflow experiment."""
     samples_every_steps: int = Field(default=500, ge=1)
     """Steps between two sample grids."""
@@ -229,7 +229,7 @@ class TrainConfig(Config):
     """Dataset version of styles: ROOT or ROOT@VERSION, a folder or s3://."""
     output: Location
     """Folder of runs; a run's checkpoints lie in OUTPUT/NAME/checkpoints/step-XXXXXXXX/."""
-    name: str | None = None
+    name: FolderName = None
     """Name of the run; None derives it from what determines its result, so that the same command finds it again."""
     resume: PathOrWord = "auto"
     """`auto` takes up the run of the same name where it stopped; `none` starts afresh under a new name; or a checkpoint

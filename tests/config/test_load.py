@@ -13,6 +13,7 @@ from adaconv import cli
 from adaconv.config import base
 from adaconv.config.base import Config, Location, PathOrWord
 from adaconv.config.load import flag_names, load_config, to_yaml
+from adaconv.config.register import RegisterConfig
 from adaconv.config.shard import ShardConfig
 from adaconv.config.stylize import StylizeConfig
 from adaconv.config.train import TrainConfig
@@ -150,6 +151,33 @@ class Paths(Config):
     """Of what."""
 
 
+@pytest.mark.parametrize("text", ["no", "yes", "off", "3", "[1]", "null", ""])
+def test_a_section_that_is_none_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"a\.yaml: train: expected settings below it, found "):
+        load("--config", write(tmp_path / "a.yaml", f"train: {text}"), "--source", "a", "--output", "o")
+
+
+def test_a_list_that_is_too_short_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"a\.yaml: model\.groups\.3: field required"):
+        load_config(
+            TrainConfig, ("--config", write(tmp_path / "a.yaml", "model: {groups: [8, 4, 2]}")), prog="", description=""
+        )
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/etc/x", "team/a", "a\nb"])
+def test_a_run_is_named_as_a_folder_is(name):
+    with pytest.raises(ConfigError, match="name: expected a name for a folder"):
+        load_config(
+            TrainConfig, ("--content", "c", "--style", "s", "--output", "o", "--name", name), prog="", description=""
+        )
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "a@b"])
+def test_a_model_is_named_as_registries_can(name):
+    with pytest.raises(ConfigError, match="name: expected a name of a registered model"):
+        load_config(RegisterConfig, ("--model", "m", "--name", name), prog="", description="")
+
+
 def test_a_home_is_in_full_whatever_kept_a_shell_from_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = write(tmp_path / "a.yaml", "output: ~/out\n")
@@ -180,6 +208,12 @@ def test_a_key_that_is_there_twice_is_refused_and_located(tmp_path, text):
 def test_a_range_with_a_colon_is_read_as_written(tmp_path):
     text = "source: [10:20, 41200:41500]\noutput: o\ntrain: {steps: 4}\n"
     assert load("--config", write(tmp_path / "ranges.yaml", text)).config.source == ("10:20", "41200:41500")
+
+
+def test_a_number_is_read_as_written(tmp_path):
+    text = "source: [007, 1:30.5]\noutput: o\ntrain: {steps: 0100, learning_rate: 1e-4}\n"
+    config = load("--config", write(tmp_path / "a.yaml", text)).config
+    assert (config.source, config.train.steps, config.train.learning_rate) == (("007", "1:30.5"), 100, 1e-4)
 
 
 def test_keys_that_a_merge_brings_may_be_given_anew(tmp_path):
