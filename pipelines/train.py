@@ -13,6 +13,7 @@ begins a new run with the weights of a model: on other data, or with another lea
 import hashlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,20 +31,21 @@ log = logging.getLogger(__name__)
 
 
 def plan(config: TrainConfig) -> str:
-    from adaconv import checkpoint
     from adaconv.data.manifest import open_version
+    from adaconv.model.encoder_weights import is_here
     from adaconv.training.plan import describe
     from adaconv.training.probe import given_squares
 
     config = _absolute(config)
-    if _starts_from(config):
-        checkpoint.require(config.resume)
+    _require(config)
     content, style = open_version(config.content), open_version(config.style)
     given_squares(config)
     steps, batch = config.train.steps, config.train.global_batch_size
     rows = {name: sum(s.rows for s in version.shards) for name, version in (("content", content), ("style", style))}
     epochs = ", ".join(f"{steps * batch / count:.1f} epochs over {count} {name}s" for name, count in rows.items())
-    initial = f"{_told(_initial(config).origin)}\n" if config.init_from else ""
+    initial = f"{_told(_initial(config, download=False).origin)}\n" if config.init_from else ""
+    if initial and not is_here(config.encoder.weights):
+        initial += f"the run downloads {config.encoder.weights} first, and compares its encoder with that\n"
     return (
         f"run {_run_name(config, content.root_hash, style.root_hash)}: {steps} steps x {batch} pairs on "
         f"{config.scaling.most_workers} ranks: {epochs}\n"
@@ -66,8 +68,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     from adaconv.training.start import publish_initial
 
     config = _absolute(config)
-    if _starts_from(config):
-        checkpoint.require(config.resume)
+    _require(config)
     content, style = open_version(config.content), open_version(config.style)
     given_squares(config)  # what is wrong with them is told here, not by the first rank
     name = _run_name(config, content.root_hash, style.root_hash)
@@ -206,7 +207,17 @@ def _origin(
     return origin, initial
 
 
-def _initial(config: TrainConfig) -> "Initial":
+def _require(config: TrainConfig) -> None:
+    """Refuse here what ranks would, once the run is tracked."""
+    from adaconv import checkpoint
+    from adaconv.model.encoder_weights import require_source
+
+    if _starts_from(config):
+        checkpoint.require(config.resume)
+    require_source(config.encoder.weights, file_here=not os.environ.get("RAY_ADDRESS"))
+
+
+def _initial(config: TrainConfig, *, download: bool = True) -> "Initial":
     """The model that `init_from` names now."""
     from adaconv.tracking.registry import resolved_model, run_of, source_of
     from adaconv.training.start import load_initial
@@ -214,7 +225,7 @@ def _initial(config: TrainConfig) -> "Initial":
     assert config.init_from is not None
     where = _tracking_uri(config)
     with resolved_model(source_of(config.init_from)[0], tracking_uri=where) as (uri, folder):
-        return load_initial(config, folder, uri=uri, run_id=run_of(uri, tracking_uri=where))
+        return load_initial(config, folder, uri=uri, run_id=run_of(uri, tracking_uri=where), download=download)
 
 
 def _told(origin: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ class ModelTrackingConfig(Config):
     checkpoint --model is, else MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
 
 
-Weights = Annotated[str, AfterValidator(refuse_secret)]
+Weights = Annotated[str, Field(min_length=1), AfterValidator(refuse_secret)]
 
 
 def _without_home(path: str) -> str:

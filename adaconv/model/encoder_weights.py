@@ -41,11 +41,39 @@ def cached_file(spec: str) -> Path:
     if spec == "imagenet" or "://" in spec:
         url, _ = _url_and_hash(spec)
         name = urlsplit(url).path.rpartition("/")[2]  # a query says nothing of what the file is, and may be long
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adaconv"
+        home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        home = (home if home.is_absolute() else Path.home() / ".cache") / "adaconv"  # others are invalid, says XDG
         if spec == "imagenet":
             return home / name
         return home / hashlib.sha256(url.encode()).hexdigest()[:8] / name  # many are `model.pth`
     return Path(spec).expanduser()
+
+
+def is_here(spec: str) -> bool:
+    """Whether the weights can be had without a download."""
+    return spec.startswith("seeded:") or cached_file(spec).is_file()
+
+
+def require_source(spec: str, *, file_here: bool = True) -> None:
+    """Refuse what no weights can come from; nothing is downloaded.
+
+    Args:
+        spec: as in `load_encoder`.
+        file_here: whether a file must be on this machine: the nodes of a cluster may have it, and it not.
+
+    Raises:
+        WeightsError: what it is, and what was expected.
+    """
+    kind, _, seed = spec.partition(":")
+    if kind == "seeded":
+        if not re.fullmatch("[0-9]{1,18}", seed):  # what torch takes
+            raise WeightsError(f"encoder.weights {spec}: expected seeded:<n> with a whole number, such as seeded:0")
+    elif spec == "imagenet" or "://" in spec:
+        _url_and_hash(spec)
+    elif file_here and not cached_file(spec).is_file():
+        raise WeightsError(
+            f"encoder.weights {spec}: expected imagenet, seeded:<n>, a URL or a file, found no such file"
+        )
 
 
 def load_encoder(spec: str, *, widths: tuple[int, int, int, int] = (64, 128, 256, 512)) -> VGGEncoder:
@@ -59,12 +87,10 @@ def load_encoder(spec: str, *, widths: tuple[int, int, int, int] = (64, 128, 256
     Raises:
         WeightsError: the weights cannot be had, or are not those of a VGG-19 of these widths.
     """
+    require_source(spec)
     encoder = VGGEncoder(widths=widths)
-    kind, _, seed = spec.partition(":")
-    if kind == "seeded":
-        if not re.fullmatch("[0-9]{1,18}", seed):  # what torch takes
-            raise WeightsError(f"encoder.weights {spec}: expected seeded:<n> with a whole number, such as seeded:0")
-        return _seeded(encoder, int(seed))
+    if spec.startswith("seeded:"):
+        return _seeded(encoder, int(spec.partition(":")[2]))
     path = cached_file(spec)
     if spec == "imagenet" or "://" in spec:
         url, sha256 = _url_and_hash(spec)
@@ -75,10 +101,6 @@ def load_encoder(spec: str, *, widths: tuple[int, int, int, int] = (64, 128, 256
                 f"encoder.weights {spec}: {error}. Without internet, bring that file here as {path}, or train with "
                 "--encoder.weights seeded:0 to see the system work (not for quality)"
             ) from error
-    elif not path.is_file():
-        raise WeightsError(
-            f"encoder.weights {spec}: expected imagenet, seeded:<n>, a URL or a file, found no such file"
-        )
     _copy_weights(encoder, _read_tensors(path), str(path))
     return encoder
 
@@ -86,8 +108,12 @@ def load_encoder(spec: str, *, widths: tuple[int, int, int, int] = (64, 128, 256
 def _url_and_hash(spec: str) -> tuple[str, str | None]:
     if spec == "imagenet":
         return IMAGENET_URL, IMAGENET_SHA256
-    url, _, sha256 = spec.partition("#sha256=")
-    return url, sha256.lower() or None
+    url, marked, pin = spec.partition("#")
+    if marked and not re.fullmatch("sha256=[0-9a-f]{8,64}", pin, re.IGNORECASE):  # what is misspelt would check nothing
+        raise WeightsError(
+            f"encoder.weights {spec}: expected #sha256= and 8 to 64 hex digits after the URL, found #{pin}"
+        )
+    return url, pin.lower().removeprefix("sha256=") or None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -180,9 +180,15 @@ def tracking(config: DoctorConfig) -> Iterator[Finding]:
 
 def encoder_weights(config: DoctorConfig) -> Iterator[Finding]:
     """Whether the VGG-19 weights are at hand; nothing is downloaded."""
-    from adaconv.model.encoder_weights import IMAGENET_URL, cached_file
+    from adaconv.errors import WeightsError
+    from adaconv.model.encoder_weights import IMAGENET_URL, cached_file, require_source
 
     spec = config.encoder_weights
+    try:
+        require_source(spec)
+    except WeightsError as error:
+        yield Finding("FAIL", str(error), "give what --help of pipelines/train.py says of encoder.weights")
+        return
     if spec.startswith("seeded:"):
         yield Finding("note", f"encoder weights {spec}: made on the spot, for tests and offline runs, not for quality")
         return

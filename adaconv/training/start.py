@@ -18,7 +18,7 @@ from adaconv.checkpoint import ModelInfo
 from adaconv.data.order import batch_of_step
 from adaconv.errors import CheckpointError, ConfigError
 from adaconv.model.encoder import VGGEncoder
-from adaconv.model.encoder_weights import load_encoder, normalisation_of
+from adaconv.model.encoder_weights import is_here, load_encoder, normalisation_of
 from adaconv.model.network import StyleTransferNet
 from adaconv.training.state import make_state
 
@@ -36,8 +36,15 @@ class Initial:
     origin: Mapping[str, Any]
 
 
-def load_initial(config: TrainConfig, folder: Path, *, uri: str, run_id: str | None) -> Initial:
+def load_initial(config: TrainConfig, folder: Path, *, uri: str, run_id: str | None, download: bool = True) -> Initial:
     """The model in a local folder, if it is the configured network on the configured encoder.
+
+    Args:
+        config: of the new run.
+        folder: that the model was fetched to.
+        uri: that it was named by.
+        run_id: of the run that made it.
+        download: whether the encoder's weights may be downloaded to compare it; else it is where they are here.
 
     Raises:
         ConfigError: it is another one; names all that differs.
@@ -53,7 +60,8 @@ def load_initial(config: TrainConfig, folder: Path, *, uri: str, run_id: str | N
             f"--init-from {uri}: expected the network that is configured, found another: {', '.join(different)}. Give "
             "the settings that were found, or another model"
         )
-    _refuse_another_encoder(config, network.encoder, info, uri)
+    if download or is_here(config.encoder.weights):
+        _refuse_another_encoder(config, network.encoder, info, uri)
     origin = {"uri": uri, "step": info.step, "digest": info.digest, **({"run_id": run_id} if run_id else {})}
     return Initial(network, info, origin)
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +13,7 @@ from adaconv.model.encoder_weights import (
     load_encoder,
     normalisation_of,
     normalise_encoder,
+    require_source,
 )
 
 WIDTHS = (8, 16, 24, 32)
@@ -132,22 +135,46 @@ def test_without_internet_it_says_where_to_put_the_file(tmp_path, monkeypatch):
 def test_two_urls_of_one_file_name_have_two_places(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cached_file("https://a.org/model.pth") != cached_file("https://b.org/model.pth")
-    assert cached_file("https://a.org/model.pth#sha256=ab") == cached_file("https://a.org/model.pth")
+    assert cached_file("https://a.org/model.pth#sha256=abcd1234") == cached_file("https://a.org/model.pth")
 
 
 def test_a_query_is_no_part_of_a_files_name(monkeypatch, tmp_path):
     """`.safetensors?download=true` would be read as a pickle, and a long one is no name at all."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for query in ("download=true", f"revision={'0' * 400}&path=a/b"):
-        assert cached_file(f"https://a.org/vgg.safetensors?{query}#sha256=ab").name == "vgg.safetensors"
+        assert cached_file(f"https://a.org/vgg.safetensors?{query}#sha256=abcd1234").name == "vgg.safetensors"
+
+
+@pytest.mark.parametrize("home", ["", "relative/cache"])
+def test_a_cache_that_is_nowhere_is_that_of_the_home(monkeypatch, tmp_path, home):
+    """As XDG has it; each process would have had one in its working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    assert cached_file("imagenet").parent == tmp_path / ".cache" / "adaconv"
+
+
+_URL = "http://127.0.0.1:9/vgg.pth#"
 
 
 @pytest.mark.parametrize(
-    "spec", ["seeded:", "seeded:x", "seeded:-1", "seeded:²", "seeded:10000000000000000000", "no/such"]
+    "spec",
+    [
+        *("seeded:", "seeded:x", "seeded:-1", "seeded:²", "seeded:10000000000000000000", "no/such", ""),
+        *(
+            f"{_URL}{pin}"
+            for pin in ("", "sha256=", "sha256:abcd1234", "sha-256=abcd1234", "sha256=abcd", "sha256=xbcd1234")
+        ),
+    ],
 )
 def test_a_wrong_spec_is_answered(spec):
-    with pytest.raises(WeightsError, match="expected"):
-        load_encoder(spec, widths=WIDTHS)
+    """A pin that is misspelt would check nothing."""
+    for ask in (require_source, partial(load_encoder, widths=WIDTHS)):
+        with pytest.raises(WeightsError, match="expected"):
+            ask(spec)
+
+
+def test_a_pin_may_be_in_capitals():
+    require_source(f"{_URL}SHA256=ABCD1234")
 
 
 def test_a_seed_is_a_network():

@@ -102,6 +102,9 @@ def test_weights_are_looked_for_and_never_fetched(home):
     assert (level, IMAGENET_URL in what) == ("note", True)
     ((level, what),) = found(doctor.encoder_weights, encoder_weights="https://127.0.0.1:9/vgg.pth")
     assert (level, "the first training downloads https://127.0.0.1:9/vgg.pth" in what) == ("note", True)
+    for wrong in (str(home / "vgg.pth"), "seeded:x"):
+        ((level, what),) = found(doctor.encoder_weights, encoder_weights=wrong)
+        assert (level, "expected" in what) == ("FAIL", True)
     (home / "vgg.pth").write_bytes(b"")
     ((level, what),) = found(doctor.encoder_weights, encoder_weights=str(home / "vgg.pth"))
     assert (level, what) == ("ok", f"encoder weights {home}/vgg.pth: {home}/vgg.pth")

@@ -235,7 +235,18 @@ def test_a_beginning_that_cannot_be_leaves_nothing(user, first, capsys):
     for more in ((), ("--dry-run",)):
         assert user.train("--resume", "atuo", *more) == 1
         assert "expected a checkpoint at" in capsys.readouterr().err
+        assert user.train("--encoder.weights", "vgg.pth", *more) == 1
+        assert "encoder.weights vgg.pth: expected imagenet" in capsys.readouterr().err
     assert sorted((user.folder / "runs").iterdir()) == before
+
+
+def test_a_dry_run_downloads_no_encoder(user, first, capsys, monkeypatch):
+    monkeypatch.setattr("adaconv.download._ATTEMPTS", 1)
+    weights = "http://127.0.0.1:9/vgg.pth"
+    assert user.train("--init-from", "runs", "--encoder.weights", weights, "--dry-run") == 0
+    assert f"the run downloads {weights} first, and compares its encoder with that" in capsys.readouterr().out
+    assert user.train("--init-from", "runs", "--encoder.weights", weights) == 1
+    assert "Connection refused" in capsys.readouterr().err
 
 
 def test_pictures_of_ones_own_are_looked_at_and_change_no_weights(user, first, capsys):
