@@ -15,8 +15,9 @@ Each takes --help, --config and --dry-run as every pipeline does.
 
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from adaconv import cli
 from adaconv.cli import Command
@@ -32,6 +33,11 @@ from adaconv.config.dataset import (
     VersionsConfig,
 )
 
+if TYPE_CHECKING:
+    from adaconv.data.builds import Listing
+    from adaconv.data.manifest import DatasetVersion
+    from adaconv.data.selection import Criterion
+
 log = logging.getLogger(__name__)
 
 _OTHERS_STAY = (
@@ -42,12 +48,30 @@ _OTHERS_STAY = (
 
 def append(config: AppendConfig) -> dict[str, Any]:
     from adaconv import storage
-    from adaconv.data.builds import result_of, spill_listing, whole_version
+    from adaconv.data.builds import result_of, whole_version
+    from adaconv.data.selection import without
+    from adaconv.orchestration.cluster import connect
+
+    config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
+    with _to_append(config) as (parent, listing, exclusions):
+        finished = whole_version(parent.root, listing, without(parent.recipe, exclusions), parent.version)
+        if finished:
+            log.info("nothing to do: these images are in version %s", finished.version)
+            return {**result_of(finished), "made": 0}
+        with connect():
+            from adaconv.orchestration.dataset_job import run_append
+
+            return run_append(config, listing, exclusions)
+
+
+@contextmanager
+def _to_append(config: AppendConfig) -> "Iterator[tuple[DatasetVersion, Listing, list[Criterion]]]":
+    """The version, what is to be added to it and what of that is not; for as long as the block lasts."""
+    from adaconv.data.builds import spill_listing
     from adaconv.data.layouts import iter_artworks
     from adaconv.data.manifest import open_version
-    from adaconv.data.selection import read_exclusions, without
+    from adaconv.data.selection import read_exclusions
     from adaconv.errors import UsageError
-    from adaconv.orchestration.cluster import connect
     from adaconv.scratch import scratch_folder
 
     parent = open_version(config.dataset)
@@ -57,17 +81,8 @@ def append(config: AppendConfig) -> dict[str, Any]:
             f"version {parent.version} was made with a list of what is to get into no shard: give it, or a later one, "
             "by --exclude; an empty file excludes nothing"
         )
-    config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
     with scratch_folder("listing") as scratch:
-        listing = spill_listing(iter_artworks(config.source, parent.recipe["layout"]), scratch)
-        finished = whole_version(parent.root, listing, without(parent.recipe, exclusions), parent.version)
-        if finished:
-            log.info("nothing to do: these images are in version %s", finished.version)
-            return {**result_of(finished), "made": 0}
-        with connect():
-            from adaconv.orchestration.dataset_job import run_append
-
-            return run_append(config, listing, exclusions)
+        yield parent, spill_listing(iter_artworks(config.source, parent.recipe["layout"]), scratch), exclusions
 
 
 def remove(config: RemoveConfig) -> dict[str, Any]:
@@ -201,6 +216,21 @@ def plan_version(config: Any) -> str:
     return f"version {version.version} of {version.root}: {version.books['found']} images, {len(version.shards)} shards"
 
 
+def plan_append(config: AppendConfig) -> str:
+    with _to_append(config) as (_, listing, _):
+        added = f"{listing.images} images, {listing.bytes / 1e6:.1f} MB from {', '.join(config.source)}"
+    return f"{plan_version(config)}; to it {added}"
+
+
+def plan_against(config: DiffConfig | SimilarConfig) -> str:
+    from adaconv.data.manifest import open_version
+
+    if config.against is None:
+        return plan_version(config)
+    other = open_version(config.against)
+    return f"{plan_version(config)}; against version {other.version} of {other.root}"
+
+
 def plan_versions(config: VersionsConfig) -> str:
     from adaconv.data.changes import describe_versions
 
@@ -232,13 +262,13 @@ def _root(config: Any) -> str:
 
 
 COMMANDS = {
-    "append": Command(AppendConfig, append, plan_version, _root),
+    "append": Command(AppendConfig, append, plan_append, _root),
     "remove": Command(RemoveConfig, remove, plan_remove, _root),
-    "diff": Command(DiffConfig, diff, plan_version),
+    "diff": Command(DiffConfig, diff, plan_against),
     "versions": Command(VersionsConfig, versions, plan_versions),
     "rollback": Command(RollbackConfig, rollback, plan_rollback, _root),
     "verify": Command(VerifyConfig, verify, plan_version),
-    "similar": Command(SimilarConfig, similar, plan_version),
+    "similar": Command(SimilarConfig, similar, plan_against),
     "report": Command(ReportConfig, report, plan_version),
     "gc": Command(GcConfig, gc, plan_gc),
 }

@@ -48,6 +48,9 @@ def root(content_version, tmp_path):
         (("remove", "--dataset", "{}/data", "--artist", "monet", "--dry-run"), 2, "--artist monet: no image"),
         (("remove", "--dataset", "{}/data", "--artist", ""), 2, "artist.0: string should have"),
         (("append", "--dataset", "{}/data", "--source", "{}/nothing"), 2, "found nothing there"),
+        (("append", "--dataset", "{}/data", "--source", "{}/nothing", "--dry-run"), 2, "found nothing there"),
+        (("diff", "--dataset", "{}/data", "--against", "{}/nothing", "--dry-run"), 2, "found no LATEST in it"),
+        (("similar", "--dataset", "{}/data", "--against", "{}/nothing", "--dry-run"), 2, "found no LATEST in it"),
         (("similar", "--dataset", "{}/data", "--distance", "9"), 2, "distance"),
         (("gc", "--dataset", "{}/nothing"), 2, "found no LATEST in it"),
         (("versions", "--dataset", "{}/nothing"), 2, "found no version in it"),
@@ -108,6 +111,13 @@ def test_a_leak_from_training_to_evaluation_is_found(capsys, root, photos, tmp_p
     assert sorted((pair["first"], pair["second"]) for pair in listed) == [(n, f"other_{n}") for n in names]
     assert all(pair["same_bytes"] for pair in listed)
     assert answer(capsys, "similar", "--dataset", root)[0] == 0
+
+
+def test_a_dry_run_tells_of_both_sides(capsys, root, photos, style_version):
+    _, told, _ = answer(capsys, "append", "--dataset", root, "--source", photos, "--dry-run")
+    assert re.search(rf"24 images, \d+ shards; to it 24 images, \d+\.\d MB from {photos}", told)
+    _, told, _ = answer(capsys, "diff", "--dataset", root, "--against", style_version.root, "--dry-run")
+    assert f"; against version {style_version.version} of {style_version.root}" in told
 
 
 def test_a_difference_is_told(capsys, root, tmp_path):
