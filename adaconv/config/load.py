@@ -273,7 +273,7 @@ def _explain(model: type[Config], errors: Sequence[ErrorDetails], where: str) ->
     for error in errors:
         path = ".".join(str(part) for part in error["loc"])
         if error["type"] == "extra_forbidden":
-            known = [name.replace("-", "_") for name in flag_names(model)]
+            known = [*dict(_sections(model)), *(name.replace("-", "_") for name in flag_names(model))]
             lines.append(f"{where}: unknown key '{path}'{_nearest(path, known)}")
         elif not path or error["type"] == "value_error":
             message = error["msg"].removeprefix("Value error, ")

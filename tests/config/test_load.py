@@ -89,15 +89,16 @@ def test_a_flag_of_yes_or_no_needs_no_value(flags, compiled):
 
 
 def test_every_problem_of_a_file_is_named_at_once_with_the_nearest_known_key(tmp_path):
-    bad = write(tmp_path / "bad.yaml", "sourc: x\ntrain: {stepz: 4, kind: q, learning_rate: -1}\n")
+    bad = write(tmp_path / "bad.yaml", "sourc: x\ntrains: {}\ntrain: {stepz: 4, kind: q, learning_rate: -1}\n")
     with pytest.raises(ConfigError) as caught:
         load("--config", bad)
     message = str(caught.value)
     assert "unknown key 'sourc'; did you mean source?" in message
     assert "unknown key 'train.stepz'; did you mean train.steps?" in message
+    assert "unknown key 'trains'; did you mean train?" in message
     assert "train.kind: input should be 'a' or 'b', found 'q'" in message
     assert "train.learning_rate: input should be greater than 0, found -1" in message
-    assert message.count("bad.yaml") == 4
+    assert message.count("bad.yaml") == 5
 
 
 @pytest.mark.parametrize(
