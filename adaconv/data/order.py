@@ -107,13 +107,12 @@ class StreamOrder:
     def batch(self, step: int) -> NDArray[np.int64]:
         """Rows of the global batch of a step: (batch_size,) int64. Steps count from 0."""
         each = self.batch_size // self.partitions
-        columns = [self._at(step * each + i) for i in range(each)]
-        return np.stack(columns, axis=1).reshape(-1)  # (partitions, each) -> (batch_size,)
-
-    def _at(self, position: int) -> NDArray[np.int64]:
-        """Row of each partition at a position of its stream: (partitions,)."""
-        epoch, offset = divmod(position, self._epoch_length)
-        return self._epoch(epoch)[:, offset]
+        columns, position, end = [], step * each, (step + 1) * each
+        while position < end:  # mostly once: a batch lies in one epoch, or in two
+            epoch, offset = divmod(position, self._epoch_length)
+            columns.append(self._epoch(epoch)[:, offset : offset + end - position])
+            position += columns[-1].shape[1]
+        return np.concatenate(columns, axis=1).reshape(-1)  # (partitions, each) -> (batch_size,)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch: (partitions, epoch length) int64."""
