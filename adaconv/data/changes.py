@@ -246,8 +246,12 @@ def collect(garbage: Garbage) -> None:
     """
     if latest_version(garbage.root) in garbage.versions:
         raise DatasetError(f"LATEST of {garbage.root} is another version than before; nothing was deleted: try again")
+    left, read = set[str](), set[str]()
     for room, entries in groupby(garbage.files, key=lambda entry: entry.path.partition("/")[0]):
-        left = set[str]() if room == "versions" else _files_of(garbage.root, list_versions(garbage.root))
+        if room != "versions":
+            new = [name for name in list_versions(garbage.root) if name not in read]
+            left |= _files_of(garbage.root, new)
+            read.update(new)
         storage.remove_files(entry.uri for entry in entries if entry.path not in left)
     for upload in garbage.uploads:
         storage.abort_upload(upload)

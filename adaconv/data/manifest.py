@@ -336,7 +336,10 @@ def advance_latest(root: str, version: str) -> None:
     """Let LATEST name a version, unless the one that it names descends from it: that one has what came after."""
     latest = latest_version(root)
     try:
-        newest = open_version(f"{root}@{latest}") if latest and latest != version else None
+        if latest and open_version(f"{root}@{version}").parent == latest:  # as nearly always: no ancestor need be read
+            newest = None
+        else:
+            newest = open_version(f"{root}@{latest}") if latest and latest != version else None
         above = {name for one in lineage(newest) for name in (one.version, one.parent)} if newest else set()
     except (DatasetError, UsageError):  # damaged, or not there
         above = set()

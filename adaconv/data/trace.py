@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from adaconv import storage
 from adaconv.data.manifest import IN_SHARDS, DatasetVersion, list_versions, open_version
@@ -38,7 +39,7 @@ def trace(roots: Sequence[str], criteria: Sequence[Criterion]) -> Traced:
     """
     keys, digests, holdings, read = set[str](), set[str](), list[Holding](), set[tuple[str, str]]()
     selector = Selector(criteria)
-    for version in [version for root in roots for version in _versions(root)]:
+    for version in chain.from_iterable(map(_versions, roots)):
         # What was removed counts as well: outputs and models of it are there all the same.
         named = (row for row in version.rows() if row["state"] != "quarantined" and selector.first(row))
         mine = {row["key"] for row in named}
@@ -62,8 +63,9 @@ def trace(roots: Sequence[str], criteria: Sequence[Criterion]) -> Traced:
     return Traced(frozenset(keys), frozenset(digests), tuple(holdings))
 
 
-def _versions(root: str) -> list[DatasetVersion]:
+def _versions(root: str) -> Iterator[DatasetVersion]:
+    """One at a time: one of 10^5 shards takes 50 MB."""
     names = sorted(list_versions(root))
     if not names:
         raise UsageError(f"--dataset {root}: expected a dataset, found no version in it; pipelines/shard.py makes one")
-    return [open_version(f"{root}@{name}") for name in names]
+    yield from (open_version(f"{root}@{name}") for name in names)
