@@ -36,7 +36,7 @@ from adaconv.data.shard_writer import rewrite_shard
 from adaconv.data.verify import Damage, verify_manifest, verify_shard
 from adaconv.errors import DatasetError, UsageError
 from adaconv.orchestration.board import Teller
-from adaconv.orchestration.shard_job import publish_note, read_note, read_noted_shard, run_shard_job
+from adaconv.orchestration.shard_job import noted_shards, notes_of, publish_note, run_shard_job
 from adaconv.orchestration.tasks import run_tasks
 
 log = logging.getLogger(__name__)
@@ -100,15 +100,22 @@ def _remove(config: RemoveConfig, parent: DatasetVersion, after: str | None) -> 
     digest = hashlib.sha256(json.dumps([parent.version, sorted(reasons), config.why]).encode()).hexdigest()[:16]
     work = storage.join(parent.root, "work", digest)
     sizes = {shard.name: shard for shard in parent.shards}
-    touched, jobs = dict[str, int](), []
-    for name, rows in by_shard(parent.rows()):
-        left = [row for row in rows if row["key"] not in reasons]
-        if len(left) == len(rows):
-            continue
-        touched[name] = len(left)
-        if left:
-            storage.publish_bytes(storage.join(work, "plan", f"{name}.json"), json.dumps(left).encode())
-            jobs.append({"name": name})
+    touched = dict[str, int]()
+
+    def coming() -> Iterator[tuple[str, list[Row]]]:
+        for name, rows in by_shard(parent.rows()):
+            left = [row for row in rows if row["key"] not in reasons]
+            if len(left) < len(rows):
+                touched[name] = len(left)
+                if left:
+                    yield name, left
+
+    def publish(plan: tuple[str, list[Row]]) -> dict[str, Any]:
+        name, left = plan
+        storage.publish_bytes(storage.join(work, "plan", f"{name}.json"), json.dumps(left).encode())
+        return {"name": name}
+
+    jobs = list(storage.few_at_once(publish, coming(), where=work))
     if touched.keys() == sizes.keys() and not jobs:
         raise UsageError(
             f"expected images to be left of version {parent.version}, found that all {len(reasons)} would go; delete "
@@ -125,21 +132,18 @@ def _remove(config: RemoveConfig, parent: DatasetVersion, after: str | None) -> 
     )
     for _ in answers:
         pass
-    shards = []
-    for name, shard in sizes.items():
-        if name not in touched:
-            shards.append(shard)
-        elif touched[name]:
-            written = read_noted_shard(work, name)
-            assert written is not None
-            shards.append(written)
+    written = dict(noted_shards(work, (name for name in sizes if touched.get(name))))
+    shards = [made for name, shard in sizes.items() if (made := written.get(name) if name in touched else shard)]
 
     def rows_in_order() -> Iterator[Row]:
+        rewritten = notes_of(work, (name for name in sizes if touched.get(name)))
         for name, rows in by_shard(parent.rows()):
             if name not in touched:
                 yield from rows
             elif touched[name]:
-                yield from read_note(work, name)[1]
+                written_as, _, rows = next(rewritten)
+                assert written_as == name
+                yield from rows
         # In no shard: what was taken out, and what never was in one, which lies in this order already.
         gone = (row for row in parent.rows() if _goes(row, reasons))
         taken_out = sorted((excluded(row, reasons[row["key"]], config.why) for row in gone), key=_by_source)

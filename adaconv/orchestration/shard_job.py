@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -170,25 +170,31 @@ def _scan(
         work=work,
         recipe=recipe,
     )
-    refused = sum(_enter(name, catalog, work, unwanted) for name in listing.chunks if name in there)
+    told = storage.few_at_once(partial(_scanned, work), (name for name in listing.chunks if name in there), where=work)
+    refused = sum(_enter(answers_of_one, catalog, unwanted) for answers_of_one in told)
     memory = 0.0
     with closing(answers):
         for answer in answers:  # entered while others are looked at
             memory = max(memory, answer["memory"])
-            refused += _enter(answer["name"], catalog, work, unwanted)
+            refused += _enter(_scanned(work, answer["name"]), catalog, unwanted)
     catalog.exclude_copies()
     _refuse_over_budget(refused, catalog, listing.images, config.budget)
     return memory, refused
 
 
-def _enter(chunk: str, catalog: Catalog, work: str, unwanted: Selector) -> int:
+def _scanned(work: str, chunk: str) -> list[bytes]:
+    """What the headers of a chunk's files told, a line for each."""
+    return storage.read_bytes(storage.join(work, "scan", f"{chunk}.jsonl"), at_once=True).splitlines()
+
+
+def _enter(lines: Sequence[bytes], catalog: Catalog, unwanted: Selector) -> int:
     """Enter what a chunk's headers told into the catalog, which sorts: chunks come in any order.
 
     Returns:
         how many of its images were refused.
     """
     refused = 0
-    for line in storage.read_bytes(storage.join(work, "scan", f"{chunk}.jsonl")).splitlines():
+    for line in lines:
         answer = json.loads(line)
         candidate = Candidate.from_json(answer["candidate"])
         criterion = unwanted.first(row_of(candidate, "excluded")) if unwanted.counts else None
@@ -219,8 +225,8 @@ def _tell_excluded(unwanted: Selector, catalog: Catalog) -> None:
 
 def _may_be_mended(work: str, name: str) -> bool:
     """Whether a file of a chunk could not be read by an earlier start: it is read again."""
-    lines = storage.read_bytes(storage.join(work, "scan", f"{name}.jsonl")).splitlines()
-    return any(refusal and refusal["reason"] in MENDABLE for refusal in (json.loads(line)["refusal"] for line in lines))
+    refusals = (json.loads(line)["refusal"] for line in _scanned(work, name))
+    return any(refusal and refusal["reason"] in MENDABLE for refusal in refusals)
 
 
 def scan_chunk(
@@ -332,8 +338,7 @@ def _write(
     noted = _names(storage.join(work, "shard"))
     sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(config.output, "shards"))} if noted else {}
     there = set()
-    for name in (plan["name"] for plan in plans if plan["name"] in noted):
-        shard, rows = read_note(work, name)
+    for name, shard, rows in notes_of(work, (plan["name"] for plan in plans if plan["name"] in noted)):
         if any(row["reason"] in MENDABLE for row in rows):
             continue
         if shard is None or sizes.get(shard.name) == shard.bytes:  # else it was collected since, and is made again
@@ -357,7 +362,7 @@ def _write(
         for answer in answers:
             memory = max(memory, answer["memory"])
             if answer["refused"]:
-                enter(read_note(work, answer["name"])[1])
+                enter(_read_note(work, answer["name"])[2])
     return len(plans) - len(there), memory
 
 
@@ -406,17 +411,16 @@ def _publish(
 ) -> DatasetVersion:
     shards = list(parent.shards) if parent else []
     notes = []
-    for plan in plans:
-        shard = read_noted_shard(work, plan["name"])
+    for name, shard in noted_shards(work, (plan["name"] for plan in plans)):
         if shard:
             shards.append(shard)
-            notes.append(plan["name"])
+            notes.append(name)
 
     def rows_in_order() -> Iterator[Row]:
         if parent:
             yield from (row for row in parent.rows() if row["state"] in IN_SHARDS)
-        for name in notes:
-            yield from (row for row in read_note(work, name)[1] if row["state"] in IN_SHARDS)
+        for _, _, rows in notes_of(work, notes):
+            yield from (row for row in rows if row["state"] in IN_SHARDS)
         yield from catalog.outside()
 
     if parent and not catalog.has_news and len(shards) == len(parent.shards):
@@ -446,16 +450,27 @@ def publish_note(work: str, name: str, shard: Shard | None, rows: list[Row]) -> 
         storage.publish_file(note, storage.join(work, "shard", f"{name}.parquet"))
 
 
-def read_note(work: str, name: str) -> tuple[Shard | None, list[Row]]:
-    with storage.open_binary(storage.join(work, "shard", f"{name}.parquet")) as file:
-        table = pq.read_table(file)
-    return _shard_in(table.schema), list(rows_of(table))
+def notes_of(work: str, names: Iterable[str]) -> Iterator[tuple[str, Shard | None, list[Row]]]:
+    """Name, shard and rows of what tasks noted, in order."""
+    return storage.few_at_once(partial(_read_note, work), names, where=work)
 
 
-def read_noted_shard(work: str, name: str) -> Shard | None:
+def noted_shards(work: str, names: Iterable[str]) -> Iterator[tuple[str, Shard | None]]:
     """Without the rows, which take most of the time."""
-    with storage.open_binary(storage.join(work, "shard", f"{name}.parquet")) as file:
-        return _shard_in(pq.read_schema(file))
+
+    def read(name: str) -> tuple[str, Shard | None]:
+        return name, _shard_in(pq.read_schema(_note(work, name)))
+
+    return storage.few_at_once(read, names, where=work)
+
+
+def _read_note(work: str, name: str) -> tuple[str, Shard | None, list[Row]]:
+    table = pq.read_table(_note(work, name))
+    return name, _shard_in(table.schema), list(rows_of(table))
+
+
+def _note(work: str, name: str) -> pa.BufferReader:
+    return pa.BufferReader(storage.read_bytes(storage.join(work, "shard", f"{name}.parquet"), at_once=True))
 
 
 def _shard_in(note: pa.Schema) -> Shard | None:
