@@ -3,12 +3,14 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 5.0, 40.0
+_LATE_SECONDS, _LEAST_SEEN = 600.0, 8  # of long jobs' answers, that come seldom and many at once, at least so many
 
 
 class Due:
@@ -48,9 +50,10 @@ class Progress:
     ) -> None:
         self._what, self.total, self._unit = what, total, unit
         self._clock, self._emit, self._is_due = clock, emit, Due(clock)
-        self.done = self._done_at_start = done
+        self.done = self._free = done
         self._ahead = 0
         self._started = clock()
+        self._seen = deque([(self._started, done, done)])  # when, how many were done, how many of them for free
         self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -61,7 +64,8 @@ class Progress:
         """
         with self._lock:
             self.done += count
-            self._done_at_start += count * free
+            self._free += count * free
+            self._see()
             self._notes.update({name: str(value) for name, value in notes.items()})
             if self._is_due():
                 self._emit(self.line())
@@ -70,6 +74,7 @@ class Progress:
         """Say how many units are done that `advance` is yet to be told of, in place of how many were; by any thread."""
         with self._lock:
             self._ahead = count
+            self._see()
             if self._is_due():
                 self._emit(self.line())
 
@@ -79,20 +84,33 @@ class Progress:
 
     def line(self) -> str:
         """The status as of now."""
-        seconds = self._clock() - self._started
-        done = self.done + self._ahead  # both may know of the same ones, for as long as nobody looks ahead again
-        done = done if self.total is None else max(self.done, min(done, self.total))
-        rate = (done - self._done_at_start) / seconds if seconds > 0 else 0.0
+        now, done = self._clock(), self._reached()
+        since, done_then, free_then = self._seen[0]
+        seconds, gone = max(now - since, 1e-9), max(0, done - done_then)
+        rate = max(0, gone - (self._free - free_then)) / seconds
         parts = [f"{self._what} {done}" + (f"/{self.total}" if self.total is not None else "")]
         if self.total:
             parts.append(f"{100 * done / self.total:.0f} %")
         parts.append(f"{rate:.3g} {self._unit}/s")
         parts += [f"{value} {name.replace('_', ' ')}" for name, value in self._notes.items()]
         if self.total is not None and done < self.total:
-            parts.append(f"eta {duration((self.total - done) / rate)}" if rate > 0 else "eta unknown")
+            pace = rate or gone / seconds  # where all was there of late, all may be
+            parts.append(f"eta {duration((self.total - done) / pace)}" if pace > 0 else "eta unknown")
         else:
-            parts.append(f"took {duration(seconds)}")
+            parts.append(f"took {duration(now - self._started)}")
         return " | ".join(parts)
+
+    def _reached(self) -> int:
+        done = self.done + self._ahead  # both may know of the same ones, for as long as nobody looks ahead again
+        return done if self.total is None else max(self.done, min(done, self.total))
+
+    def _see(self) -> None:
+        """The rate is of late: what goes by for an hour, for it is there, says nothing of the rest."""
+        now = self._clock()
+        if now - self._seen[-1][0] >= _SHORTEST_SECONDS:
+            self._seen.append((now, self._reached(), self._free))
+        while len(self._seen) > _LEAST_SEEN and now - self._seen[1][0] >= _LATE_SECONDS:
+            self._seen.popleft()
 
 
 @contextmanager

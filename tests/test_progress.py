@@ -1,5 +1,6 @@
 """Status lines: when, and what they say."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -64,6 +65,31 @@ def test_what_is_found_done_does_not_count_towards_the_rate_either():
     now[0] = 100
     progress.advance(100)
     assert lines == ["stylize 9100/10000 | 91 % | 1 images/s | eta 15.0 min"]
+
+
+def test_an_hour_of_what_was_there_says_nothing_of_the_rest():
+    """900,000 were found done in an hour; 100,000 are left, and 100 are made in a second."""
+    now, lines = [0.0], []
+    progress = Progress("stylize", total=1_000_000, clock=lambda: now[0], emit=lines.append)
+    for _ in range(900):
+        now[0] += 4
+        progress.advance(1000, free=True)
+    assert progress.line().endswith("| 0 images/s | eta 6.7 min")  # as if all were there: nothing tells otherwise
+    for _ in range(700):
+        now[0] += 1
+        progress.advance(100)
+    assert progress.line() == "stylize 970000/1000000 | 97 % | 100 images/s | eta 5.0 min"
+
+
+def test_answers_that_come_seldom_and_many_at_once_have_a_rate():
+    now, lines = [0.0], []
+    progress = Progress("stylize", total=10_000, clock=lambda: now[0], emit=lines.append)
+    for _ in range(6):
+        now[0] += 1200
+        for _ in range(1000):
+            progress.advance()
+    now[0] += 1000
+    assert re.search(r"\| 0\.(7|8)\d* images/s \| eta 1\.[345] h", progress.line())
 
 
 def test_the_last_line_says_how_long_it_took():
