@@ -103,23 +103,27 @@ def save(
 def steps_in(folder: str) -> dict[int, str]:
     """Whole checkpoints below a folder: step to URI, in order of steps. A folder without `meta.json` is none."""
     found = {}
-    for uri in storage.list_directories(folder):
-        name = storage.name_of(uri)
+    for entry in storage.walk(folder, may_vanish=True):  # one listing: a request for each is too many for many ranks
+        name, _, file = entry.path.partition("/")
         digits = name.removeprefix(_PREFIX)
-        if name.startswith(_PREFIX) and digits.isdigit() and storage.exists(storage.join(uri, "meta.json")):
-            found[int(digits)] = uri
+        if file == "meta.json" and name.startswith(_PREFIX) and digits.isdigit():
+            found[int(digits)] = storage.join(folder, name)
     return dict(sorted(found.items()))
 
 
 def newest(folder: str) -> str | None:
     """The newest checkpoint below a folder whose files are as its `meta.json` says; damaged ones are passed over."""
-    for uri in reversed(steps_in(folder).values()):
-        try:
-            with fetched(uri):
-                return uri
-        except CheckpointError as error:
-            log.warning("passing over a damaged checkpoint: %s", error)
-    return None
+    return next(filter(is_whole, reversed(steps_in(folder).values())), None)
+
+
+def is_whole(uri: str) -> bool:
+    """Whether a checkpoint's files are as its `meta.json` says; a damaged one is told."""
+    try:
+        with fetched(uri):
+            return True
+    except CheckpointError as error:
+        log.warning("passing over a damaged checkpoint: %s", error)
+        return False
 
 
 def keep(folder: str, *, last: int, best: int, passed_over: Collection[int] = ()) -> None:
@@ -144,16 +148,17 @@ def best_step(steps: Mapping[int, str]) -> int | None:
 
 def _scores_of(steps: Mapping[int, str]) -> dict[int, float]:
     """`BEST_BY` of each checkpoint that has it; one whose `meta.json` is damaged has none and holds nobody up."""
-    scores = {}
-    for step, uri in steps.items():
+
+    def score_of(uri: str) -> float:
         try:
-            score = float(meta_of(uri).get("metrics", {}).get(BEST_BY, math.inf))
+            return float(meta_of(uri).get("metrics", {}).get(BEST_BY, math.inf))
         except (CheckpointError, AttributeError, TypeError, ValueError) as error:
             log.warning("passing over a damaged checkpoint, %s: %s", uri, error)
-            continue
-        if math.isfinite(score):
-            scores[step] = score
-    return scores
+            return math.nan
+
+    where = next(iter(steps.values()), "")
+    scores = zip(steps, storage.few_at_once(score_of, steps.values(), where=where), strict=True)
+    return {step: score for step, score in scores if math.isfinite(score)}
 
 
 def meta_of(uri: str) -> dict[str, Any]:

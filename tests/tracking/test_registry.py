@@ -23,7 +23,7 @@ from adaconv.stylize.stylizer import Stylizer
 from adaconv.tracking import logged_model, registry
 from adaconv.tracking.logged_model import logged_models
 from adaconv.tracking.mlflow_tracker import close_run, open_run, sync
-from adaconv.tracking.registry import history_of, register, resolved_model, rollback, trained_on
+from adaconv.tracking.registry import find_checkpoint, history_of, register, resolved_model, rollback, trained_on
 from adaconv.tracking.results import keep_models
 from pipelines import runs
 from tests.helpers import save_checkpoint, swapped_profile
@@ -268,6 +268,21 @@ def test_two_who_register_one_checkpoint_at_once_get_one_version(trained, monkey
     assert len(new) == (moment == "create_logged_model")
     with resolved_model(f"models:/{name}@mine", tracking_uri=uri) as (_, local):
         assert checkpoint.load_network(local)[1].step == 300
+
+
+def test_of_many_runs_the_newest_whole_checkpoint_is_found_and_no_other_read(tmp_path, monkeypatch):
+    """By when it was written, not by its step; a damaged one is passed over."""
+    for run, step in (("a", 500), ("b", 100), ("b", 200), ("c", 900), ("d", 50)):
+        save_checkpoint(tmp_path / run / "checkpoints", step)
+    (tmp_path / "d" / "checkpoints" / "step-00000050" / "model.safetensors").write_bytes(b"cut")
+    read, fetched = [], checkpoint.fetched
+    monkeypatch.setattr(checkpoint, "fetched", lambda uri: read.append(uri) or fetched(uri))
+    assert find_checkpoint(str(tmp_path)).endswith("c/checkpoints/step-00000900")
+    assert len(read) == 2
+    (tmp_path / "c" / "checkpoints" / "step-00000900" / "meta.json").write_text("{")
+    assert find_checkpoint(str(tmp_path)).endswith("b/checkpoints/step-00000200")
+    with pytest.raises(CheckpointError, match="found no whole checkpoint below it"):
+        find_checkpoint(str(tmp_path / "d"))
 
 
 def test_what_cannot_be_registered_is_said(trained, tmp_path):
