@@ -19,10 +19,11 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from adaconv import storage
@@ -163,6 +164,23 @@ def rows_of(table: pa.Table | pa.RecordBatch) -> Iterator[Row]:
     for row in table.to_pylist():
         thumbnail = row["thumbnail"]
         yield {**row, "thumbnail": base64.b64encode(thumbnail).decode() if thumbnail else None}
+
+
+def rows_of_shard(uri: str, shard: Shard, *, first: int) -> list[Row]:
+    """The rows of a shard in the order of its tar, of a manifest that is whole: of its row groups where they lie.
+
+    Args:
+        uri: of the manifest: samples come first in it, shard by shard.
+        shard: as the version lists it.
+        first: rows of the shards that the version lists before it.
+    """
+    with storage.open_binary(uri) as file:
+        manifest = pq.ParquetFile(file)
+        counts = (manifest.metadata.row_group(group).num_rows for group in range(manifest.num_row_groups))
+        ends = list(accumulate(counts))
+        groups = [g for g, end in enumerate(ends) if first < end and ([0, *ends][g] < first + shard.rows)]
+        table = manifest.read_row_groups(groups)
+    return list(rows_of(table.filter(pc.field("shard") == shard.name)))
 
 
 def split_spec(spec: str) -> tuple[str, str]:

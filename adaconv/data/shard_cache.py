@@ -67,7 +67,8 @@ class ShardCache:
         target = Path(self.folder) / shard.name
         if not _is_there(target, shard):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(target.with_name(f".{shard.name}.lock")):
+            # Named by content, so shards share 256 locks evenly; one for each would stay for each that ever was here.
+            with FileLock(target.with_name(f".{shard.name[:2]}.lock")):
                 if not _is_there(target, shard):  # another process may have fetched it meanwhile
                     self._fetch(uri, shard, target)
         return target

@@ -6,9 +6,9 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 
 from adaconv import storage
@@ -28,7 +28,7 @@ from adaconv.data.manifest import (
     open_version,
     publish_version,
     require_shards,
-    rows_of,
+    rows_of_shard,
     split_spec,
 )
 from adaconv.data.selection import Criterion, criteria_of, keys_to_remove, read_exclusions, without
@@ -199,9 +199,13 @@ def run_verify(config: VerifyConfig) -> dict[str, Any]:
     root, _ = split_spec(config.dataset)
     version = open_version(config.dataset)
     damages = verify_manifest(version)
+    firsts = accumulate((shard.rows for shard in version.shards), initial=0)
     answers = run_tasks(
         verify_task,
-        [{"name": shard.name, "shard": json.dumps(asdict(shard))} for shard in version.shards],
+        [
+            {"name": shard.name, "shard": json.dumps(asdict(shard)), "first": first}
+            for shard, first in zip(version.shards, firsts, strict=False)
+        ],
         what="verify",
         images=sum(shard.rows for shard in version.shards),
         num_workers=config.scaling.num_workers,
@@ -238,8 +242,7 @@ def verify_task(job: dict[str, Any], *, board: ray.actor.ActorHandle, root: str,
     def rows() -> list[Row] | None:
         if not manifest:
             return None
-        with storage.open_binary(manifest) as file:
-            return list(rows_of(pq.read_table(file, filters=[("shard", "==", shard.name)])))
+        return rows_of_shard(manifest, shard, first=job["first"])
 
     damages = verify_shard(root, shard, rows)
     told = Teller(board, shard.name)

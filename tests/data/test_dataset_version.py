@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from PIL import Image
 
 from adaconv import storage
 from adaconv.config.shard import RecipeConfig
+from adaconv.data import manifest
 from adaconv.data.manifest import Books, Shard, manifest_uri, open_version
 from adaconv.data.plan import Candidate, Catalog, ShardPlan, expected_bytes, plan_shards, row_of
 from adaconv.data.sources import Found, Member, fingerprint, list_images
@@ -304,3 +306,18 @@ def test_keys_spread_labels_over_shards():
     first = [int(c.source.removesuffix(".jpg")) for c in plans[0].candidates]
     assert len(plans) > 3
     assert np.std(first) > 15
+
+
+def test_of_a_manifest_of_many_row_groups_the_rows_of_a_shard_are_read(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_ROWS_AT_ONCE", 5)
+    version = build_version(photos, str(tmp_path))
+    uri, first, groups = manifest_uri(version.root, version.version), 0, []
+    read = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda file, some: groups.append(some) or read(file, some))
+    assert len(version.shards) > 3
+    for shard in version.shards:
+        expected = [row for row in version.rows() if row["shard"] == shard.name]
+        assert manifest.rows_of_shard(uri, shard, first=first) == expected
+        first += shard.rows
+    assert groups[-1][0] > 0
+    assert max(map(len, groups)) <= 3
