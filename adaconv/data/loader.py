@@ -19,10 +19,12 @@ import random
 import sys
 import tarfile
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from adaconv.data import loader_witness
 from adaconv.data.order import StreamOrder, batch_of_step, rank_slice, stable_seed
 from adaconv.data.shard_cache import ShardCache, ShardPrefetcher, default_cache_dir
 from adaconv.errors import AdaConvError, DatasetError
+from adaconv.scratch import scratch_folder
 
 try:
     import simplejpeg
@@ -133,8 +136,36 @@ def _resample(whole: NDArray[np.uint8], left: float, top: float, side: float, cr
     return np.array(square)
 
 
+class _Table:
+    """Columns of arrays. Who is handed it, by pickle, maps files of it while it is there: workers need no copies."""
+
+    def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        self._columns = columns
+        self._folder: Path | None = None
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._columns[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._folder is None:
+            ending = contextlib.ExitStack()
+            folder = ending.enter_context(scratch_folder("samples"))
+            weakref.finalize(self, ending.close)
+            with storage.full_disk_named(str(folder)):
+                for name, values in self._columns.items():
+                    np.save(folder / f"{name}.npy", values)
+            self.__setstate__({"folder": folder})
+        return {"folder": self._folder}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        folder: Path = state["folder"]
+        self._folder, self._columns = folder, {file.stem: np.load(file, mmap_mode="r") for file in folder.iterdir()}
+
+
 class SampleReader:
-    """Reads the bytes of any sample of a dataset version from its tars. Holds no files; safe to pickle.
+    """Reads the bytes of any sample of a dataset version from its tars. Holds no files.
+
+    What is pickled of it can be read for as long as it is there, on its machine.
 
     Args:
         version: whose samples are read.
@@ -147,17 +178,17 @@ class SampleReader:
         samples = version.samples(["key", *columns])
         self._version, self._verify = version, verify
         self.cache = cache or ShardCache(default_cache_dir(), sys.maxsize)
-        # Every process that decodes has its own: 48 bytes a sample, where strings would take a hundred.
-        self._keys = np.array(samples["key"].to_pylist(), np.bytes_)
-        self._of = {name: samples[name].to_numpy().astype(np.int64) for name in columns}
+        # 48 bytes a sample, where strings would take a hundred.
+        keys = np.array(samples["key"].to_pylist(), np.bytes_)
+        self._table = _Table({"key": keys, **{name: samples[name].to_numpy().astype(np.int64) for name in columns}})
         self._first_rows = np.cumsum([0, *(shard.rows for shard in version.shards)])
 
     def __len__(self) -> int:
         """Samples of the version."""
-        return len(self._keys)
+        return len(self._table["key"])
 
     def key(self, row: int) -> str:
-        return bytes(self._keys[row]).decode()
+        return bytes(self._table["key"][row]).decode()
 
     def read(self, row: int) -> bytes:
         """The image's bytes as they lie in the shard.
@@ -166,7 +197,7 @@ class SampleReader:
             DatasetError: the shard is not there, ends before the sample does, or holds other bytes.
         """
         uri, shard = self.shard_of(row)
-        size, offset = int(self._of["size"][row]), int(self._of["offset"][row])
+        size, offset = int(self._table["size"][row]), int(self._table["offset"][row])
         if self._verify:
             self._check(row, uri, shard)
         data = self._read_at(uri, shard, offset, size)
@@ -179,8 +210,8 @@ class SampleReader:
 
     def _check(self, row: int, uri: str, shard: Shard) -> None:
         """Of all that a sample takes in its tar, headers included, as the manifest has it."""
-        offset = int(self._of["offset"][row]) - tarfile.BLOCKSIZE
-        if zlib.crc32(self._read_at(uri, shard, offset, int(self._of["span"][row]))) != self._of["crc32"][row]:
+        offset = int(self._table["offset"][row]) - tarfile.BLOCKSIZE
+        if zlib.crc32(self._read_at(uri, shard, offset, int(self._table["span"][row]))) != self._table["crc32"][row]:
             raise DatasetError(
                 f"{uri}: the bytes of sample {self.key(row)} at offset {offset} are not those that were written "
                 "(their checksum differs); `pipelines/dataset.py verify` says what is damaged"

@@ -1,5 +1,6 @@
 """Batches are what the pure order says, whoever reads them."""
 
+import gc
 import io
 import os
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from pathlib import Path
@@ -130,7 +132,8 @@ if __name__ == "__main__":
 
 
 def test_a_rank_that_is_killed_leaves_no_workers(content_version, style_version, tmp_path):
-    (tmp_path / "dataset").write_bytes(pickle.dumps(pairs(content_version, style_version)))
+    dataset = pairs(content_version, style_version)
+    (tmp_path / "dataset").write_bytes(pickle.dumps(dataset))
     (tmp_path / "rank.py").write_text(READS_UNTIL_IT_IS_KILLED)
     done = subprocess.run(
         [sys.executable, tmp_path / "rank.py", tmp_path / "dataset"],
@@ -197,26 +200,38 @@ def test_rotation_turns_by_quarters():
     assert len(turned) > 4
 
 
-def test_a_reader_takes_fifty_bytes_a_sample(content_version, monkeypatch):
-    """Each process that decodes has two of them: 128 processes over 10^6 and 10^6 samples are 256 million samples."""
+def test_a_reader_is_handed_on_without_its_tables(content_version, monkeypatch):
+    """Fifty bytes a sample: a node of 128 workers over 10^6 and 10^6 samples had 256 million of them."""
     count = 20_000
     keys = [f"{number:032x}" for number in range(count)]
     whole = {"key": keys} | {name: range(count) for name in ("offset", "size", "span", "crc32")}
     monkeypatch.setattr(type(content_version), "samples", lambda version, columns: pa.table(whole).select(columns))
+    handed = pickle.dumps(SampleReader(content_version))
+    assert len(handed) < count
     reader = SampleReader(content_version)
-    assert len(pickle.dumps(reader)) < 55 * count
+    handed = pickle.dumps(reader)
     tracemalloc.start()
-    reader = pickle.loads(pickle.dumps(reader))
+    other = pickle.loads(handed)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 55 * count
-    assert (len(reader), reader.key(count - 1)) == (count, keys[-1])
+    assert held < 2 * count
+    assert (len(other), other.key(count - 1)) == (len(reader), reader.key(count - 1)) == (count, keys[-1])
 
 
-def test_a_reader_travels(content_version):
+def test_the_tables_of_a_reader_lie_in_files_for_as_long_as_it_is_there(content_version, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     reader = SampleReader(content_version)
-    again = pickle.loads(pickle.dumps(reader))
-    assert again.read(5) == reader.read(5)
+    told = [(reader.key(row), reader.read(row)) for row in range(len(reader))]
+    assert not list(tmp_path.iterdir())  # one that is handed to nobody needs none
+    other = pickle.loads(pickle.dumps(reader))
+    assert pickle.dumps(other) == pickle.dumps(reader)
+    for one in (other, reader):
+        assert [(one.key(row), one.read(row)) for row in range(len(one))] == told
+    assert len(list(tmp_path.glob("adaconv-samples-*/*.npy"))) == 3
+    del reader, one
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    assert other.key(0) == told[0][0]  # what is mapped stays
 
 
 @pytest.mark.parametrize(
