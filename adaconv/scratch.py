@@ -68,7 +68,10 @@ def _sweep(within: Path) -> None:
     _swept[within] = time.monotonic()
     for lock in within.glob("adaconv-*.lock"):
         with contextlib.suppress(OSError), lock.open() as held:  # another user's, or just removed
-            if time.time() - lock.stat().st_mtime < _SWEEP_SECONDS:
+            status = os.fstat(held.fileno())
+            if status.st_uid != os.geteuid():  # who could name a folder of ours, such as one that is kept
+                continue
+            if time.time() - status.st_mtime < _SWEEP_SECONDS:
                 continue  # just made, perhaps not yet held
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)

@@ -63,3 +63,20 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     finally:
         alive.kill()
         alive.wait()
+
+
+def test_a_lock_of_somebody_else_names_nothing_that_is_removed(tmp_path, monkeypatch):
+    """Anybody can put `adaconv-runs-UID.lock` into /tmp, beside the folder that is kept there."""
+    (tmp_path / "adaconv-runs-0").mkdir()
+    (tmp_path / "adaconv-runs-0.lock").touch()
+    age(tmp_path)
+    with scratch_folder("x", tmp_path):
+        pass
+    assert not (tmp_path / "adaconv-runs-0").exists()  # ours is swept, which makes the rest a test
+    (tmp_path / "adaconv-runs-0").mkdir()
+    (tmp_path / "adaconv-runs-0.lock").touch()
+    age(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with scratch_folder("x", tmp_path):
+        pass
+    assert (tmp_path / "adaconv-runs-0").exists()
