@@ -344,13 +344,17 @@ def abandoned_uploads(uri: str, *, older_than_hours: float) -> list[Entry]:
 
 
 def abort_upload(upload: Entry) -> None:
+    """Nothing, if it is gone by then."""
     bucket, _, key = upload.uri.partition("://")[2].partition("/")
-    _patiently(
-        upload.uri,
-        lambda: _filesystem(upload.uri).call_s3(
-            "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.stamp
-        ),
-    )
+
+    def abort() -> None:
+        try:
+            _filesystem(upload.uri).call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.stamp)
+        except OSError as error:
+            if _code_of(error) != "NoSuchUpload":
+                raise
+
+    _patiently(upload.uri, abort)
 
 
 def remove_directory(uri: str, *, first: str | None = None) -> None:

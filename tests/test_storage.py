@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import boto3
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
@@ -497,3 +498,13 @@ def test_folders_that_go_while_they_are_walked_are_empty_where_that_is_meant(tmp
         (tmp_path / name / "file").write_bytes(b"x")
     with pytest.raises(FileNotFoundError):
         walked()
+
+
+def test_an_upload_that_is_gone_is_aborted(bucket):
+    """By another gc, or by the bucket's rule: it was asked for until the patience was over."""
+    name, _, key = bucket.removeprefix("s3://").partition("/")
+    boto3.client("s3").create_multipart_upload(Bucket=name, Key=f"{key}/a")
+    (upload,) = storage.abandoned_uploads(bucket, older_than_hours=0)
+    for _ in range(2):
+        storage.abort_upload(upload)
+    assert not list(storage.abandoned_uploads(bucket, older_than_hours=0))
