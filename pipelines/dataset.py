@@ -49,9 +49,11 @@ _OTHERS_STAY = (
 def append(config: AppendConfig) -> dict[str, Any]:
     from adaconv import storage
     from adaconv.data.builds import result_of, whole_version
+    from adaconv.data.manifest import latest_version
     from adaconv.data.selection import without
     from adaconv.orchestration.cluster import connect
 
+    after = latest_version(_root(config))
     config = config.model_copy(update={"source": tuple(map(storage.absolute, config.source))})
     with _to_append(config) as (parent, listing, exclusions):
         finished = whole_version(parent.root, listing, without(parent.recipe, exclusions), parent.version)
@@ -61,7 +63,9 @@ def append(config: AppendConfig) -> dict[str, Any]:
         with connect():
             from adaconv.orchestration.dataset_job import run_append
 
-            return run_append(config, listing, exclusions)
+            # The version that was looked at: LATEST may name another one by now, with a list of its own.
+            config = config.model_copy(update={"dataset": f"{parent.root}@{parent.version}"})
+            return run_append(config, listing, exclusions, after=after)
 
 
 @contextmanager

@@ -210,7 +210,10 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
 def _files_of(root: str, versions: Iterable[str]) -> set[str]:
     files = set[str]()
     for name in versions:
-        version = open_version(f"{root}@{name}")
+        try:
+            version = open_version(f"{root}@{name}")
+        except UsageError:  # another gc deleted it meanwhile
+            continue
         files |= {f"versions/{name}.json", f"manifests/{name}.parquet"}
         files |= {f"shards/{shard.name}" for shard in version.shards}
     return files

@@ -345,6 +345,7 @@ def publish_version(
         _refuse_overtaken(root, after, version)
         storage.publish_file(path, manifest_uri(root, version))
     _refuse_absent(root, shards)  # as late as can be: from here on the version keeps them from being collected
+    _refuse_overtaken(root, after, version)  # again: the manifest may have taken minutes
     storage.publish_bytes(version_uri(root, version), text)
     advance_latest(root, version)
     return open_version(f"{root}@{version}")
@@ -354,16 +355,18 @@ def advance_latest(root: str, version: str) -> None:
     """Let LATEST name a version, unless the one that it names descends from it: that one has what came after."""
     latest = latest_version(root)
     try:
-        if latest and open_version(f"{root}@{version}").parent == latest:  # as nearly always: no ancestor need be read
-            newest = None
-        else:
-            newest = open_version(f"{root}@{latest}") if latest and latest != version else None
-        above = {name for one in lineage(newest) for name in (one.version, one.parent)} if newest else set()
+        newest = open_version(f"{root}@{latest}") if latest and latest != version else None
     except (DatasetError, UsageError):  # damaged, or not there
-        above = set()
-    if version in above:
-        log.info("LATEST stays version %s, which was made from version %s", latest, version)
-        return
+        newest = None
+    if newest and open_version(f"{root}@{version}").parent != latest:  # else no ancestor need be read, as nearly always
+        try:
+            above = {name for one in lineage(newest) for name in (one.version, one.parent)}
+        except (DatasetError, UsageError) as error:
+            log.warning("LATEST stays version %s: what that was made from cannot be read: %s", latest, error)
+            return
+        if version in above:
+            log.info("LATEST stays version %s, which was made from version %s", latest, version)
+            return
     storage.publish_bytes(latest_uri(root), version.encode())
 
 

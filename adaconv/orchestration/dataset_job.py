@@ -44,15 +44,22 @@ log = logging.getLogger(__name__)
 _SHOWN = 100  # damages that result.json lists
 
 
-def run_append(config: AppendConfig, listing: Listing, exclusions: Sequence[Criterion]) -> dict[str, Any]:
+def run_append(
+    config: AppendConfig, listing: Listing, exclusions: Sequence[Criterion], *, after: str | None
+) -> dict[str, Any]:
     """Add images, but for those that are to get into no shard: new shards, and a version whose parent is the one that
     was given. Nothing new makes no version.
+
+    Args:
+        config: of the job; its dataset names the version.
+        listing: of the images.
+        exclusions: what is to get into no shard.
+        after: what LATEST said before the version was opened: whoever publishes meanwhile is seen.
 
     Raises:
         DatasetError: shards of the dataset are not there, or it was made with other codecs than those here.
         QuarantineBudgetError: too many of the new images were refused.
     """
-    after = latest_version(split_spec(config.dataset)[0])  # before the parent: whoever publishes meanwhile is seen
     parent = open_version(config.dataset)
     require_shards(parent)
     check_codecs(parent.recipe)

@@ -19,8 +19,10 @@ from adaconv.data import changes
 from adaconv.data.changes import by_shard, collect, describe_versions, diff, find_garbage, roll_back
 from adaconv.data.manifest import (
     IN_SHARDS,
+    advance_latest,
     how_to_mend,
     latest_uri,
+    latest_version,
     lineage,
     list_versions,
     manifest_uri,
@@ -187,6 +189,19 @@ def test_a_version_that_is_made_again_does_not_take_the_place_of_what_came_of_it
     assert again == version
     assert open_version(version.root).version == child.version
     assert f"LATEST stays version {child.version}, which was made from version {version.version}" in caplog.text
+
+
+def test_latest_stays_where_what_it_was_made_from_cannot_be_read(version, caplog):
+    """`shard.py` with nothing to do moved it back: what was removed since was in it again."""
+    child = child_of(version, 3)
+    newest = child_of(child, 2)
+    Path(version_uri(version.root, child.version)).write_text("{")
+    advance_latest(version.root, version.version)
+    assert latest_version(version.root) == newest.version
+    assert f"LATEST stays version {newest.version}: what that was made from cannot be read" in caplog.text
+    Path(version_uri(version.root, newest.version)).write_text("{")
+    advance_latest(version.root, version.version)  # what nobody can read gives way
+    assert latest_version(version.root) == version.version
 
 
 def test_a_rollback_names_a_version_that_is_whole(version):

@@ -168,7 +168,7 @@ def test_what_lacks_shards_is_neither_added_to_nor_taken_from(photos, tmp_path):
     Path(child.shard_uri(child.shards[0].name)).unlink()
     words = rf"1 of 3 shards of .*@{child.version} are not there.* with --dataset {version.root}@{version.version}: "
     with pytest.raises(DatasetError, match=words):
-        run_append(AppendConfig(dataset=child.root, source=(str(photos),)), listing=None, exclusions=())
+        run_append(AppendConfig(dataset=child.root, source=(str(photos),)), listing=None, exclusions=(), after=None)
     with pytest.raises(DatasetError, match=words):
         run_remove(RemoveConfig(dataset=child.root, label=("landscape",)))
 
