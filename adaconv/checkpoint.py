@@ -165,9 +165,13 @@ def meta_of(uri: str) -> dict[str, Any]:
     """`meta.json` of a checkpoint, of which nothing else is fetched or verified.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or gone.
     """
-    return _object_of(storage.read_bytes(storage.join(uri, "meta.json")), f"{uri}: meta.json")
+    try:
+        data = storage.read_bytes(storage.join(uri, "meta.json"))
+    except FileNotFoundError:  # a training that goes on keeps the newest ones
+        raise CheckpointError(f"{uri}: meta.json is not there, or no longer") from None
+    return _object_of(data, f"{uri}: meta.json")
 
 
 def require(uri: str) -> None:

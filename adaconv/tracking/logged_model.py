@@ -106,22 +106,28 @@ def give_roles(client: MlflowClient, run: Run, roles: dict[str, str]) -> list[st
     Returns:
         ids of deleted models.
     """
-    registered = _registered(client, run)
-    deleted = []
-    for model in _models_of(client, run):
+    deleted, models = [], _models_of(client, run)
+    kept = {model.tags.get(DIGEST_TAG) for model in models if model.model_id in roles}
+    for model in models:
         is_whole = str(model.status) == "READY"
         is_left = not is_whole and model.creation_timestamp < (time.time() - _BROKEN_OFF_SECONDS) * 1000
         if model.model_id in roles:
             client.set_logged_model_tags(model.model_id, {_ROLES_TAG: roles[model.model_id]})
-        elif (is_whole or is_left) and _ROLES_TAG in model.tags and model.artifact_location not in registered:
+        # Of the same weights is what another process keeps that does the same for the run now. And whether it is
+        # registered is asked at the last moment.
+        elif (
+            is_left or (is_whole and _ROLES_TAG in model.tags and model.tags.get(DIGEST_TAG) not in kept)
+        ) and model.artifact_location not in _registered(client, run):
             _delete(client, model)
             deleted.append(str(model.model_id))
     return deleted
 
 
 def delete_if_unused(client: MlflowClient, run: Run, model: LoggedModel) -> None:
-    """Delete a copy of a model that is no version of any name, and neither the best nor the last of its run."""
-    if _ROLES_TAG not in model.tags and model.artifact_location not in _registered(client, run):
+    """Delete a copy of a model that is no version of any name, and neither the best nor the last of its run by now."""
+    if _ROLES_TAG not in client.get_logged_model(model.model_id).tags and model.artifact_location not in _registered(
+        client, run
+    ):
         _delete(client, model)
 
 

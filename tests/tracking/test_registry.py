@@ -270,6 +270,30 @@ def test_two_who_register_one_checkpoint_at_once_get_one_version(trained, monkey
         assert checkpoint.load_network(local)[1].step == 300
 
 
+def test_two_who_keep_a_runs_models_at_once_delete_none_of_each_others(tmp_path):
+    """`runs.py sync` while the training uploads: both log the same weights, and each knows its own only."""
+    uri, folder = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "run" / "checkpoints"
+    tracker = open_run(
+        uri=uri, experiment="test", identity="run", name="run", params={}, tags={}, datasets={}, config_yaml="",
+        spool_directory=tmp_path / "run" / "spool",
+    )  # fmt: skip
+    _, found = save_checkpoint(folder, 100, metrics={"probe/loss": 1.0}, **tracker.reference())
+    close_run(tracker, "FINISHED")
+    client = MlflowClient(uri)
+    run = client.get_run(tracker.run_id)
+    mine = logged_model.log_model(client, run, folder / "step-00000100", checkpoint_uri=found, roles="best,last")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logged_model, "logged_models", lambda *_: [])  # the other one looked before mine was there
+        theirs = logged_model.log_model(client, run, folder / "step-00000100", checkpoint_uri=found, roles="best,last")
+    assert mine.model_id != theirs.model_id
+    assert logged_model.give_roles(client, run, {mine.model_id: "best,last"}) == []
+    assert logged_model.give_roles(client, run, {theirs.model_id: "best,last"}) == []
+    assert len(logged_models(client, run)) == 2
+    save_checkpoint(folder, 200, metrics={"probe/loss": 0.5}, **tracker.reference())
+    keep_models(client, run, str(folder))
+    assert [model.tags["adaconv.step"] for model in logged_models(client, run)] == ["200"]
+
+
 def test_of_many_runs_the_newest_whole_checkpoint_is_found_and_no_other_read(tmp_path, monkeypatch):
     """By when it was written, not by its step; a damaged one is passed over."""
     for run, step in (("a", 500), ("b", 100), ("b", 200), ("c", 900), ("d", 50)):
@@ -279,7 +303,11 @@ def test_of_many_runs_the_newest_whole_checkpoint_is_found_and_no_other_read(tmp
     monkeypatch.setattr(checkpoint, "fetched", lambda uri: read.append(uri) or fetched(uri))
     assert find_checkpoint(str(tmp_path)).endswith("c/checkpoints/step-00000900")
     assert len(read) == 2
-    (tmp_path / "c" / "checkpoints" / "step-00000900" / "meta.json").write_text("{")
+    meta = tmp_path / "c" / "checkpoints" / "step-00000900" / "meta.json"
+    meta.unlink()
+    with pytest.raises(CheckpointError, match=r"meta\.json is not there, or no longer"):
+        checkpoint.meta_of(str(meta.parent))
+    meta.write_text("{")
     assert find_checkpoint(str(tmp_path)).endswith("b/checkpoints/step-00000200")
     with pytest.raises(CheckpointError, match="found no whole checkpoint below it"):
         find_checkpoint(str(tmp_path / "d"))
