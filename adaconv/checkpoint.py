@@ -105,10 +105,15 @@ def steps_in(folder: str) -> dict[int, str]:
     found = {}
     for entry in storage.walk(folder, may_vanish=True):  # one listing: a request for each is too many for many ranks
         name, _, file = entry.path.partition("/")
-        digits = name.removeprefix(_PREFIX)
-        if file == "meta.json" and name.startswith(_PREFIX) and digits.isdigit():
-            found[int(digits)] = storage.join(folder, name)
+        step = _step_of(name)
+        if file == "meta.json" and step is not None:
+            found[step] = storage.join(folder, name)
     return dict(sorted(found.items()))
+
+
+def _step_of(name: str) -> int | None:
+    digits = name.removeprefix(_PREFIX)
+    return int(digits) if name.startswith(_PREFIX) and digits.isdigit() else None
 
 
 def newest(folder: str) -> str | None:
@@ -129,9 +134,15 @@ def is_whole(uri: str) -> bool:
 def keep(folder: str, *, last: int, best: int, passed_over: Collection[int] = ()) -> None:
     """Remove all checkpoints but the newest `last` and the `best` with the lowest `BEST_BY`, of equals the older.
 
-    Those `passed_over` when the run was resumed are damaged: they take no place, and stay for who may mend them.
+    Those `passed_over` when the run was resumed are damaged: they take no place, and stay for who may mend them. What
+    was half published or half removed, before the newest, goes: nobody can read it, and it is as large.
     """
-    steps = {step: uri for step, uri in steps_in(folder).items() if step not in passed_over}
+    whole = steps_in(folder)
+    for uri in storage.list_directories(folder):
+        step = _step_of(storage.name_of(uri))
+        if step is not None and step not in whole and step < max(whole, default=0):
+            storage.remove_directory(uri)
+    steps = {step: uri for step, uri in whole.items() if step not in passed_over}
     newest_steps = list(steps)[-last:]
     scores = _scores_of(steps) if best and len(steps) > last else {}
     best_steps = sorted(scores, key=lambda step: (scores[step], step))[:best]

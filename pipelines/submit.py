@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaconv import cli
+from adaconv import cli, ctrl_c
 from adaconv.config.base import refuse_password, refuse_secret
 from adaconv.config.submit import SubmitConfig
 from adaconv.errors import JobError, UsageError
@@ -45,6 +45,10 @@ def command(config: SubmitConfig, entrypoint: Sequence[str], *, variables: Mappi
     ]
 
 
+class _NoLongerFollowed(JobError):
+    exit_code = ctrl_c.EXIT_CODE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)
@@ -64,7 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         line = command(config, entrypoint, variables=variables(config))
         sent = refuse_too_large(Path(config.working_dir))
-        done = subprocess.run(line, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}, check=False)
+        try:
+            done = subprocess.run(line, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}, check=False)
+        except KeyboardInterrupt:
+            raise _NoLongerFollowed(
+                "no longer followed; a job that was submitted goes on: `ray job list` shows it, `ray job stop ID` ends "
+                "it, and the same command would submit another one"
+            ) from None
         if done.returncode:
             raise JobError(f"the job ended with exit code {done.returncode}; its log is above")
         return {"working_dir_bytes": sent, "command": entrypoint}

@@ -118,6 +118,17 @@ def test_the_newest_and_the_best_stay(tmp_path, last, best, left):
     )
 
 
+def test_what_is_half_published_or_half_removed_goes(tmp_path):
+    """By who was killed at it: each is 0.7 GB at full width, and nobody can read it. A newer one may be on its way."""
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step)
+    for step in (1, 4):
+        (tmp_path / checkpoint.name_of(step) / "meta.json").unlink()
+    (tmp_path / "others").mkdir()
+    checkpoint.keep(str(tmp_path), last=2, best=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["others", *map(checkpoint.name_of, (2, 3, 4))]
+
+
 def test_a_damaged_one_holds_up_neither_keeping_nor_choosing(tmp_path):
     """As after a loss of power: a training that goes on would meet it at each of its checkpoints."""
     for step, loss in ((1, 0.1), (2, 0.5), (3, 0.6), (4, 0.7)):

@@ -446,6 +446,20 @@ def test_help_explains_itself(capsys, name):
     assert "--config" in text
 
 
+def test_submit_that_is_no_longer_followed_says_that_the_job_goes_on(capsys, monkeypatch, tmp_path):
+    submit = importlib.import_module("pipelines.submit")
+    run = submit.subprocess.run
+
+    def interrupted(line, **how):
+        if "submit" in line:  # git is asked as well
+            raise KeyboardInterrupt
+        return run(line, **how)
+
+    monkeypatch.setattr(submit.subprocess, "run", interrupted)
+    assert submit.main(["--working-dir", str(tmp_path), "--", "python", "x.py"]) == 130
+    assert "a job that was submitted goes on" in capsys.readouterr().err
+
+
 def test_a_dry_run_of_submit_prints_a_line_for_the_shell(capsys):
     server = "http://alice@mlflow:5000"  # a name is no secret
     job = ["python", "pipelines/train.py", "--tracking.uri", server, f"--tracking.uri={server}", "--output", "my runs"]
