@@ -279,9 +279,18 @@ class MlflowTracker:
                 "tracking: run %s is told to %s from its beginning; pictures that %s took are there alone",
                 *(self.description.name, self.uri, before),
             )
-        aside = self.spool / f"run.json.{os.getpid()}"
-        aside.write_text(json.dumps({"uri": self.uri, "description": asdict(self.description)}, indent=1))
-        aside.replace(note)
+        self._note(note, json.dumps({"uri": self.uri, "description": asdict(self.description)}, indent=1))
+
+    def _note(self, note: Path, text: str) -> None:
+        """For `runs.py sync`. A full disk ends no training: what is told waits in memory."""
+        aside = note.with_name(f"{note.name}.{os.getpid()}")
+        try:
+            if not note.exists() or note.read_bytes() != text.encode():
+                aside.write_text(text)
+                aside.replace(note)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            log.warning("tracking: cannot note of which server the run is: %s; runs.py sync would not find it", error)
 
     def status(self, status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"], **more: Any) -> None:
         """Say how the run is; kept in order with everything else that was told."""

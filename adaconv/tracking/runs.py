@@ -215,15 +215,15 @@ def make_or_find(client: MlflowClient, description: RunDescription) -> Run:
             run_name=description.name,
             tags={IDENTITY_TAG: description.identity, NAME_TAG: description.name, **description.tags},
         )
-        # A request that was answered too late was made again by the client, and two processes may have been here at
-        # once: all of them keep the oldest.
         found = _runs_of(client, experiment_id, description.identity)
-        for ghost in found[1:]:
-            try:
-                client.delete_run(ghost.info.run_id)
-            except MlflowException as error:
-                if not is_permanent(error):  # someone else was faster
-                    raise
+    # A request that was answered too late was made again by the client, and two processes may have been here at once:
+    # all of them keep the first. What nobody wrote to, which may come later, goes.
+    for ghost in (run for run in found[1:] if not run.data.params and not run.data.metrics):
+        try:
+            client.delete_run(ghost.info.run_id)
+        except MlflowException as error:
+            if not is_permanent(error):  # someone else was faster
+                raise
     _complete(client, found[0], description)
     return found[0]
 
@@ -377,9 +377,9 @@ def _experiment(client: MlflowClient, description: RunDescription) -> str:
 def _runs_of(
     client: MlflowClient, experiment_id: str, identity: str, view: ViewType = ViewType.ACTIVE_ONLY
 ) -> list[Run]:
-    """Oldest first."""
+    """Those that were written to first, of them the oldest: a request that was made again has the same time."""
     found = every(client.search_runs, [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", run_view_type=view)
-    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+    return sorted(found, key=lambda run: (not run.data.params, run.info.start_time, run.info.run_id))
 
 
 def _refuse_deleted(client: MlflowClient, experiment_id: str, description: RunDescription) -> None:

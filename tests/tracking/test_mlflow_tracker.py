@@ -20,7 +20,7 @@ from adaconv.tracking import mlflow_tracker, runs
 from adaconv.tracking import spool as spool_module
 from adaconv.tracking.mlflow_tracker import close_run, logged_checkpoints, open_run, sync
 from adaconv.tracking.results import find
-from adaconv.tracking.runs import client_of, default_uri, identity_of, make_or_find, ping, reap
+from adaconv.tracking.runs import client_of, default_uri, find_run, identity_of, make_or_find, ping, reap
 from tests.servers import MlflowServer, free_port
 
 SLOW = pytest.mark.slow
@@ -224,6 +224,38 @@ def test_two_that_make_a_run_at_once_keep_the_same_one(tmp_path, database):
     assert again.info.run_id != tracker.run_id
     client.restore_run(tracker.run_id)
     assert make_or_find(client, tracker.description).info.run_id == tracker.run_id
+
+
+def test_a_ghost_that_comes_late_is_not_taken_for_the_run(tmp_path, database):
+    """A creation that was made again has the run's time, and an id that may sort before it."""
+    tracker = start(database, tmp_path)
+    close_run(tracker, "FINISHED")
+    client = client_of(database)
+    mine = client.get_run(tracker.run_id)
+    ghosts = [
+        client.create_run(mine.info.experiment_id, start_time=mine.info.start_time - 1, tags={"adaconv.id": "run-1"})
+        for _ in range(2)
+    ]
+    assert find_run(client, "test", "run-1") == tracker.run_id
+    assert make_or_find(client, tracker.description).info.run_id == tracker.run_id
+    assert {client.get_run(ghost.info.run_id).info.lifecycle_stage for ghost in ghosts} == {"deleted"}
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_note_that_finds_no_room_ends_no_training(tmp_path, database, monkeypatch, caplog, noted):
+    tracker = start(database, tmp_path)
+    if not noted:
+        (tmp_path / "run-1" / "spool" / "run.json").unlink(missing_ok=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    rank = pickle.loads(pickle.dumps(tracker))
+    rank.metrics({"train/loss": 1.0}, step=1)
+    assert ("No space left on device; runs.py sync would not find it" in caplog.text) is not noted
+    assert rank.flush(timeout_seconds=30) == 0
+    assert points(database, tracker.run_id, "train/loss") == [(1, 1.0)]
 
 
 def test_a_deleted_run_is_not_silently_made_anew(tmp_path, database):
