@@ -1,6 +1,7 @@
 """Checkpoints to named model versions, aliases with their history, and any name of a model back to a local folder."""
 
 import contextlib
+import heapq
 import json
 import logging
 import math
@@ -339,22 +340,21 @@ def find_checkpoint(path: str) -> str:
     if storage.exists(storage.join(path, "meta.json")):
         return path
 
-    def steps_of(run: str) -> list[str]:
-        return list(checkpoint.steps_in(storage.join(run, "checkpoints")).values())
+    def of_run(run: str) -> tuple[float, list[str]]:
+        return by_age(list(checkpoint.steps_in(storage.join(run, "checkpoints")).values()))
 
-    runs = [path, *storage.list_directories(path)]
-    left = [steps for steps in storage.few_at_once(steps_of, runs, where=path) if steps]
-    newest = [steps.pop() for steps in left]
-    times = list(storage.few_at_once(_time_of, newest, where=path))
-    while newest:  # only what is to be used is fetched and compared: of a thousand runs they are 700 GB
-        at = times.index(max(times))
-        if checkpoint.is_whole(newest[at]):
-            return newest[at]
-        if left[at]:
-            newest[at] = left[at].pop()
-            times[at] = _time_of(newest[at])
-        else:
-            del newest[at], times[at], left[at]
+    def by_age(uris: list[str]) -> tuple[float, list[str]]:
+        return (-_time_of(uris[-1]) if uris else math.inf), uris
+
+    # Only what is to be used is fetched and compared: of a thousand runs they are 700 GB.
+    runs = list(storage.few_at_once(of_run, [path, *storage.list_directories(path)], where=path))
+    heapq.heapify(runs)
+    while runs:
+        _, uris = heapq.heappop(runs)
+        if uris and checkpoint.is_whole(uri := uris.pop()):
+            return uri
+        if uris:
+            heapq.heappush(runs, by_age(uris))
     raise CheckpointError(
         f"expected a checkpoint, a run or a folder of runs at {path}, found no whole checkpoint below it; "
         "pipelines/train.py writes them"
