@@ -45,7 +45,7 @@ def plan(config: TrainConfig) -> str:
     epochs = ", ".join(f"{steps * batch / count:.1f} epochs over {count} {name}s" for name, count in rows.items())
     initial = f"{_told(_initial(config, download=False).origin)}\n" if config.init_from else ""
     if initial and not is_here(config.encoder.weights):
-        initial += f"the run downloads {config.encoder.weights} first, and compares its encoder with that\n"
+        initial += f"its encoder is compared with {config.encoder.weights} by the run, for that is not here yet\n"
     return (
         f"run {_run_name(config, content.root_hash, style.root_hash)}: {steps} steps x {batch} pairs on "
         f"{config.scaling.most_workers} ranks: {epochs}\n"

@@ -244,7 +244,7 @@ def test_a_dry_run_downloads_no_encoder(user, first, capsys, monkeypatch):
     monkeypatch.setattr("adaconv.download._ATTEMPTS", 1)
     weights = "http://127.0.0.1:9/vgg.pth"
     assert user.train("--init-from", "runs", "--encoder.weights", weights, "--dry-run") == 0
-    assert f"the run downloads {weights} first, and compares its encoder with that" in capsys.readouterr().out
+    assert f"its encoder is compared with {weights} by the run, for that is not here yet" in capsys.readouterr().out
     assert user.train("--init-from", "runs", "--encoder.weights", weights) == 1
     assert "Connection refused" in capsys.readouterr().err
 
