@@ -89,4 +89,5 @@ def test_memory_does_not_grow_with_what_is_taken(tmp_path):
         return reached
 
     peak(10)
-    assert peak(20_000) < peak(2_000) + 20_000
+    # Other threads of this process allocate some 50 kB now and then; 9,000 more files held would be over 1 MB.
+    assert peak(20_000) < peak(2_000) + 300_000
