@@ -191,7 +191,9 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
     require_workers(scaling.least_workers, resources)
     # Beside the driver, which is lost with it anyway: a desk on another node would be one more thing to lose.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote(scaling.max_restarts)
+    # Should its process die all the same, calls wait for the next one, which counts anew.
+    lasting = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    desk = ray.remote(_Desk).options(num_cpus=0, **lasting).remote(scaling.max_restarts)
     trainer = _Trainer(
         desk,
         _train_rank,

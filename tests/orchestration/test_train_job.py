@@ -195,6 +195,21 @@ def test_a_lost_rank_changes_nothing(training, unbroken):
 
 
 @pytest.mark.slow
+def test_a_lost_desk_changes_nothing(training, unbroken):
+    """Nor does it end a run that it was to keep an eye on: it comes again, and word still gets to the ranks."""
+    training.start(workers=2).wait_for_step(9)
+    kill(training.cluster.workers("_Desk")[0])
+    assert training.finish() == 0, training.text()[-3000:]
+    compare(training, unbroken, same_ranks=True)
+    training.start("--train.steps", 2000, "--checkpoint.every-steps", 2000, workers=2).wait_for_step(STEPS + 5)
+    kill(training.cluster.workers("_Desk")[0])
+    while not training.cluster.workers("_Desk") and training.process.poll() is None:
+        time.sleep(0.05)
+    training.process.send_signal(signal.SIGTERM)
+    assert training.finish() == 143, training.text()[-3000:]
+
+
+@pytest.mark.slow
 def test_ranks_of_a_new_run_begin_again_with_the_weights_of_another(training, unbroken, tmp_path):
     """Before it has a checkpoint of its own, where a restart at random would not be noticed."""
     whole = Training(training.cluster, training.content, training.style, tmp_path / "whole")
