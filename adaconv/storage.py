@@ -205,6 +205,26 @@ def publish_bytes(uri: str, data: bytes) -> None:
         aside.write_bytes(data)
 
 
+def publish_if_absent(uri: str, data: bytes) -> None:
+    """publish_bytes where nothing lies yet; of several at once, one is kept.
+
+    Where a file system has no hard links, or a store no conditional writes, the last one is.
+    """
+    if exists(uri):
+        return
+    if is_local(uri):
+        with _replacing(Path(uri), keep=True) as aside:
+            aside.write_bytes(data)
+        return
+    try:
+        _patiently(uri, lambda: _filesystem(uri).pipe_file(uri, data, mode="create", timeout=_time_for(len(data))))
+    except OSError as error:
+        if _code_of(error) in ("NotImplemented", "501"):
+            publish_bytes(uri, data)
+        elif _code_of(error) not in ("PreconditionFailed", "412"):
+            raise
+
+
 def publish_file(path: Path, uri: str) -> None:
     """Copy a local file to where readers see all of it or none."""
     if not is_local(uri):
@@ -216,17 +236,32 @@ def publish_file(path: Path, uri: str) -> None:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A file beside the target to write, which takes its place, synced, when the block has ended."""
+def _replacing(target: Path, *, keep: bool = False) -> Iterator[Path]:
+    """A file beside the target to write, which takes its place, synced, when the block has ended.
+
+    With `keep` only where there is none by then.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(target)
     try:
         with full_disk_named(str(target)):
             yield aside
             _sync(aside)
-        aside.replace(target)
+        if keep:
+            _link(aside, target)
+        else:
+            aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _link(aside: Path, target: Path) -> None:
+    try:
+        os.link(aside, target)
+    except FileExistsError:
+        pass
+    except OSError:  # this file system has no hard links
+        aside.replace(target)
 
 
 def _aside(target: Path) -> Path:

@@ -26,8 +26,8 @@ class S3Server:
     """moto's S3 over HTTP, with a switch.
 
     mode: `up`; `busy`: every request is answered 500 the first time it is made, with which clients have no patience of
-    their own, as with 503; `down`: nobody listens; else a code of S3 that every request is refused with. What was
-    stored stays stored.
+    their own, as with 503; `down`: nobody listens; `plain`: conditional writes are refused; else a code of S3 that
+    every request is refused with. What was stored stays stored.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,9 @@ class S3Server:
         if self.mode == "busy" and request not in self._refused:
             self._refused.add(request)
             return self._refuse("500 Internal Server Error", "InternalError", environ, start_response)
-        if self.mode not in ("up", "busy"):
+        if self.mode == "plain" and "HTTP_IF_NONE_MATCH" in environ:
+            return self._refuse("501 Not Implemented", "NotImplemented", environ, start_response)
+        if self.mode not in ("up", "busy", "plain"):
             return self._refuse("400 Bad Request", self.mode, environ, start_response)
         return self._backend(environ, start_response)
 

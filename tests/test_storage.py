@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import boto3
 import pyarrow.parquet as pq
@@ -54,6 +55,32 @@ def test_bytes_come_back_whole_and_in_ranges(root):
     storage.remove(uri)
     storage.remove(uri)
     assert not storage.exists(uri)
+
+
+def test_of_several_that_publish_what_is_absent_one_is_kept(root, monkeypatch):
+    uri = storage.join(root, "id")
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(storage, "exists", lambda _: False)  # as all of them find who look at once
+        wait = threading.Barrier(4).wait
+        list(pool.map(lambda number: (wait(), storage.publish_if_absent(uri, bytes([number]))), range(4)))
+    first = storage.read_bytes(uri)
+    storage.publish_if_absent(uri, b"another")
+    assert storage.read_bytes(uri) == first
+    assert storage.list_files(root) == [uri]
+    if storage.is_local(root):
+        assert [path.name for path in Path(root).iterdir()] == ["id"]
+
+
+def test_what_is_absent_is_published_where_nothing_tells_that_it_is(root, request, monkeypatch):
+    """A file system without hard links, and a store without conditional writes."""
+    if storage.is_local(root):
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    else:
+        monkeypatch.setattr(request.getfixturevalue("s3"), "mode", "plain")
+    uri = storage.join(root, "id")
+    for data in (b"one", b"two"):
+        storage.publish_if_absent(uri, data)
+    assert storage.read_bytes(uri) == b"one"
 
 
 def test_threads_share_a_client_and_a_fork_has_its_own(bucket):

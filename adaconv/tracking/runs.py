@@ -186,8 +186,7 @@ def local_folder(output: str) -> Path:
 def identity_of(run_folder: str) -> str:
     """A run's own random id, kept in its folder: the same settings in another folder are another run."""
     where = storage.join(run_folder, "id")
-    if not storage.exists(where):
-        storage.publish_bytes(where, uuid.uuid4().hex.encode())
+    storage.publish_if_absent(where, uuid.uuid4().hex.encode())
     return storage.read_bytes(where).decode()
 
 
