@@ -98,7 +98,6 @@ def execute(config: TrainConfig) -> dict[str, Any]:
             return result
     pinned = {"content": f"{content.root}@{content.version}", "style": f"{style.root}@{style.version}"}
     config = config.model_copy(update=pinned)
-    storage.publish_bytes(storage.join(run_folder, "config.yaml"), to_yaml(config).encode())
     tracker = open_run(
         uri=tracking_uri,
         experiment=config.tracking.experiment,
@@ -119,6 +118,8 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     if not result.get("finished"):  # else only its end is missing
         meta = {**tracker.reference(), **origin}
         try:
+            # Not before: a run that another process trains keeps what that one was told.
+            storage.publish_bytes(storage.join(run_folder, "config.yaml"), to_yaml(config).encode())
             if initial:
                 publish_initial(initial, config, content=content, style=style, checkpoints=checkpoints, meta=meta)
                 initial = None  # all weights, in the driver's memory

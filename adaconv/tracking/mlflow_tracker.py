@@ -41,6 +41,7 @@ from adaconv.tracking.runs import (
     client_of,
     database_file,
     find_run,
+    goes_on,
     is_permanent,
     iso,
     logged_images,
@@ -59,7 +60,7 @@ log = logging.getLogger(__name__)
 CHECKPOINTS_FILE = "checkpoints.json"
 _METRICS_AT_ONCE = 1000  # MLflow's limit
 _START_PATIENCE_SECONDS, _END_PATIENCE_SECONDS = 60.0, 30.0
-_BEAT_SECONDS = 60.0
+_BEAT_SECONDS, _BEATS_WAITED_FOR = 20.0, 3
 _UI_SIDE = 256  # of the small copy of a picture that MLflow's pages show
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -94,7 +95,7 @@ def open_run(
 
     Raises:
         TrackingError: the server answers and refuses: credentials, a deleted run or experiment, no MLflow at all. Or
-            another process of this machine trains this run.
+            another process trains this run, on this machine or on another one.
     """
     code = Path(__file__).parents[1]  # the package
     flat = flatten(params)
@@ -116,12 +117,17 @@ def open_run(
     tracker = MlflowTracker(uri, description, spool_directory)
     try:
         tracker.claim()
+        tracker.wait_for_other_driver()
     except BlockingIOError as error:
+        tracker.release()
         raise TrackingError(
             f"run {name}: {error}. Wait for its end, or begin another run with --resume none or --name"
         ) from error
     except OSError as error:
         raise TrackingError(f"cannot keep a spool in {spool_directory}: {error}") from error
+    except BaseException:
+        tracker.release()
+        raise
     try:
         tracker.status(
             "RUNNING", params=flat, tags={**description.tags, PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
@@ -191,10 +197,14 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
         if uri and uri != told["uri"]:
             ping(uri)  # one that is not there must not become the run's own
         tracker = MlflowTracker(uri or told["uri"], RunDescription(**told["description"]), spool_directory)
-        tracker.take_over()
-        left = tracker.flush(timeout_seconds=timeout_seconds)
-        problem = tracker.problem
-        tracker.close()
+        tracker.claim()
+        try:
+            tracker.take_over()
+            left = tracker.flush(timeout_seconds=timeout_seconds)
+            problem = tracker.problem
+        finally:
+            tracker.close()
+            tracker.release()
         if tracker.run_id is None and not left:  # nothing waited, so nobody asked for it
             described = tracker.description
             tracker.run_id = find_run(client_of(tracker.uri), described.experiment, described.identity)
@@ -320,18 +330,58 @@ class MlflowTracker:
             self._spool = None
 
     def start_heartbeat(self) -> None:
-        """Sign every minute that this process, the driver, is alive; a thread does."""
+        """Sign again and again that this process, the driver, is alive; a thread does."""
         self._heart = threading.Event()
         threading.Thread(target=self._beat, args=(self._heart,), name="tracking-heartbeat", daemon=True).start()
 
     def claim(self) -> None:
-        """Become the one driver of this run on this machine.
+        """Become the one driver of this run on this machine, or the one process that hands over what it left.
 
         Raises:
             BlockingIOError: there is another one.
         """
-        self.spool.mkdir(parents=True, exist_ok=True)
-        self._driver = own(self.spool / "driver")
+        folder = self.spool.with_name("spool")  # the run's, also where a rank told through one of its own
+        folder.mkdir(parents=True, exist_ok=True)
+        self._driver = own(folder / "driver")
+
+    def wait_for_other_driver(self) -> None:
+        """Where the server says that another process drives this run: for as long as a sign of its life may take.
+
+        That a sign is new tells the living from the lost, not its time: two machines have two clocks. Of a server that
+        does not answer nothing is to be learnt.
+
+        Raises:
+            BlockingIOError: it gave one.
+        """
+        before = self._other_driver()
+        if before is None:
+            return
+        who, seconds = before[0], _BEATS_WAITED_FOR * _BEAT_SECONDS
+        log.warning(
+            "tracking: run %s is RUNNING, by process %s; its driver was lost unless it gives a sign of life in %.0f s",
+            *(self.description.name, who, seconds),
+        )
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, _BEAT_SECONDS / 4))
+            now = self._other_driver()
+            if now is None:  # it has ended
+                return
+            if now != before:
+                raise BlockingIOError(f"process {who} trains it, and is alive")
+
+    def _other_driver(self) -> tuple[str, str] | None:
+        """Who else drives this run, as the server knows, and the last sign of life."""
+        try:
+            client = client_of(self.uri)
+            run_id = find_run(client, self.description.experiment, self.description.identity)
+            run = client.get_run(run_id) if run_id else None
+        except Exception as error:  # it will be told when the run is opened
+            log.debug("tracking: cannot ask who drives run %s: %s", self.description.name, error)
+            return None
+        if run is None or not goes_on(run) or run.data.tags.get(PROCESS_TAG) in (None, process_here()):
+            return None
+        return run.data.tags[PROCESS_TAG], run.data.tags.get(ALIVE_TAG, "")
 
     def release(self) -> None:
         """Drive the run no longer, and give no signs of life."""
@@ -343,12 +393,18 @@ class MlflowTracker:
             self._driver = None
 
     def _beat(self, stop: threading.Event) -> None:
+        signed = False
         while not stop.wait(_BEAT_SECONDS):
             try:
                 client = client_of(self.uri)
+                if signed and (other := self._other_driver()):  # both began before either had signed
+                    log.warning(
+                        "tracking: run %s is trained by process %s as well; end one of the two",
+                        *(self.description.name, other[0]),
+                    )
                 self.run_id = self.run_id or find_run(client, self.description.experiment, self.description.identity)
                 if self.run_id:
-                    tags = {PROCESS_TAG: process_here(), ALIVE_TAG: _now()}
+                    tags, signed = {PROCESS_TAG: process_here(), ALIVE_TAG: _now()}, True
                     client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
                     revive(client, self.run_id)
             except Exception as error:  # an outage; the spool speaks of it

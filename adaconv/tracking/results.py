@@ -36,9 +36,14 @@ def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
     page: str | None = None
     models: dict[str, str] = {}
     try:
+        tracker.claim()
+    except OSError as error:
+        log.warning("tracking: no page and no models of run %s are made: %s", tracker.description.name, error)
+        return {"page": page, "models": models}
+    try:
         client = client_of(tracker.uri)
         run = client.get_run(tracker.run_id)
-        if goes_on(run):  # though no rank has its spool yet
+        if goes_on(run):  # on another machine
             return {"page": page, "models": models}
         page = keep_page(client, run, tracker.spool.parent)
         models = keep_models(client, run, checkpoints)
@@ -47,6 +52,8 @@ def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
         raise
     except Exception as error:  # of MLflow, or of the library behind a store of artifacts, which has errors of its own
         log.warning("tracking: the page or the models of run %s are missing: %s", tracker.description.name, error)
+    finally:
+        tracker.release()
     return {"page": page, "models": models}
 
 

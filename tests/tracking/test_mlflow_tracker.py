@@ -1,5 +1,6 @@
 """One training is one MLflow run, on a real database and a real server."""
 
+import itertools
 import json
 import math
 import pickle
@@ -16,11 +17,21 @@ import pytest
 from mlflow import MlflowClient
 
 from adaconv.errors import Interrupted, TrackingError
+from adaconv.progress import repeatedly
 from adaconv.tracking import mlflow_tracker, runs
 from adaconv.tracking import spool as spool_module
 from adaconv.tracking.mlflow_tracker import close_run, logged_checkpoints, open_run, sync
 from adaconv.tracking.results import find
-from adaconv.tracking.runs import client_of, default_uri, find_run, identity_of, make_or_find, ping, reap
+from adaconv.tracking.runs import (
+    client_of,
+    default_uri,
+    find_run,
+    identity_of,
+    make_or_find,
+    ping,
+    process_here,
+    reap,
+)
 from tests.servers import MlflowServer, free_port
 
 SLOW = pytest.mark.slow
@@ -419,8 +430,12 @@ def test_a_rank_that_hangs_stops_neither_its_successor_nor_the_run(tmp_path, dat
     hanging.metrics({"train/loss": 1.0}, step=1)
     successor.metrics({"train/loss": 1.0}, step=1)
     successor.metrics({"train/loss": 2.0}, step=2)
-    with pytest.raises(TrackingError, match="another process tells this run"):
+    with pytest.raises(TrackingError, match="driver: another process tells this run"):
         sync(tracker.spool)
+    tracker.release()
+    with pytest.raises(TrackingError, match="lock: another process tells this run"):
+        sync(tracker.spool)
+    tracker.claim()
     assert hanging.flush(timeout_seconds=20) == 0
     assert successor.flush(timeout_seconds=20) == 0
     hanging.close()
@@ -492,6 +507,42 @@ def test_a_second_process_does_not_train_the_same_run(tmp_path, database, monkey
     assert MlflowClient(database).get_run(first.run_id).info.status == "RUNNING"
     close_run(first, "FINISHED")
     close_run(start(database, tmp_path), "FINISHED")
+
+
+def elsewhere(client, run_id, sign: int) -> None:
+    """As the driver of another machine signs, whose clock is five minutes behind."""
+    client.set_tag(run_id, "adaconv.process", "elsewhere/0/0 1 1.00")
+    client.set_tag(run_id, "adaconv.alive", str(int(time.time() * 1000) - 300_000 + sign))
+
+
+def test_a_run_that_another_machine_trains_is_left_to_it(tmp_path, database, monkeypatch, caplog):
+    """They share a store of objects and no disk, so that no lock keeps them apart."""
+    monkeypatch.setattr(mlflow_tracker, "_BEAT_SECONDS", 0.5)
+    tracker, client = start(database, tmp_path / "there"), client_of(database)
+    tracker.release()
+    signs = itertools.count()
+    with repeatedly(lambda: elsewhere(client, tracker.run_id, next(signs)), seconds=0.2):
+        time.sleep(0.5)
+        with pytest.raises(TrackingError, match=r"run run-1: process elsewhere/0/0 1 .* --resume none or --name"):
+            start(database, tmp_path / "here")
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.tags["adaconv.process"]) == ("RUNNING", "elsewhere/0/0 1 1.00")
+    taken_up = start(database, tmp_path / "here")  # its driver is lost, with its machine
+    assert taken_up.run_id == tracker.run_id
+    assert "its driver was lost unless it gives a sign of life" in caplog.text
+    assert client.get_run(tracker.run_id).data.tags["adaconv.process"] == process_here()
+    assert close_run(taken_up, "FINISHED")
+
+
+def test_two_drivers_that_began_at_once_say_so(tmp_path, database, monkeypatch, caplog):
+    monkeypatch.setattr(mlflow_tracker, "_BEAT_SECONDS", 0.5)
+    tracker, client = start(database, tmp_path), client_of(database)
+    signs, deadline = itertools.count(), time.monotonic() + 30
+    with repeatedly(lambda: elsewhere(client, tracker.run_id, next(signs)), seconds=0.1):
+        while "end one of the two" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert "run run-1 is trained by process elsewhere/0/0 1 1.00 as well" in caplog.text
+    assert close_run(tracker, "FINISHED")
 
 
 def test_a_run_that_is_stopped_while_it_is_opened_is_killed(tmp_path, database, monkeypatch):

@@ -1,12 +1,13 @@
 """What a run still lacks when it has ended, and whether it is told right."""
 
 import json
+import pickle
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
 from adaconv.errors import Interrupted, TrackingError
-from adaconv.tracking import results
+from adaconv.tracking import results, spool
 from adaconv.tracking.mlflow_tracker import close_run, open_run
 from adaconv.tracking.results import find, hand_over, keep_results, lacks_its_end
 from adaconv.tracking.runs import client_of
@@ -65,13 +66,18 @@ def test_a_run_lacks_its_end_until_it_is_finished_with_its_results(database, sta
     assert not lacks_its_end("http://127.0.0.1:9", tracker.run_id, "test", "one")
 
 
-def test_a_run_that_goes_on_has_no_results_yet(database, start, tmp_path):
+def test_a_run_that_goes_on_has_no_results_yet(database, start, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(spool, "_OWNER_GOES_SECONDS", 0.2)
     tracker = start("on")
     close_run(tracker, "FINISHED")
     keep_results(tracker, checkpoints=str(tmp_path / "none"))
     assert not lacks_its_end(database, tracker.run_id, "test", "on")
     longer = start("on")
-    keep_results(longer, checkpoints=str(tmp_path / "none"))  # as `sync` beside it would
+    beside = pickle.loads(pickle.dumps(longer))
+    keep_results(beside, checkpoints=str(tmp_path / "none"))  # as `sync` would
+    assert "no page and no models of run on are made" in caplog.text
+    longer.release()  # as if it drove from another machine, which a lock does not reach
+    keep_results(beside, checkpoints=str(tmp_path / "none"))
     assert "adaconv.results" not in client_of(database).get_run(longer.run_id).data.tags
     close_run(longer, "FINISHED")
     assert lacks_its_end(database, tracker.run_id, "test", "on")
