@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from adaconv import ctrl_c  # first: what follows takes a second
-from adaconv.config.base import Config
+from adaconv.config.base import Config, paths_of
 from adaconv.config.load import load_config, to_yaml
 from adaconv.errors import AdaConvError, UsageError, of_storage
 
@@ -29,13 +29,6 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Config)
 
-_PATHS = (
-    *("source", "content", "style", "dataset", "against", "output", "model", "runs", "replay", "stylized"),
-    *("exclude", "init_from", "data.cache_dir", "train.ledger", "tile.scratch"),
-    *("tracking.contents_from", "tracking.styles_from"),
-)
-_TRACKING = ("tracking.uri", "tracking_uri")
-_PATHS_OR_WORDS = ("resume", "encoder.weights", "judge.weights", *_TRACKING)  # `auto`, `imagenet`, a server's address
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but the newline and the tab
 _SECONDS = ("ADACONV_CLUSTER_PATIENCE", "ADACONV_STORAGE_PATIENCE")
 
@@ -201,16 +194,12 @@ def _refuse_relative_paths_in_a_job(config: Config) -> None:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # which Ray sets for a submitted job
         return
     relative = []
-    for name in (*_PATHS, *_PATHS_OR_WORDS):
-        given = _field(config, name)
-        if name == "against" and _field(config, "run"):  # the name of another run
-            continue
-        if name in _TRACKING and given is None:
+    for name, kind, given in paths_of(config):
+        if kind == "server" and given is None:
             given = os.environ.get("MLFLOW_TRACKING_URI")
-        paths = (given,) if isinstance(given, str) else given if isinstance(given, tuple) else ()
-        for path in filter(None, paths):  # a model may be left to a recipe
+        for path in filter(None, given if isinstance(given, tuple) else (given,)):
             file = path.removeprefix("sqlite:///")
-            a_word = name in _PATHS_OR_WORDS and file == path and not Path(path).exists()
+            a_word = kind != "path" and file == path and not Path(path).exists()
             if not a_word and not re.match(r"[a-z0-9]+:/", file) and not Path(file).expanduser().is_absolute():
                 relative.append(f"--{name.replace('_', '-')} {path}")
     if relative:
@@ -218,12 +207,6 @@ def _refuse_relative_paths_in_a_job(config: Config) -> None:
             f"{', '.join(relative)}: a Ray job runs in a copy of the working directory that is thrown away; give "
             "absolute paths that every node sees, or s3://"
         )
-
-
-def _field(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part, None)
-    return config
 
 
 def _execute(config: C, prog: str, execute: Callable[[C], dict[str, Any]], output: str | None) -> int:

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -148,3 +148,31 @@ def _require_alias(alias: str | None) -> str | None:
 
 
 Alias = Annotated[str | None, AfterValidator(_require_alias)]
+
+
+# A path; one or a word such as `auto`; the address of MLflow, which may be a path too.
+PathKind = Literal["path", "word", "server"]
+_KINDS: tuple[tuple[Callable[..., Any], PathKind], ...] = (
+    (_require_path, "path"),
+    (_without_home, "word"),
+    (refuse_secret, "word"),
+    (refuse_password, "server"),
+)
+
+
+def paths_of(config: Config, section: str = "") -> Iterator[tuple[str, PathKind, Any]]:
+    """The fields that take paths and were not left as they are: name with its sections' before, kind, value."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for name, field in type(config).model_fields.items():
+        value, functions = getattr(config, name), _validators_of(hints[name])
+        if isinstance(value, Config):
+            yield from paths_of(value, f"{section}{name}.")
+            continue
+        kind = next((kind for function, kind in _KINDS if function in functions), None)
+        if kind == "server" or (kind and value != field.get_default()):
+            yield section + name, kind, value
+
+
+def _validators_of(hint: Any) -> set[Any]:
+    own = {getattr(one, "func", None) for one in getattr(hint, "__metadata__", ())}
+    return own.union(*map(_validators_of, get_args(hint)))

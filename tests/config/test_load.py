@@ -2,20 +2,15 @@
 
 import subprocess
 import sys
-import typing
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from pydantic import Field, model_validator
 
-from adaconv import cli
-from adaconv.config import base
 from adaconv.config.base import Config, Location, PathOrWord
 from adaconv.config.load import flag_names, load_config, to_yaml
 from adaconv.config.register import RegisterConfig
-from adaconv.config.shard import ShardConfig
-from adaconv.config.stylize import StylizeConfig
 from adaconv.config.train import TrainConfig
 from adaconv.errors import ConfigError
 
@@ -264,29 +259,6 @@ def test_every_shipped_file_fits_its_pipeline(path):
         if field is not None and (field.is_required() or field.default in ("", ())):
             known += [f"--{name}", "x"]
     load_config(model, ["--config", str(path), *known], prog="test", description="")
-
-
-def is_location(hint):
-    own = getattr(hint, "__metadata__", ())
-    return any(getattr(one, "func", None) is base._require_path for one in own) or any(
-        is_location(part) for part in typing.get_args(hint)
-    )
-
-
-def locations(model, prefix=""):
-    """Names of a configuration's fields that take a path, sections' with their own name before."""
-    for name, hint in typing.get_type_hints(model, include_extras=True).items():
-        if isinstance(hint, type) and issubclass(hint, base.Config):
-            yield from locations(hint, f"{prefix}{name}.")
-        elif is_location(hint):
-            yield prefix + name
-
-
-@pytest.mark.parametrize("model", [ShardConfig, TrainConfig, StylizeConfig])
-def test_each_path_of_a_job_is_looked_at_for_being_relative(model):
-    found = set(locations(model))
-    assert len(found) > 2
-    assert found <= {*cli._PATHS, *cli._PATHS_OR_WORDS}
 
 
 def test_all_that_is_missing_is_named_at_once(tmp_path):

@@ -268,6 +268,9 @@ def test_what_lies_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatc
     assert "expected a dataset version" in err
 
 
+STYLIZE = ("stylize", "--model", "m.pt", "--content", "/c", "--output", "/o")
+
+
 @pytest.mark.parametrize(
     ("command", "refused"),
     [
@@ -276,11 +279,18 @@ def test_what_lies_in_the_folder_of_a_job_is_refused(capsys, folders, monkeypatc
             "error: --replay out.png, --tile.scratch maps: ",
         ),
         (("stylize", "--replay", "/out.png", "--content", "/contents"), ""),
+        ((*STYLIZE, "--style", "/s", "--pairs", "p.csv"), "error: --pairs p.csv: "),
+        ((*STYLIZE, "--style", "a", "b"), "error: --style a, --style b: "),
+        (("doctor", "--encoder-weights", "p.csv"), "error: --encoder-weights p.csv: "),
+        (("dataset", "append", "--dataset", "/d", "--source", "/s", "--exclude", "x"), "error: --exclude x: "),
+        (("doctor",), ""),
         (("runs", "sync", "--runs", "runs"), "error: --runs runs: "),
         (("runs", "page", "--run", "one", "--against", "another", "--output", "/pages"), ""),
     ],
 )
-def test_paths_of_a_job_are_refused_and_names_of_runs_are_not(capsys, monkeypatch, command, refused):
+def test_paths_of_a_job_are_refused_and_names_of_runs_are_not(capsys, tmp_path, monkeypatch, command, refused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.csv").touch()  # else it is a word
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code, err = answer(capsys, *command, "--dry-run")
