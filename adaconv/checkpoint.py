@@ -79,9 +79,7 @@ def save(
         data: kept as `data.json`.
         meta: further keys of `meta.json`, such as the tracking run and `metrics`, which `keep` compares.
     """
-    with scratch_folder("checkpoint") as scratch:
-        aside = scratch / name_of(step)
-        aside.mkdir()
+    with scratch_folder("checkpoint") as aside:
         try:
             save_file(dict(weights), aside / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as error:  # what it met on the disk, such as that it is full
@@ -144,8 +142,7 @@ def keep(folder: str, *, last: int, best: int, passed_over: Collection[int] = ()
             storage.remove_directory(uri)
     steps = {step: uri for step, uri in whole.items() if step not in passed_over}
     newest_steps = list(steps)[-last:]
-    scores = _scores_of(steps) if best and len(steps) > last else {}
-    best_steps = sorted(scores, key=lambda step: (scores[step], step))[:best]
+    best_steps = _ranked(steps)[:best] if best and len(steps) > last else []
     for step, uri in steps.items():
         if step not in newest_steps and step not in best_steps:
             storage.remove_directory(uri, first="meta.json")
@@ -153,12 +150,11 @@ def keep(folder: str, *, last: int, best: int, passed_over: Collection[int] = ()
 
 def best_step(steps: Mapping[int, str]) -> int | None:
     """Which of some checkpoints, by step, has the lowest `BEST_BY`; None where none has it."""
-    scores = _scores_of(steps)
-    return min(scores, key=lambda s: (scores[s], s), default=None)
+    return next(iter(_ranked(steps)), None)
 
 
-def _scores_of(steps: Mapping[int, str]) -> dict[int, float]:
-    """`BEST_BY` of each checkpoint that has it; one whose `meta.json` is damaged has none and holds nobody up."""
+def _ranked(steps: Mapping[int, str]) -> list[int]:
+    """Those that have `BEST_BY`, lowest first, of equals the older; a damaged `meta.json` has none."""
 
     def score_of(uri: str) -> float:
         try:
@@ -168,8 +164,8 @@ def _scores_of(steps: Mapping[int, str]) -> dict[int, float]:
             return math.nan
 
     where = next(iter(steps.values()), "")
-    scores = zip(steps, storage.few_at_once(score_of, steps.values(), where=where), strict=True)
-    return {step: score for step, score in scores if math.isfinite(score)}
+    scores = zip(storage.few_at_once(score_of, steps.values(), where=where), steps, strict=True)
+    return [step for _, step in sorted(one for one in scores if math.isfinite(one[0]))]
 
 
 def meta_of(uri: str) -> dict[str, Any]:
@@ -227,7 +223,12 @@ def fetched(uri: str) -> Iterator[Path]:
 
 def public_name(uri: str) -> str:
     """A model's name for what travels: of a checkpoint no more than its folder's, for paths are nobody else's."""
-    return uri if uri.startswith(("models:/", "runs:/")) else storage.name_of(uri)
+    return uri if is_mlflow_uri(uri) else storage.name_of(uri)
+
+
+def is_mlflow_uri(uri: str) -> bool:
+    """Whether a model is named as MLflow names those that it keeps."""
+    return uri.startswith(("models:/", "runs:/"))
 
 
 def load_network(folder: Path | str) -> tuple[StyleTransferNet, ModelInfo]:

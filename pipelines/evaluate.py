@@ -32,7 +32,7 @@ def plan(config: EvaluateConfig) -> str:
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    from adaconv import storage
+    from adaconv import checkpoint, storage
     from adaconv.errors import TrackingError, UsageError
     from adaconv.scratch import scratch_folder
     from adaconv.tracking.registry import named_by, note_evaluation, promote, resolved_model, source_of, trained_on
@@ -44,7 +44,7 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     others = [source_of(name)[0] for name in config.against]
     tracking_uri = default_uri(config.tracking.uri, Path.cwd(), found=tracked_at)
     registered = re.fullmatch(r"models:/([^/@]+)(?:@[^/]+|/\d+)", model)
-    if config.promote and model.startswith(("models:/", "runs:/")) and not registered:
+    if config.promote and checkpoint.is_mlflow_uri(model) and not registered:
         raise UsageError(
             f"--promote: expected models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint, found --model {model}"
         )

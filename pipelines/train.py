@@ -149,12 +149,12 @@ def _end(_signal: int, _frame: object) -> None:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths as ranks can read them, whose working directories are others."""
-    from adaconv import storage
+    from adaconv import checkpoint, storage
 
     changed: dict[str, Any] = {name: storage.absolute(getattr(config, name)) for name in ("content", "style", "output")}
     if _starts_from(config):
         changed["resume"] = storage.absolute(config.resume)
-    if config.init_from and not config.init_from.startswith(("models:/", "runs:/")):
+    if config.init_from and not checkpoint.is_mlflow_uri(config.init_from):
         changed["init_from"] = storage.absolute(config.init_from)
     if Path(config.encoder.weights).is_file():  # not ~/…, which each rank expands: it is part of what the run is
         changed["encoder"] = config.encoder.model_copy(update={"weights": storage.absolute(config.encoder.weights)})

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from adaconv.config.base import Config, Location
 
+Layout = Literal["auto", "wikiart", "artist", "csv", "plain"]
+
 
 class RecipeConfig(Config):
     """What determines a dataset's bytes, besides the images."""
@@ -27,7 +29,7 @@ class RecipeConfig(Config):
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of images that are encoded anew (4:4:4); one that needs no change keeps its bytes."""
 
-    layout: Literal["auto", "wikiart", "artist", "csv", "plain"] = "auto"
+    layout: Layout = "auto"
     """Where artists and styles are read. `wikiart`: names `Style/artist_title.jpg`; `artist`: folders of artists;
     `csv`: all_data_info.csv or train_info.csv of Painter by Numbers, in the source or beside it; `plain`: nowhere;
     `auto`: csv if there is one, and wikiart in folders that are called like one of WikiArt's styles. The log says which

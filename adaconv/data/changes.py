@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -190,8 +190,8 @@ def find_garbage(root: str, *, keep_last: int | None, older_than_hours: float) -
     kept = everything
     if keep_last is not None:
         line = lineage(open_version(f"{root}@{latest}"))
-        kept = [version.version for version, _ in zip(line, range(keep_last), strict=False)]
-    needed = {"LATEST", "result.json"} | _files_of(root, kept)
+        kept = [version.version for version in islice(line, keep_last)]
+    needed = _files_of(root, kept)
     dropped = tuple(name for name in everything if name not in kept)
     of_dropped = _files_of(root, dropped)
     ours = tuple(f"{name}/" for name in _ORDER)

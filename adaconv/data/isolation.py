@@ -11,8 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
-from typing import Any, BinaryIO
+from dataclasses import asdict
+from typing import IO, Any
 
 from adaconv.config.shard import RecipeConfig
 from adaconv.data.ingest import Header, Refusal, Sample, ingest, look
@@ -93,12 +93,12 @@ def _name_of(exit_code: int) -> str:
     return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
 
 
-def _send(pipe: BinaryIO | Any, values: dict[str, Any], payload: bytes) -> None:
+def _send(pipe: IO[bytes], values: dict[str, Any], payload: bytes) -> None:
     pipe.write(json.dumps({**values, "bytes": len(payload)}).encode() + b"\n" + payload)
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
+def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes]:
     line = pipe.readline()
     if not line.endswith(b"\n"):
         raise EOFError
@@ -116,9 +116,9 @@ def _answer(values: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]
     if isinstance(answer, Header):
         return {"kind": "header", **asdict(answer)}, b""
     if isinstance(answer, Sample):
-        described = asdict(replace(answer, jpeg=b""))
-        described.pop("jpeg")
-        return {"kind": "sample", **described}, answer.jpeg
+        described = asdict(answer)
+        jpeg = described.pop("jpeg")
+        return {"kind": "sample", **described}, jpeg
     return {"kind": "refusal", "reason": answer.reason, "detail": answer.detail}, answer.thumbnail or b""
 
 

@@ -17,15 +17,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from adaconv import storage
+from adaconv.config.shard import Layout
 from adaconv.data.sources import Found, composed, iter_images
 from adaconv.errors import CredentialsError, UsageError
 
 log = logging.getLogger(__name__)
-
-Layout = Literal["auto", "wikiart", "artist", "csv", "plain"]
 
 # The first has artists by name, the other, older one by number.
 _TABLES = ("all_data_info.csv", "train_info.csv")

@@ -419,19 +419,16 @@ def _set_up_worker(worker: int, *, environment: Mapping[str, str], seen: Sequenc
     threading.Thread(target=wait, name="reader", daemon=True).start()
 
 
-@contextlib.contextmanager
-def prefetching(dataset: PairDataset, *, ahead: int) -> Iterator[ShardPrefetcher]:
+def prefetching(dataset: PairDataset, *, ahead: int) -> contextlib.AbstractContextManager[ShardPrefetcher]:
     """Fetch the shards of coming steps while the block runs and says, by `follow(step)`, where it is.
 
     On a disk there is nothing to fetch, and nothing is done.
     """
-    prefetcher = ShardPrefetcher(
-        dataset.shards_of,
-        dataset.cache,
-        ahead=0 if dataset.is_local else ahead,
-        limit_bytes=dataset.cache_share,
+    return contextlib.closing(
+        ShardPrefetcher(
+            dataset.shards_of,
+            dataset.cache,
+            ahead=0 if dataset.is_local else ahead,
+            limit_bytes=dataset.cache_share,
+        )
     )
-    try:
-        yield prefetcher
-    finally:
-        prefetcher.close()

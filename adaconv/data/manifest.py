@@ -100,11 +100,6 @@ class DatasetVersion:
         with self._manifest_file(whole=True) as file:
             return pq.read_table(file, columns=columns, filters=[("state", "in", IN_SHARDS)])
 
-    def manifest(self) -> pa.Table:
-        """A row for every image found."""
-        with self._manifest_file(whole=True) as file:
-            return pq.read_table(file)
-
     def rows(self) -> Iterator[Row]:
         """A row for every image found, a few thousand of them in memory at a time."""
         with self._manifest_file(whole=False) as file:
@@ -427,7 +422,7 @@ class Books:
         self._found += 1
         if row["state"] in self._states:
             self._states[row["state"]] += 1
-        for reason in filter(None, (row["reason"] or "").split(",")):
+        for reason in filter(None, row["reason"].split(",")):
             self._reasons[reason] = self._reasons.get(reason, 0) + 1
         if row["state"] in IN_SHARDS:
             place = (self._position.get(row["shard"], -1), row["offset"] or 0)

@@ -135,21 +135,25 @@ class Catalog:
             self.known += 1
             return
         self.has_news = True
-        taken = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
+        taken = self._taken_as(candidate)
         if taken is None:
             text = json.dumps(candidate)
             self._rows.execute("INSERT INTO candidate VALUES (?, ?, ?)", (candidate.key, candidate.source, text))
-        elif taken[0] == "excluded":
+        elif taken == "excluded":
             self._insert_outside(row_of(candidate, "excluded", "removed_before"))
         else:
             self._insert_outside(row_of(candidate, "duplicate", "same_bytes"))
 
     def exclude(self, candidate: Candidate, reason: str, detail: str) -> None:
         """Enter an image that is to get into no shard, whatever else is to be said of it."""
-        taken = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
-        self.left_in_parent += taken is not None and taken[0] in IN_SHARDS
+        self.left_in_parent += self._taken_as(candidate) in IN_SHARDS
         if self.set_outside({**row_of(candidate, "excluded", reason), "detail": detail}):
             self._rows.execute("INSERT OR IGNORE INTO unwanted VALUES (?, ?)", (candidate.key, candidate.source))
+
+    def _taken_as(self, candidate: Candidate) -> str | None:
+        """The state that an image of the same bytes has in the parent."""
+        row = self._rows.execute("SELECT state FROM taken WHERE key = ?", (candidate.key,)).fetchone()
+        return row[0] if row else None
 
     def exclude_copies(self) -> None:
         """Once all images are entered: those that have the bytes of an excluded one are excluded with it."""

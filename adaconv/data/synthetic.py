@@ -4,7 +4,6 @@ Drawn with numpy alone from a seed, so the same seed gives the same bytes. Varie
 arrive: palettes, stroke directions, grain and contrast differ between paintings, and content between scenes.
 """
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,9 +50,7 @@ def _generate(
         long = int(size * rng.choice([1.0, 1.25, 1.33, 1.5]))
         width, height = (long, size) if rng.random() < 0.65 else (size, long)
         image = motifs[index % len(motifs)](rng, width, height)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=92)
-        (directory / f"{name}_{index:05d}.jpg").write_bytes(buffer.getvalue())
+        image.save(directory / f"{name}_{index:05d}.jpg", quality=92)
 
 
 def _landscape(rng: np.random.Generator, width: int, height: int) -> Image.Image:

@@ -4,6 +4,7 @@ Letters: B batch, C channels, H W height and width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,9 @@ GROUPS = (2, 2, 4, 1)
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
 Then = Literal["relu", "pool", "upsample", "last"]
 
-# What follows each convolution, and which of their outputs are the four.
+# What follows each convolution, and which of their outputs are the four: all but the first come after a pooling.
 THEN: tuple[Then, ...] = ("relu", "pool", "relu", "pool", "relu", "relu", "relu", "pool", "relu")
-_TAPS = tuple(position == 0 for count in GROUPS for position in range(count))
+TAPS = (0, *accumulate(GROUPS[:-1]))
 
 
 class ReflectConv2d(nn.Conv2d):
@@ -150,7 +151,7 @@ class VGGEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Features:
         """(B, 3, H, W) in [0, 1] -> relu1_1 (B, C1, H, W), relu2_1 (B, C2, H/2, W/2), relu3_1, relu4_1 (H/8, W/8)."""
-        one, two, three, four = (x for x, is_tap in zip(self._maps(image), _TAPS, strict=True) if is_tap)
+        one, two, three, four = (x for index, x in enumerate(self._maps(image)) if index in TAPS)
         return one, two, three, four
 
     def relu4_1(self, image: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from adaconv.download import DownloadError, download
 from adaconv.errors import WeightsError
-from adaconv.model.encoder import THEN, VGGEncoder
+from adaconv.model.encoder import TAPS, THEN, VGGEncoder
 
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # torchvision's VGG19_Weights.IMAGENET1K_V1
 IMAGENET_SHA256 = "dcbb9e9d"  # its first digits, as torchvision publishes and checks them
@@ -31,7 +31,6 @@ _FILTERS = torch.tensor(
     [[[1, 2, 1], [2, 4, 2], [1, 2, 1]], [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], [[-1, -2, -1], [0, 0, 0], [1, 2, 1]]],
     dtype=torch.float32,
 ) / torch.tensor([6.0, 4.0, 4.0]).view(3, 1, 1)
-_TAPS = (0, 2, 4, 8)  # positions of conv1_1, conv2_1, conv3_1 and conv4_1: all but the first after a pooling
 _EDGE_SHARE = 0.1
 _OPPONENTS = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])  # light, red-green, yellow-blue
 
@@ -205,13 +204,13 @@ def _seeded(encoder: VGGEncoder, seed: int) -> VGGEncoder:
         assert isinstance(conv, nn.Conv2d)
         assert conv.bias is not None
         conv.weight.copy_(_random_edges(conv, generator) * (_EDGE_SHARE if index else 5 * _EDGE_SHARE))
-        _pass_on(conv, shift=index + 1 in _TAPS, generator=generator)
+        _pass_on(conv, shift=index + 1 in TAPS, generator=generator)
         nn.init.zeros_(conv.bias)
-        if index in _TAPS[1:]:
+        if index in TAPS[1:]:
             x = F.max_pool2d(x, 2)
         x = conv(x)
         std, mean = torch.std_mean(x, dim=(0, 2, 3))
-        if index not in _TAPS:
+        if index not in TAPS:
             mean = mean - 2 * std
         conv.weight.div_(std.view(-1, 1, 1, 1))
         conv.bias.copy_(-mean / std)

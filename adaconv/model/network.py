@@ -244,8 +244,7 @@ class AdaConvTransfer(nn.Module):
         """(B, C4, h, w) -> (B, 3, 8h, 8w), not clamped."""
         x = content_features
         for index, (scale, groups) in enumerate(zip(self.scales, self.groups, strict=True)):
-            kernels = AdaConvKernels(*(code[f"kernels.{index}.{name}"] for name in AdaConvKernels._fields))
-            x = scale(adaptive_conv(x, kernels, groups=groups))
+            x = scale(adaptive_conv(x, kernels_at(code, index), groups=groups))
         return x
 
     def forward(self, content_features: Tensor, style_features: Tensor) -> Tensor:
@@ -298,11 +297,11 @@ class StyleTransferNet(nn.Module):
 
     def encode_content(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) of any size -> relu4_1 of it padded to multiples of 8: (B, C4, ceil(H/8), ceil(W/8))."""
-        return self.encoder.relu4_1(_pad_to_stride(image, smallest_map=self.transfer.smallest_map))
+        return self.encoder.relu4_1(pad_to_stride(image, smallest_map=self.transfer.smallest_map))
 
     def encode_style(self, image: Tensor) -> StyleCode:
         """(B, 3, h, w) of any size -> everything that `decode` needs of it."""
-        return self.transfer.predict(self.encoder.relu4_1(_pad_to_stride(image, smallest_map=2)))
+        return self.transfer.predict(self.encoder.relu4_1(pad_to_stride(image, smallest_map=2)))
 
     def decode(self, content_features: Tensor, code: StyleCode, *, height: int, width: int) -> Tensor:
         """Features of a content of this size, and a code of the same batch or of one -> (B, 3, height, width)."""
@@ -319,7 +318,12 @@ class StyleTransferNet(nn.Module):
         return self.stylize(content, self.encode_style(style))
 
 
-def _pad_to_stride(image: Tensor, *, smallest_map: int) -> Tensor:
+def kernels_at(code: StyleCode, index: int) -> AdaConvKernels:
+    """The kernels of a scale, of which the coarsest is 0."""
+    return AdaConvKernels(*(code[f"kernels.{index}.{name}"] for name in AdaConvKernels._fields))
+
+
+def pad_to_stride(image: Tensor, *, smallest_map: int) -> Tensor:
     """Reflect to multiples of 8, and so far that relu4_1 has sides that reflection itself can pad."""
     for axis in (-1, -2):
         side, target = image.shape[axis], padded_side(image.shape[axis], smallest_map=smallest_map)

@@ -103,7 +103,9 @@ def _groups_of_their_own() -> Iterator[None]:
 
 
 def set_up_ray_data() -> None:
-    """Our own status line instead of Ray Data's bars and messages, and no second with one task at each start."""
+    """Our own status line instead of Ray Data's bars and messages, errors as they were raised, and no second with one
+    task at each start.
+    """
     import ray.data  # sets its logger up anew
     from ray.data._internal.execution.resource_manager import ResourceManager
 
@@ -112,8 +114,9 @@ def set_up_ray_data() -> None:
     assert hasattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S"), f"not an attribute in Ray {ray.__version__}"
     ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = property(lambda self: 1.0 if self._global_limits.cpu else 0.1)
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a task or actor raises comes without its trace
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.raise_original_map_exception = False, True
 
 
 def require_resources(**needed: float) -> None:

@@ -206,8 +206,6 @@ def _on_actors(actor: type, jobs: list[Row], shared: Row, config: StylizeConfig,
         AdaConvError, OSError: what an actor raised.
     """
     set_up_ray_data()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what an actor raises is raised here, without its trace
-    ray.data.DataContext.get_current().raise_original_map_exception = True
     scaling = config.scaling
     threads = scaling.threads_per_actor
     if threads is None and not scaling.gpus_per_actor:
@@ -339,9 +337,7 @@ class _PackMaker(_ModelActor):
             "digest": pack.digest,
             "model_digest": pack.model_digest,
         }
-        row["uri"] = storage.join(self.output, pack_name(row["source"], pack.digest))
-        if not storage.exists(row["uri"]):
-            storage.publish_bytes(row["uri"], pack.to_bytes())
+        row["uri"] = self._keep(pack, row["source"])
         if job["shown"] and pack.thumbnail:
             shown = Image.open(io.BytesIO(pack.thumbnail))
             row["thumbnail"] = thumbnail(shown, side=self.config.gallery.thumbnail_side)
@@ -366,10 +362,15 @@ class _PackMaker(_ModelActor):
     def _part(self, item: Item, side: int) -> StylePack:
         """Kept as well: other mixtures may have it too."""
         pack = self._pack(item, side)
-        uri = storage.join(self.output, pack_name(pack.source or item.source, pack.digest))
+        self._keep(pack, pack.source or item.source)
+        return pack
+
+    def _keep(self, pack: StylePack, source: str) -> str:
+        """The URI of the pack in storage."""
+        uri = storage.join(self.output, pack_name(source, pack.digest))
         if not storage.exists(uri):
             storage.publish_bytes(uri, pack.to_bytes())
-        return pack
+        return uri
 
 
 class _ContentStylizer(_ModelActor):
@@ -403,7 +404,8 @@ class _ContentStylizer(_ModelActor):
                     firsts.setdefault(recipe.name, number)
                 # What is left is part of the name: who dies after having made something has not died of the content.
                 name, told = f"content {job['content']} {pairs[0][0]}", Teller(self._beginnings, str(pairs[0][0]))
-                for output in self._make(path, pairs, recipes, lambda left: self.begin(f"{name}, {left} left")):
+                wanted = self._wanted(pairs, recipes, firsts)
+                for output in self._make(path, wanted, lambda left: self.begin(f"{name}, {left} left")):
                     made[output.key] = output  # and stays so, whatever comes after
                     told(1, 0, False)
                 if shown is not None:
@@ -449,9 +451,15 @@ class _ContentStylizer(_ModelActor):
             )
         return rows
 
-    def _make(
-        self, path: Path, pairs: Sequence[Any], recipes: Mapping[int, Recipe], begin: Callable[[int], int]
-    ) -> Iterator[Made]:
+    def _wanted(self, pairs: Sequence[Any], recipes: Mapping[int, Recipe], firsts: Mapping[str, int]) -> list[Wanted]:
+        shown = {recipe.name for number, recipe in recipes.items() if number in self.shown}
+        return [
+            Wanted(number, recipe, partial(self._pack, style, options), recipe.name in shown)
+            for number, style, options in pairs
+            if (recipe := recipes.get(number)) and firsts[recipe.name] == number
+        ]
+
+    def _make(self, path: Path, wanted: Sequence[Wanted], begin: Callable[[int], int]) -> Iterator[Made]:
         tile, scaling = self.config.tile, self.config.scaling
         limits = Limits(
             batch_size=scaling.batch_size,
@@ -461,15 +469,6 @@ class _ContentStylizer(_ModelActor):
             scratch=self.scratch,
             thumbnail_side=self.config.gallery.thumbnail_side,
         )
-        shown = {recipe.name for number, recipe in recipes.items() if number in self.shown}
-        alike = {
-            recipes[number].name: Wanted(
-                number, recipes[number], partial(self._pack, style, options), recipes[number].name in shown
-            )
-            for number, style, options in reversed(pairs)
-            if number in recipes
-        }
-        wanted = list(reversed(alike.values()))
         production = Production(lambda: self.stylizer, self.output, limits, self.there, look=self._look)
         yield from production.make(path, wanted, begin=begin)
 

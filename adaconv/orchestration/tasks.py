@@ -54,8 +54,6 @@ def run_tasks(
         progress.close()
         return
     set_up_ray_data()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a task raises is raised here, without its trace
-    ray.data.DataContext.get_current().raise_original_map_exception = True
     # One a driver, for it takes a process: what runs next clears it.
     board = ray.remote(Board).options(name="board", get_if_exists=True, num_cpus=0, max_restarts=-1).remote()
     board.clear.remote()

@@ -11,7 +11,7 @@ import torch
 
 from adaconv.errors import UsageError
 from adaconv.model.kernels import AdaConvKernels, compose
-from adaconv.model.network import StyleCode
+from adaconv.model.network import StyleCode, kernels_at
 
 
 def mix(codes: Sequence[StyleCode], weights: Sequence[float]) -> StyleCode:
@@ -46,7 +46,7 @@ def sum_of(terms: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
 def kernels_of(code: StyleCode) -> list[AdaConvKernels]:
     """The kernels of each scale, coarsest first; none for a code that holds statistics alone (AdaIN)."""
     scales = {int(name.split(".")[1]) for name in code if name.startswith("kernels.")}
-    return [AdaConvKernels(*(code[f"kernels.{i}.{name}"] for name in AdaConvKernels._fields)) for i in sorted(scales)]
+    return [kernels_at(code, index) for index in sorted(scales)]
 
 
 def _composed(code: StyleCode) -> StyleCode:

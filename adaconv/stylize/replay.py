@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import ImageChops, ImageStat
 
-from adaconv import storage
+from adaconv import checkpoint, storage
 from adaconv.errors import UsageError
 from adaconv.images import ImageError, decode
 from adaconv.scratch import scratch_folder
@@ -70,7 +70,7 @@ def replay(
     device = "cuda" if recipe.made.get("device") == "cuda" and torch.cuda.is_available() else "cpu"
     torch.set_num_threads(recipe.made.get("threads") or torch.get_num_threads())
     options = Options(**recipe.options)
-    if not model and not recipe.model.startswith(("models:/", "runs:/")):
+    if not model and not checkpoint.is_mlflow_uri(recipe.model):
         raise UsageError(f"--replay {uri}: it was made by a checkpoint {recipe.model}; say where that is as --model")
     with scratch_folder("replay", scratch) as aside:
         with resolved(model or recipe.model) as (_, folder):

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from adaconv.checkpoint import ModelInfo, fetched, load_network
+from adaconv.checkpoint import ModelInfo, fetched, is_mlflow_uri, load_network
 from adaconv.errors import UsageError
-from adaconv.images import as_seen, to_float, to_rgb, to_tensor, upright
+from adaconv.images import as_seen, to_float, to_rgb, to_tensor, to_uint8, upright
 from adaconv.model.kernels import EPS
-from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, padded_side, reflected
+from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, pad_to_stride
 from adaconv.stylize.blend import mix
 from adaconv.stylize.colour import Color, ColorStatistics, coral, with_chroma_of
 from adaconv.stylize.layers import Moments, Region
@@ -116,7 +116,7 @@ class Stylizer:
         Raises:
             TrackingError, CheckpointError, UsageError: there is no such model.
         """
-        if not uri.startswith(("models:/", "runs:/")):
+        if not is_mlflow_uri(uri):
             with fetched(uri) as folder:
                 return cls.from_folder(folder, **how)
         from adaconv.tracking.registry import resolved_model  # the one thing here that needs MLflow
@@ -158,7 +158,7 @@ class Stylizer:
             packs = [self.style_pack(one, side=side, source=f"{source or 'style'} {i}") for i, one in enumerate(style)]
             return mix_packs(packs)
         assert not isinstance(style, Sequence)
-        picture = as_seen(style) if isinstance(style, Image.Image) else Image.fromarray(like(_LEVELS, _float(style)))
+        picture = as_seen(style) if isinstance(style, Image.Image) else Image.fromarray(to_uint8(_float(style)[0]))
         digest = source_sha256 or hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
         self._require_room(*picture.size, side)
         (top, bottom, left, right), size = as_style(*picture.size, side)
@@ -381,7 +381,7 @@ class Stylizer:
             shares.append(1 - covered.clamp_max(1))
         smallest = self._network.transfer.smallest_map
         return [
-            Region(code, MemoryRaster(_padded(share, smallest).to(self._device)))
+            Region(code, MemoryRaster(pad_to_stride(share, smallest_map=smallest).to(self._device)))
             for code, share in zip(placed, shares, strict=True)
         ]
 
@@ -452,9 +452,6 @@ class Encoded:
     features: Tensor
 
 
-_LEVELS = np.zeros((1, 1, 3), np.uint8)
-
-
 def _require_batch(size: int) -> None:
     if size < 1:
         raise UsageError(f"batch_size: expected 1 or more, found {size}")
@@ -488,12 +485,3 @@ def _mask(mask: Mask, height: int, width: int) -> Tensor:
     if values.ndim not in (2, 3, 4) or values.numel() != values.shape[-1] * values.shape[-2]:
         raise UsageError(f"expected a mask of {width}x{height} with one channel, found {tuple(values.shape)}")
     return values.reshape(1, 1, *values.shape[-2:]).clamp(0, 1)
-
-
-def _padded(share: Tensor, smallest_map: int) -> Tensor:
-    """A mask of the frame that is padded as the content is."""
-    for axis in (-1, -2):
-        side = share.shape[axis]
-        order = reflected(torch.arange(padded_side(side, smallest_map=smallest_map)), side)
-        share = share.index_select(axis, order)
-    return share

@@ -252,7 +252,7 @@ def resolved_model(uri: str, *, tracking_uri: str) -> Iterator[tuple[str, Path]]
         TrackingError: there is no such model, version or alias, or the registry cannot be reached.
         CheckpointError: the folder holds no whole model.
     """
-    if not uri.startswith(("models:/", "runs:/")):
+    if not checkpoint.is_mlflow_uri(uri):
         with checkpoint.fetched(uri) as folder:
             yield uri, folder
         return
@@ -288,7 +288,7 @@ def source_of(model: str) -> tuple[str, str | None]:
     Raises:
         CheckpointError: there is none.
     """
-    if model.startswith(("models:/", "runs:/")):
+    if checkpoint.is_mlflow_uri(model):
         return model, None
     uri = find_checkpoint(model)
     return uri, checkpoint.meta_of(uri).get("tracking_uri")

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,7 +207,7 @@ class Spool:
                 self._write_pending()
         with self._records.open("rb") as file:
             file.seek(self._offset)
-            lines = [line for _, line in zip(range(_RECORDS_AT_ONCE), file, strict=False) if line.endswith(b"\n")]
+            lines = [line for line in islice(file, _RECORDS_AT_ONCE) if line.endswith(b"\n")]
         if not lines:
             return False
         records = [record for line in lines if (record := _parse(line)) is not None]

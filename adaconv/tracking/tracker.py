@@ -27,22 +27,6 @@ class Tracker(Protocol):
         """Hand over what is still held; returns how many records are left when the time is up."""
 
 
-class NullTracker:
-    """Nobody listens."""
-
-    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
-        pass
-
-    def image(self, key: str, pixels: NDArray[np.uint8], *, step: int) -> None:
-        pass
-
-    def checkpoint(self, uri: str, *, step: int) -> None:
-        pass
-
-    def flush(self, *, timeout_seconds: float) -> int:
-        return 0
-
-
 @dataclass
 class RecordingTracker:
     """Keeps everything in lists, for tests."""

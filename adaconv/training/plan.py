@@ -58,15 +58,11 @@ class StepPlan:
         return max(max(self.computing, self.launching) + self.exchanging, self.decoding, self.fetching)
 
     @property
-    def faster(self) -> str:
-        """What makes computing faster besides: ranks on one machine's CPUs share them."""
-        return "more ranks" if self.gpu else "train.compile, ranks on more machines"
-
-    @property
     def parts(self) -> dict[str, float]:
         """Seconds of each, by its name and the settings that move it."""
+        faster = "more ranks" if self.gpu else "train.compile, ranks on more machines"  # for one's ranks share its CPUs
         return {
-            f"computing: train.precision bfloat16, {self.faster}": self.computing,
+            f"computing: train.precision bfloat16, {faster}": self.computing,
             "launching kernels: train.cuda_graph without micro-batches and train.compile": self.launching,
             "exchanging gradients: scaling.gradient_compression bfloat16, a larger global batch": self.exchanging,
             "decoding: data.loader_workers, more cores a rank, shards of a smaller side": self.decoding,
@@ -95,10 +91,10 @@ def plan_step(
         config: of the run.
         ranks: DDP ranks, filled node by node.
         tflops: 10^12 operations a second that a rank attains.
-        fixed_seconds: that computing takes besides, however few the pairs.
         image_bytes: mean size of a stored image.
         dataset_gb: of both datasets, 10^9 bytes; 0 where they lie on a disk and nothing is fetched.
         cores: that decode for a rank.
+        fixed_seconds: that computing takes besides, however few the pairs.
     """
     hardware, size = config.hardware, size_of(config)
     pairs = -(-config.train.global_batch_size // ranks)
@@ -111,7 +107,7 @@ def plan_step(
     nodes = -(-ranks // hardware.ranks_per_node)
     bandwidth = hardware.nvlink_gbyte * 1e9 if gpu and nodes == 1 else hardware.network_gbit * 1e9 / 8
     exchange = 2 * (ranks - 1) / ranks * bytes_of_gradients / bandwidth  # a ring; between nodes one link carries it
-    decoding = 2 * pairs / (hardware.decode_per_core * cores) if cores else 2 * pairs / hardware.decode_per_core
+    decoding = 2 * pairs / (hardware.decode_per_core * (cores or 1))
     # What stays in the cache is fetched once; what does not fit, again in every epoch.
     fetched = 0.0 if dataset_gb <= config.data.cache_gb else 2 * config.train.global_batch_size * image_bytes / nodes
     return StepPlan(
@@ -129,15 +125,15 @@ def size_of(config: TrainConfig) -> work.Size:
     """What the FLOP counts need to know of a configuration."""
     model = config.model
     return work.Size(
-        model.architecture,
-        config.encoder.widths,
-        model.descriptor_channels,
-        config.data.crop,
-        model.groups,
-        model.descriptor_size,
-        model.kernel_size,
-        model.predictor_padding,
-        model.decoder_convs,
+        architecture=model.architecture,
+        widths=config.encoder.widths,
+        descriptor_channels=model.descriptor_channels,
+        side=config.data.crop,
+        predicted_groups=model.groups,
+        descriptor_size=model.descriptor_size,
+        kernel_size=model.kernel_size,
+        predictor_padding=model.predictor_padding,
+        decoder_convs=model.decoder_convs,
     )
 
 

@@ -155,10 +155,11 @@ def _losses(
                 style_features = tuple(features[len(content) :] for features in together)
             else:
                 content_features, style_features = encoder.relu4_1(content), encoder(style)
-            identity = None if not loss.identity_weight else content if state.step % 2 == 0 else style
+            identity = None
             wanted, styled_as = content_features, style_features[-1]
-            if identity is not None:  # in one pass: DDP and the GPU like one better than two
-                itself = content_features if state.step % 2 == 0 else style_features[-1]
+            if loss.identity_weight:  # in one pass: DDP and the GPU like one better than two
+                of_content, of_style = (content, content_features), (style, style_features[-1])
+                identity, itself = of_content if state.step % 2 == 0 else of_style
                 wanted, styled_as = torch.cat([wanted, itself]), torch.cat([styled_as, itself])
         images = state.transfer(wanted, styled_as)
         output, reconstructed = images[: len(content)], images[len(content) :]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from adaconv import checkpoint
 from adaconv.config.train import TrainConfig
-from adaconv.tracking.tracker import NullTracker
+from adaconv.tracking.tracker import RecordingTracker
 from adaconv.training.loop import train
 
 
@@ -37,7 +37,7 @@ def run(content, style, folder, *, control=None, tracker=None, start_from=None, 
         style=style,
         checkpoints=str(folder),
         device=torch.device("cpu"),
-        tracker=tracker or NullTracker(),
+        tracker=tracker or RecordingTracker(),
         control=control,
         start_from=start_from,
     )
