@@ -17,7 +17,7 @@ import logging
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import ray
 
 from adaconv import allocator, storage
-from adaconv.config.shard import BudgetConfig, RecipeConfig, ShardConfig
+from adaconv.config.shard import RecipeConfig, ShardConfig
 from adaconv.data.builds import Listing, built_version, finished_version, note_build, result_of
 from adaconv.data.changes import by_shard
 from adaconv.data.ingest import (
@@ -89,45 +89,54 @@ def run_shard_job(
     """
     if parent is None:
         after = latest_version(config.output)
-    build = listing.build(recipe, parent.version if parent else None)
+    identity = listing.build(recipe, parent.version if parent else None)
+    work = storage.join(config.output, "work", identity)
     try:
-        return _run(config, listing, recipe, Selector(exclusions), build, after, parent)
+        with scratch_folder("catalog") as scratch, closing(Catalog(scratch / "catalog.sqlite")) as catalog:
+            return _run(_Build(identity, config, listing, recipe, Selector(exclusions), parent, after, work, catalog))
     except FileNotFoundError:
-        version = finished_version(config.output, build)
+        version = finished_version(config.output, identity)
         if version is None:
             raise
         log.info("the same job ran elsewhere, and finished version %s first", version.version)
         return {**result_of(version), "made": 0}
 
 
-def _run(
-    config: ShardConfig,
-    listing: Listing,
-    recipe: dict[str, Any],
-    unwanted: Selector,
-    build: str,
-    after: str | None,
-    parent: DatasetVersion | None,
-) -> dict[str, Any]:
-    work = storage.join(config.output, "work", build)
-    with scratch_folder("catalog") as scratch:
-        catalog = Catalog(scratch / "catalog.sqlite")
-        if parent:
-            catalog.add_parent(parent.rows())
-        memory, refused = _scan(listing, catalog, work, config, recipe, unwanted)
-        _tell_excluded(unwanted, catalog)
-        coming = _plans(catalog, config.shard)
-        plans = list(storage.few_at_once(partial(_publish_plan, work), coming, where=work))
-        earlier = built_version(config.output, build)
-        if earlier:
-            _recall(plans, work, earlier, parent)
-        made, needed = _write(plans, catalog, work, config, recipe, refused=refused, images=listing.images)
-        memory = max(memory, needed)
-        version = _publish(plans, catalog, work, config, recipe, after, parent, images=listing.images)
-        catalog.close()
-    note_build(config.output, build, version)
+@dataclass(frozen=True)
+class _Build:
+    """What a job is about: the arguments of run_shard_job, and what it keeps.
+
+    `identity`: what the version follows from; `work`: the folder where notes of it lie until it is published;
+    `catalog`: its images, on this machine's disk.
+    """
+
+    identity: str
+    config: ShardConfig
+    listing: Listing
+    recipe: dict[str, Any]
+    unwanted: Selector
+    parent: DatasetVersion | None
+    after: str | None
+    work: str
+    catalog: Catalog
+
+
+def _run(build: _Build) -> dict[str, Any]:
+    root, work, catalog, unwanted = build.config.output, build.work, build.catalog, build.unwanted
+    if build.parent:
+        catalog.add_parent(build.parent.rows())
+    memory, refused = _scan(build)
+    _tell_excluded(unwanted, catalog)
+    coming = _plans(catalog, build.config.shard)
+    plans = list(storage.few_at_once(partial(_publish_plan, work), coming, where=work))
+    earlier = built_version(root, build.identity)
+    if earlier:
+        _recall(plans, work, earlier, build.parent)
+    made, needed = _write(build, plans, refused=refused)
+    version = _publish(build, plans)
+    note_build(root, build.identity, version)
     storage.remove_directory(work)
-    peak = {"driver_mb": _peak_megabytes(), "worker_mb": memory}
+    peak = {"driver_mb": _peak_megabytes(), "worker_mb": max(memory, needed)}
     excluded = {criterion.as_line(): count for criterion, count in unwanted.counts.items() if count}
     return {
         **result_of(version),
@@ -137,19 +146,13 @@ def _run(
     }
 
 
-def _scan(
-    listing: Listing,
-    catalog: Catalog,
-    work: str,
-    config: ShardConfig,
-    recipe: dict[str, Any],
-    unwanted: Selector,
-) -> tuple[float, int]:
+def _scan(build: _Build) -> tuple[float, int]:
     """Read every file once: its key and size, or why it is refused.
 
     Returns:
         the workers' peak memory in MB, and how many images were refused.
     """
+    listing, work, catalog = build.listing, build.work, build.catalog
     noted = sorted(_names(storage.join(work, "scan")))
     mended = storage.few_at_once(partial(_may_be_mended, work), noted, where=work)
     there = {name for name, again in zip(noted, mended, strict=True) if not again}
@@ -166,19 +169,19 @@ def _scan(
         what="scan",
         images=listing.images,
         done=sum(listing.chunks[name] for name in listing.chunks if name in there),
-        num_workers=config.scaling.num_workers,
+        num_workers=build.config.scaling.num_workers,
         work=work,
-        recipe=recipe,
+        recipe=build.recipe,
     )
     told = storage.few_at_once(partial(_scanned, work), (name for name in listing.chunks if name in there), where=work)
-    refused = sum(_enter(answers_of_one, catalog, unwanted) for answers_of_one in told)
+    refused = sum(_enter(answers_of_one, catalog, build.unwanted) for answers_of_one in told)
     memory = 0.0
     with closing(answers):
         for answer in answers:  # entered while others are looked at
             memory = max(memory, answer["memory"])
-            refused += _enter(_scanned(work, answer["name"]), catalog, unwanted)
+            refused += _enter(_scanned(work, answer["name"]), catalog, build.unwanted)
     catalog.exclude_copies()
-    _refuse_over_budget(refused, catalog, listing.images, config.budget)
+    _refuse_over_budget(refused, build)
     return memory, refused
 
 
@@ -303,40 +306,28 @@ def _recall(plans: list[dict[str, Any]], work: str, version: DatasetVersion, par
             publish_note(work, plan["name"], shard, known)
 
 
-def _write(
-    plans: list[dict[str, Any]],
-    catalog: Catalog,
-    work: str,
-    config: ShardConfig,
-    recipe: dict[str, Any],
-    *,
-    refused: int,
-    images: int,
-) -> tuple[int, float]:
+def _write(build: _Build, plans: list[dict[str, Any]], *, refused: int) -> tuple[int, float]:
     """Write the shards that are missing; enter what they refuse.
 
     Args:
+        build: of the job.
         plans: of all shards.
-        catalog: of the build.
-        work: its folder.
-        config: of the job.
-        recipe: of the build.
         refused: images that were refused before: one budget is for all.
-        images: of the build.
 
     Returns:
         how many were written, and the workers' peak memory in MB.
     """
+    work, root = build.work, build.config.output
 
     def enter(rows: list[Row]) -> None:
         nonlocal refused
         for row in rows:
-            if row["state"] not in IN_SHARDS and catalog.set_outside(row):
+            if row["state"] not in IN_SHARDS and build.catalog.set_outside(row):
                 refused += row["state"] == "quarantined"
-        _refuse_over_budget(refused, catalog, images, config.budget)
+        _refuse_over_budget(refused, build)
 
     noted = _names(storage.join(work, "shard"))
-    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(config.output, "shards"))} if noted else {}
+    sizes = {entry.path: entry.bytes for entry in storage.walk(storage.join(root, "shards"))} if noted else {}
     there = set()
     for name, shard, rows in notes_of(work, (plan["name"] for plan in plans if plan["name"] in noted)):
         if any(row["reason"] in MENDABLE for row in rows):
@@ -352,10 +343,10 @@ def _write(
         what="shard",
         images=sum(plan["images"] for plan in plans),
         done=sum(plan["images"] for plan in plans if plan["name"] in there),
-        num_workers=config.scaling.num_workers,
+        num_workers=build.config.scaling.num_workers,
         work=work,
-        root=config.output,
-        recipe=recipe,
+        root=root,
+        recipe=build.recipe,
     )
     memory = 0.0
     with closing(answers):  # while the cluster is there, also when the budget ends the job
@@ -398,17 +389,8 @@ def _decoders(
         yield partial(look, recipe=settings), partial(ingest, recipe=settings)
 
 
-def _publish(
-    plans: list[dict[str, Any]],
-    catalog: Catalog,
-    work: str,
-    config: ShardConfig,
-    recipe: dict[str, Any],
-    after: str | None,
-    parent: DatasetVersion | None,
-    *,
-    images: int,
-) -> DatasetVersion:
+def _publish(build: _Build, plans: list[dict[str, Any]]) -> DatasetVersion:
+    catalog, work, parent, images = build.catalog, build.work, build.parent, build.listing.images
     shards = list(parent.shards) if parent else []
     notes = []
     for name, shard in noted_shards(work, (plan["name"] for plan in plans)):
@@ -431,12 +413,12 @@ def _publish(
             f"all {images} images were refused or excluded{_examples(catalog)}. Nothing was published"
         )
     return publish_version(
-        config.output,
-        recipe=recipe,
+        build.config.output,
+        recipe=build.recipe,
         shards=shards,
         rows=rows_in_order(),
         found=images - catalog.known + (parent.books["found"] if parent else 0),
-        after=after,
+        after=build.after,
         parent=parent,
     )
 
@@ -478,11 +460,12 @@ def _shard_in(note: pa.Schema) -> Shard | None:
     return Shard(**described) if described else None
 
 
-def _refuse_over_budget(refused: int, catalog: Catalog, images: int, budget: BudgetConfig) -> None:
+def _refuse_over_budget(refused: int, build: _Build) -> None:
+    budget, images = build.config.budget, build.listing.images
     allowed = max(budget.at_least, int(budget.share * images))
     if refused > allowed:
         raise QuarantineBudgetError(
-            f"{refused} of {images} images were refused, {allowed} are allowed{_examples(catalog)}. Nothing was "
+            f"{refused} of {images} images were refused, {allowed} are allowed{_examples(build.catalog)}. Nothing was "
             "published. Mend the images, or raise --budget.share or --budget.at-least"
         )
 
