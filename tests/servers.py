@@ -241,16 +241,18 @@ def ray_cluster(environment: dict[str, str]) -> Iterator[Cluster]:
     whole = {**os.environ, **environment}
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         whole.pop(name, None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD], cwd=REPO, env=whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    for _ in range(3):  # Ray gives its node half a minute, and takes ports that somebody else may take first
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD], cwd=REPO, env=whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        told = next((line for line in process.stdout if line.startswith("{")), None)
+        if told:
+            break
+        process.wait(180)
+    assert told, "the cluster did not start"
     try:
-        told = ""
-        while not told.startswith("{"):
-            told = process.stdout.readline()
-            assert told, "the cluster did not start"
         yield Cluster(process, {**whole, **json.loads(told)})
     finally:
         process.stdin.close()
-        process.wait(60)
+        process.wait(180)
         process.stdout.close()

@@ -77,7 +77,6 @@ def test_a_folder_of_the_home_is_found(home):
     (home / "out").mkdir()
     assert f"{home}/out is writable" in found(doctor.storage_of_output, output="~/out")[0][1]
     assert list((home / "out").iterdir()) == []
-    assert list((home / "out").iterdir()) == []
 
 
 def test_an_output_that_cannot_be_written_fails(home):

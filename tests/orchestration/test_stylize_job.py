@@ -1,5 +1,6 @@
 """Stylization jobs on real Ray: every pair once, whatever is killed; what is broken is named."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -547,7 +548,8 @@ def test_what_killed_processes_were_writing_is_removed_when_it_is_old(tmp_path):
 
 
 def test_a_killed_worker_and_a_killed_driver_leave_every_pair_once(cluster, model, contents, styles, grid, tmp_path):
-    kill_often(cluster, model, contents, styles, grid, tmp_path / "killed", pairs=12, rounds=1, workers=1)
+    told = (cluster, model, contents, styles, grid)  # so small a job may be over before somebody could be killed
+    assert any(kill_often(*told, tmp_path / str(time), pairs=12, rounds=1, workers=1) for time in range(3))
 
 
 @pytest.mark.slow
@@ -560,11 +562,15 @@ def test_twenty_random_kills_leave_every_pair_once(where, cluster, model, tmp_pa
     stylize(cluster, *told, tmp_path / "undisturbed")
     root = tmp_path if where == "local" else bucket
     output = storage.join(str(root), "killed")
-    kill_often(cluster, *told, tmp_path / "undisturbed", output, pairs=500, rounds=5, workers=3)
+    assert kill_often(cluster, *told, tmp_path / "undisturbed", output, pairs=500, rounds=5, workers=3)
 
 
 def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, rounds, workers):
-    """In each round so many workers are killed, then the driver, each after a random number of new outputs."""
+    """In each round so many workers are killed, then the driver, each after a random number of new outputs.
+
+    Returns:
+        whether all but one could be killed: there were some left to kill.
+    """
     draw = random.Random(7)
     made: dict[str, float] = {}
     killed = again = 0
@@ -585,8 +591,9 @@ def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, 
             while victim == "worker" and process.poll() is None and not (at_work := cluster.workers("ContentStylizer")):
                 time.sleep(0.02)  # those killed before are still being started anew
             if at_work:
-                os.kill(draw.choice(at_work).pid, signal.SIGKILL)
-                killed += 1
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(draw.choice(at_work).pid, signal.SIGKILL)
+                    killed += 1
             elif victim == "driver" and process.poll() is None:
                 process.kill()
                 killed += 1
@@ -601,7 +608,6 @@ def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, 
     again += sum(after[name] != stamp for name, stamp in {**made, **left}.items())
     print(f"{pairs} pairs, {killed} killed; {len(left)} outputs were there before the last run; {again} made again")
     books = books_of(output)
-    assert killed >= rounds * (workers + 1) - 1
     assert books["failed"] == 0
     assert books["done"] + books["skipped"] == books["pairs"] == pairs
     assert books["skipped"] >= len(left)
@@ -609,6 +615,7 @@ def kill_often(cluster, model, contents, styles, undisturbed, output, *, pairs, 
     assert hashes_of(output) == wanted
     assert len(wanted) == pairs
     assert again <= 2 * killed  # what two actors had in flight
+    return killed >= rounds * (workers + 1) - 1
 
 
 def written(output):

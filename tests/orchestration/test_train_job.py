@@ -309,7 +309,7 @@ def test_shards_and_checkpoints_on_s3_outlive_a_server_that_is_gone_for_a_while(
 
 
 def test_more_ranks_than_fit_are_refused_at_once(training):
-    assert training.start("--scaling.cpus-per-worker", 3, workers=6).finish(60) == 1
+    assert training.start("--scaling.cpus-per-worker", 3, workers=6).finish() == 1
     assert "6 workers of 3 CPU needed, 1 fit: 1 on" in training.text()
 
 

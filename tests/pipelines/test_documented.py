@@ -16,7 +16,7 @@ _FILES = (
 # Lines go on behind a backslash, in a comment too, and in YAML where the next begins with a flag; what two spaces part
 # from a command explains it. The command of a job stands within another one.
 _GOES_ON = re.compile(r" *\\\n\s*#?\s*|\n\s+(?=--\w)")
-_COMMAND = re.compile(r"""(?=python (?:/opt/adaconv/)?pipelines/(\w+)\.py((?: [^`"\n ]+)*))""")
+_COMMAND = re.compile(r"""(?=python (?:/opt/adaconv/)?pipelines/(\w+)\.py((?: (?:"[^"\n]*"|[^`"\n ]+))*))""")
 
 
 def documented():

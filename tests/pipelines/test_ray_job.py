@@ -1,5 +1,6 @@
 """`ray job submit` against a real cluster with token authentication, started here on ports of its own."""
 
+import contextlib
 import json
 import os
 import random
@@ -54,10 +55,14 @@ class Cluster:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 90
-        while not self._answers():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.5)
+        try:
+            while not self._answers():
+                assert self.process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.5)
+        except BaseException:
+            self.stop()
+            raise
 
     def _answers(self):
         try:
@@ -69,25 +74,30 @@ class Cluster:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(self.address + path, headers=headers), timeout=5
+                urllib.request.Request(self.address + path, headers=headers), timeout=60
             ) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
             return error.code
 
     def stop(self):
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.terminate()
-        _, alive = psutil.wait_procs([psutil.Process(self.process.pid), *family], timeout=3)
-        for process in alive:
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it did not even start
+            head = psutil.Process(self.process.pid)
+            family = head.children(recursive=True)
+            self.process.terminate()
+            _, alive = psutil.wait_procs([head, *family], timeout=3)
+            for process in alive:
+                process.kill()
         self.process.wait(10)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    running = Cluster()
+    try:
+        running = Cluster()
+    except AssertionError:  # somebody else took one of its ports first
+        running = Cluster()
     yield running
     running.stop()
 

@@ -61,4 +61,4 @@ def test_memory_does_not_grow_with_rows(tmp_path):
             pass
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert peak < 200_000  # bytes
+    assert peak < 1_000_000  # bytes: other threads of this process have their share, and the rows would be several MB

@@ -89,6 +89,7 @@ def test_a_version_says_what_it_is(trained, versions):
         ),
     ):
         assert words in card, words
+    mlflow.set_tracking_uri(uri)  # or registered models are looked for where somebody else was last
     local = mlflow.artifacts.download_artifacts("models:/adaconv@champion", tracking_uri=uri)
     names = {path.name for path in Path(local).iterdir()}
     assert {"MODEL_CARD.md", "sample_grid.jpg", "requirements.txt", "input_example.json", "MLmodel"} <= names
@@ -101,6 +102,7 @@ def test_a_version_says_what_it_is(trained, versions):
 
 def test_the_code_of_a_model_is_whole(trained, versions, tmp_path):
     """With nothing of this project on the path but what lies in the model: -S leaves out its editable installation."""
+    mlflow.set_tracking_uri(trained[0])
     code = Path(mlflow.artifacts.download_artifacts("models:/adaconv@champion/code", tracking_uri=trained[0]))
     program = "import sys; sys.path += sys.argv[1:]; import adaconv.stylize.stylizer as s; print(s.__file__)"
     done = subprocess.run(
@@ -313,7 +315,7 @@ def test_of_many_runs_the_newest_whole_checkpoint_is_found_and_no_other_read(tmp
         find_checkpoint(str(tmp_path / "d"))
 
 
-def test_what_cannot_be_registered_is_said(trained, tmp_path):
+def test_what_cannot_be_registered_is_said(trained, versions, tmp_path):
     uri, _, _ = trained
     _, unknown = save_checkpoint(tmp_path / "checkpoints", run_id=None)
     with pytest.raises(CheckpointError, match="names no tracking run that is known here"):

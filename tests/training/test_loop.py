@@ -313,6 +313,9 @@ def test_a_checkpoint_that_failed_is_told_at_once(content_version, style_version
             self.asked += 1
             if self.asked == 3:
                 assert refused.wait(20)
+                for thread in threading.enumerate():
+                    if thread.name == "checkpoint-writer":  # which is still cleaning up
+                        thread.join(20)
             return "checkpoint" if self.asked == 1 else "go"
 
         def not_published(self):
