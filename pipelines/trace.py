@@ -93,8 +93,9 @@ def _in_one_line(uri: str) -> str:
 
 
 def _flags(config: TraceConfig) -> str:
-    fields = ("key", "label", "artist", "source_pattern")
-    given = {name.replace("_", "-"): getattr(config, name) for name in fields}
+    from adaconv.data.selection import FLAGS
+
+    given = {name.replace("_", "-"): getattr(config, name) for name in FLAGS}
     return " ".join(f"--{flag} {shlex.join(values)}" for flag, values in given.items() if values)
 
 

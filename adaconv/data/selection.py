@@ -27,6 +27,7 @@ from adaconv.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+FLAGS = ("key", "label", "artist", "source_pattern")
 _FEW_VALUES = ("label", "artist")  # so that the nearest is found; of keys and sources there are as many as images
 _TOLD = 5  # criteria, or lines, that a message names
 _FIELDS = {"artist": "artist", "label": "label", "sha256": "key", "source": "source_pattern"}  # by a line's first word
@@ -36,7 +37,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing that rows are chosen by: `field` of removal (key, label, artist, source_pattern) and its value.
+    """One thing that rows are chosen by: `field` of FLAGS, and its value.
 
     The same letters may be written by other characters, as names of files are on macOS: values are composed (NFC).
     """
@@ -103,8 +104,7 @@ def _names_of(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def criteria_of(config: RemoveConfig | TraceConfig) -> list[Criterion]:
-    fields = ("key", "label", "artist", "source_pattern")
-    return [Criterion(field, value) for field in fields for value in getattr(config, field)]
+    return [Criterion(field, value) for field in FLAGS for value in getattr(config, field)]
 
 
 def keys_to_remove(

@@ -53,9 +53,12 @@ class Comparison:
     def not_worse(self) -> bool:
         return self.at_most <= self.worse_allowed
 
+    @property
+    def verdict(self) -> str:
+        return "better" if self.better else "not worse" if self.not_worse else "may be worse"
+
     def __str__(self) -> str:
-        verdict = "better" if self.better else "not worse" if self.not_worse else "may be worse"
-        return f"{self.metric} {100 * self.change:+.1f} % (at most {100 * self.at_most:+.1f} %): {verdict}"
+        return f"{self.metric} {100 * self.change:+.1f} % (at most {100 * self.at_most:+.1f} %): {self.verdict}"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def _verdict(model: str, verdict: Verdict, alias: str) -> str:
     rows = "".join(
         f"<tr><td>{one.metric}</td><td class='n'>{100 * one.change:+.1f} %</td>"
         f"<td class='n'>{100 * one.at_most:+.1f} %</td><td class='n'>{100 * one.worse_allowed:+.1f} %</td>"
-        f"<td>{'better' if one.better else 'not worse' if one.not_worse else 'may be worse'}</td></tr>"
+        f"<td>{one.verdict}</td></tr>"
         for one in verdict.comparisons
     )
     table = "<table><tr><th>metric</th><th>change</th><th>surely at most</th><th>allowed</th><th></th></tr>"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,7 +12,8 @@ from adaconv.errors import UsageError
 from adaconv.stylize.inputs import Item, list_items, spread
 from adaconv.stylize.pairing import Pair, pair_up
 
-_COLUMNS = ("content_side", "style_side", "alpha", "color", "format", "quality", "keep_metadata")  # of a file of pairs
+# Of a file of pairs; the precision is a job's.
+_COLUMNS = tuple(name for name in OptionsConfig.model_fields if name != "precision")
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,18 @@ def plan_job(config: StylizeConfig) -> Plan:
     contents = spread(list_items(config.content, flag="--content"), config.limit_contents)
     styles = spread(list_items(config.style, flag="--style", packs=True), config.limit_styles)
     names = [[item.source for item in items] for items in (contents, styles)]
-    return Plan(contents, styles, pair_up(config.pairs, *names, seed=config.seed, check=_checked(config.options)))
+    check = partial(_check, config.options)
+    return Plan(contents, styles, pair_up(config.pairs, *names, seed=config.seed, check=check))
 
 
-def _checked(base: OptionsConfig) -> Any:
-    """A check of one pair's options: values as they would be on the command line, without those that all pairs have."""
-
-    def check(options: Mapping[str, Any]) -> Mapping[str, Any]:
-        unknown = sorted(set(options) - set(_COLUMNS))
-        if unknown:
-            raise UsageError(f"unknown columns {', '.join(unknown)}; expected content, style, {', '.join(_COLUMNS)}")
-        try:
-            merged = OptionsConfig.model_validate({**base.model_dump(mode="json"), **options})
-        except ValidationError as error:
-            told = "; ".join(f"{e['loc'][0]}: {e['msg']}, found {e['input']!r}" for e in error.errors())
-            raise UsageError(told) from None
-        return {name: value for name in options if (value := getattr(merged, name)) != getattr(base, name)}
-
-    return check
+def _check(base: OptionsConfig, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One pair's options as values: as they would be on the command line, without those that all pairs have."""
+    unknown = sorted(set(options) - set(_COLUMNS))
+    if unknown:
+        raise UsageError(f"unknown columns {', '.join(unknown)}; expected content, style, {', '.join(_COLUMNS)}")
+    try:
+        merged = OptionsConfig.model_validate({**base.model_dump(mode="json"), **options})
+    except ValidationError as error:
+        told = "; ".join(f"{e['loc'][0]}: {e['msg']}, found {e['input']!r}" for e in error.errors())
+        raise UsageError(told) from None
+    return {name: value for name in options if (value := getattr(merged, name)) != getattr(base, name)}

@@ -88,9 +88,7 @@ def unpack(path: Path, raw: Path, *, keep_colours: bool = False) -> FileRaster:
             raster.close()
             raise
     except vips.Error as error:
-        if "out of memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise ImageError("truncated", " ".join(str(error.detail).split())) from error
+        raise _memory_or(error, ImageError("truncated", " ".join(str(error.detail).split()))) from error
     return raster
 
 
@@ -122,9 +120,12 @@ def pack(raster: FileRaster, path: Path, recipe: Recipe, *, metadata: Metadata |
                 with path.open("r+b") as file:
                     add_exif(file, kept.exif)
     except vips.Error as error:
-        if "out of memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise OSError(f"{path}: {' '.join(str(error).split())}") from error
+        raise _memory_or(error, OSError(f"{path}: {' '.join(str(error).split())}")) from error
+
+
+def _memory_or(error: Exception, other: Exception) -> Exception:
+    """What an error of libvips is: it tells a lack of memory by words alone."""
+    return MemoryError(str(error)) if "out of memory" in str(error) else other
 
 
 def thumbnail_of(path: Path, *, side: int) -> Image.Image:

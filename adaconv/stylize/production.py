@@ -28,12 +28,13 @@ from adaconv import storage
 from adaconv.images import ImageError, open_header, to_levels, to_uint8
 from adaconv.scratch import scratch_folder
 from adaconv.stylize import large
+from adaconv.stylize.colour import Color
 from adaconv.stylize.inputs import decode_picture, metadata_of
 from adaconv.stylize.outputs import LONGEST_SIDE, Metadata, Recipe, encode, is_whole
 from adaconv.stylize.pictures import pixels_of, scaled, shrink, thumbnail
 from adaconv.stylize.raster import FileRaster, MemoryRaster, Raster, Window
 from adaconv.stylize.style_pack import StylePack
-from adaconv.stylize.stylizer import Blend, Encoded, Stylizer
+from adaconv.stylize.stylizer import Blend, Encoded, Precision, Stylizer
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ class Options:
 
     content_side: int | None = None
     style_side: int = 256
-    precision: str = "float32"
+    precision: Precision = "float32"
     alpha: float = 1.0
-    color: str = "style"
+    color: Color = "style"
     format: str = "png"
     quality: int = 90
     keep_metadata: bool = False
@@ -81,6 +82,10 @@ class Wanted:
     recipe: Recipe
     pack: Callable[[], StylePack]
     shown: bool = False
+
+    @property
+    def options(self) -> Options:
+        return Options(**self.recipe.options)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Production:
         sizes: dict[int | None, tuple[int, int]] = {}  # of what is there, one for each side of the content
         for one in wanted:
             uri = storage.join(self._root, one.recipe.name)
-            options = Options(**one.recipe.options)
+            options = one.options
             if one.recipe.name in self._there or (self._look and is_whole(uri)):
                 made = self._seen(one, uri, sizes.get(options.content_side))
                 sizes[options.content_side] = made.width, made.height
@@ -181,7 +186,7 @@ class Production:
         size = stored if side is None or min(stored) <= side else scaled(stored, side)
         left: list[Wanted] = []
         for one in wanted:
-            kind = Options(**one.recipe.options).format
+            kind = one.options.format
             if max(size) <= LONGEST_SIDE.get(kind, max(size)):
                 left.append(one)
                 continue
@@ -254,8 +259,7 @@ class Production:
         for start in range(0, len(wanted), batch):
             began = time.monotonic()
             chosen = wanted[start : start + batch]
-            plain = all(Options(**one.recipe.options).alpha == 1 for one in chosen)
-            plain = plain and all(Options(**one.recipe.options).color == "style" for one in chosen)
+            plain = all(one.options.alpha == 1 and one.options.color == "style" for one in chosen)
             if plain:
                 stylized = self._stylizer.decode_batch(encoded, [one.pack() for one in chosen])
             else:
@@ -305,7 +309,7 @@ class Production:
         target = folder / "output"
         try:
             canvas = None
-            if Options(**one.recipe.options).color == "coral":
+            if one.options.color == "coral":
                 canvas = FileRaster(folder / "canvas", 3, height, width, torch.float32)
             try:
                 self._stylize(content, one, partial(_write_levels, stylized), tile=tile, canvas=canvas)
@@ -321,9 +325,8 @@ class Production:
         return Made(one.key, "done", "", width, height, tile, time.monotonic() - began, shown)
 
     def _stylize(self, content: Raster, one: Wanted, write: Any, *, tile: int | None, **how: Any) -> None:
-        options = Options(**one.recipe.options)
-        blend = Blend((one.pack(),), options.alpha)
-        self._stylizer.stylize_raster(content, blend, write, color=options.color, tile=tile, **how)  # type: ignore[arg-type]
+        blend = Blend((one.pack(),), one.options.alpha)
+        self._stylizer.stylize_raster(content, blend, write, color=one.options.color, tile=tile, **how)
 
     def _recipe(self, one: Wanted, tile: int | None, *, batch: int = 1) -> Recipe:
         made: dict[str, Any] = {"tile": tile, "device": self._stylizer.device}

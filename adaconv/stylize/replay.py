@@ -78,7 +78,7 @@ def replay(
             stylizer = Stylizer.from_folder(
                 folder,
                 device=device,
-                precision=options.precision,  # type: ignore[arg-type]
+                precision=options.precision,
                 max_memory_gb=math.inf,
                 scratch=aside,
             )

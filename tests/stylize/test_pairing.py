@@ -1,6 +1,7 @@
 """Pairs are pure functions of two lists and a seed."""
 
 import unicodedata
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 
 from adaconv.config.stylize import OptionsConfig
 from adaconv.errors import UsageError
-from adaconv.orchestration.stylize_plan import _checked
+from adaconv.orchestration.stylize_plan import _check
 from adaconv.stylize.pairing import Pair, pair_up
 
 CONTENTS, STYLES = ["a", "b/c", "d"], ["s", "t", "u", "v", "w"]
@@ -64,7 +65,7 @@ def test_a_file_of_pairs(tmp_path):
 
 def test_a_row_that_states_a_default_is_no_other_pair(tmp_path):
     (tmp_path / "p.csv").write_text("content,style,alpha,color\na,s,,\na,s,1,\na,s,1.0,style\na,s,0.5,\n")
-    pairs = pair_up(str(tmp_path / "p.csv"), CONTENTS, STYLES, check=_checked(OptionsConfig()))
+    pairs = pair_up(str(tmp_path / "p.csv"), CONTENTS, STYLES, check=partial(_check, OptionsConfig()))
     assert pairs == [Pair(0, 0), Pair(0, 0, {"alpha": 0.5})]
 
 
