@@ -14,9 +14,11 @@ Each takes --help, --config and --dry-run as every pipeline does.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconv import cli
@@ -35,6 +37,7 @@ from adaconv.config.dataset import (
 
 if TYPE_CHECKING:
     from adaconv.data.builds import Listing
+    from adaconv.data.changes import Garbage
     from adaconv.data.manifest import DatasetVersion
     from adaconv.data.selection import Criterion
 
@@ -179,9 +182,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 
 def gc(config: GcConfig) -> dict[str, Any]:
-    from adaconv.data.changes import collect, find_garbage
+    from adaconv.data.changes import collect
 
-    garbage = find_garbage(config.dataset, keep_last=config.keep_last, older_than_hours=config.older_than_hours)
+    garbage = _garbage(config)
     collect(garbage)
     return {
         "versions_deleted": list(garbage.versions),
@@ -192,12 +195,30 @@ def gc(config: GcConfig) -> dict[str, Any]:
 
 
 def plan_gc(config: GcConfig) -> str:
-    from adaconv.data.changes import find_garbage
-
-    garbage = find_garbage(config.dataset, keep_last=config.keep_last, older_than_hours=config.older_than_hours)
+    garbage = _garbage(config)
     what = f"versions {', '.join(garbage.versions) or 'none'}; {len(garbage.files)} files, {garbage.bytes / 1e6:.1f} MB"
     uploads = [f"{entry.path} (an upload that never ended)" for entry in garbage.uploads]
     return "\n".join([f"to delete: {what}", *(entry.path for entry in garbage.files), *uploads])
+
+
+def _garbage(config: GcConfig) -> "Garbage":
+    """What no version needs, if no training that is known reads what is to go."""
+    from adaconv.data.changes import find_garbage
+    from adaconv.data.manifest import open_version
+    from adaconv.errors import UsageError
+    from adaconv.tracking.runs import default_uri
+    from adaconv.tracking.trace import running_on
+
+    garbage = find_garbage(config.dataset, keep_last=config.keep_last, older_than_hours=config.older_than_hours)
+    tracked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if garbage.versions and tracked:
+        hashes = {open_version(f"{garbage.root}@{name}").root_hash for name in garbage.versions}
+        if runs := running_on(hashes, tracking_uri=default_uri(tracked, Path.cwd())):
+            raise UsageError(
+                f"versions {', '.join(garbage.versions)} were to be deleted, but trainings that go on read some of "
+                f"them: {', '.join(runs)}. Wait for their end (pipelines/runs.py reap ends what is dead), or keep more"
+            )
+    return garbage
 
 
 def plan_remove(config: RemoveConfig) -> str:

@@ -239,7 +239,7 @@ class Cluster:
 def ray_cluster(environment: dict[str, str]) -> Iterator[Cluster]:
     """Start a cluster whose workers have these variables, and end it."""
     whole = {**os.environ, **environment}
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"):  # MLflow sets its own
         whole.pop(name, None)
     for _ in range(3):  # Ray gives its node half a minute, and takes ports that somebody else may take first
         process = subprocess.Popen(

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from adaconv.config.base import Config, Location, Name
+from adaconv.config.base import Config, Location, Name, TrackingUri
 from adaconv.config.shard import BudgetConfig, ShardScalingConfig
 
 
@@ -80,6 +80,9 @@ class GcConfig(Config):
     """Versions to keep: LATEST's and so many less one of its ancestors; all others go. None keeps every version."""
     older_than_hours: float = Field(default=24.0, ge=0)
     """Files that belong to no version go only if they are older: younger ones may belong to a running job."""
+    tracking_uri: TrackingUri = None
+    """MLflow tracking server or database: a version that one of its running trainings reads is not deleted. None:
+    MLFLOW_TRACKING_URI; where that is not set either, nobody is asked."""
     output: Location | None = None
     """Folder for result.json; None writes none."""
 

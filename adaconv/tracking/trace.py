@@ -10,6 +10,8 @@ from adaconv.errors import TrackingError
 from adaconv.tracking.logged_model import DIGEST_TAG, logged_models
 from adaconv.tracking.runs import INITIAL_RUN_TAG, every, reader_of
 
+_HASH_TAGS = ("adaconv.content_hash", "adaconv.style_hash")
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -19,6 +21,22 @@ class TrainedRun:
     name: str
     status: str
     models: dict[str, list[str]]
+
+
+def running_on(root_hashes: Iterable[str], *, tracking_uri: str) -> list[str]:
+    """Names of the runs that read one of these versions and are RUNNING, in any experiment.
+
+    Raises:
+        TrackingError: the backend cannot be reached.
+    """
+    try:
+        client = reader_of(tracking_uri)
+        experiments = [one.experiment_id for one in every(client.search_experiments)]
+        running = every(client.search_runs, experiments, "attributes.status = 'RUNNING'")
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"cannot look for runs at {tracking_uri}: {error}") from error
+    wanted = set(root_hashes)
+    return [run.info.run_name for run in running if wanted & {run.data.tags.get(tag) for tag in _HASH_TAGS}]
 
 
 def runs_trained_on(root_hashes: Iterable[str], *, tracking_uri: str) -> list[TrainedRun]:
@@ -31,7 +49,7 @@ def runs_trained_on(root_hashes: Iterable[str], *, tracking_uri: str) -> list[Tr
         client = reader_of(tracking_uri)
         experiments = [one.experiment_id for one in every(client.search_experiments, view_type=ViewType.ALL)]
         found: dict[str, Run] = {}
-        wanted = [(f"adaconv.{name}_hash", value) for value in root_hashes for name in ("content", "style")]
+        wanted = [(tag, value) for value in root_hashes for tag in _HASH_TAGS]
         while wanted:
             tag, value = wanted.pop()
             runs = every(client.search_runs, experiments, f"tags.`{tag}` = '{value}'", run_view_type=ViewType.ALL)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adaconv.data.manifest import open_version
+from adaconv.data.manifest import list_versions, open_version
+from adaconv.tracking.runs import client_of
 from pipelines import dataset
 from tests.helpers import build_version, child_of
 
@@ -161,3 +162,26 @@ def test_garbage_is_planned_then_deleted(capsys, root):
     assert orphan.exists()
     assert answer(capsys, *flags)[0] == 0
     assert not orphan.exists()
+
+
+def test_what_a_training_reads_is_not_deleted(capsys, root, tmp_path, monkeypatch):
+    first = open_version(str(root))
+    second = child_of(first, 2)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = client_of(uri)
+    run = client.create_run("0", run_name="reads-it", tags={"adaconv.content_hash": first.root_hash})
+    client.create_run("0", run_name="reads-latest", tags={"adaconv.content_hash": second.root_hash})
+    flags = ("gc", "--dataset", root, "--keep-last", 1)
+    for more in (("--dry-run",), ()):
+        code, _, err = answer(capsys, *flags, "--tracking-uri", uri, *more)
+        assert code == 2
+        assert f"versions {first.version} were to be deleted, but trainings" in err
+        assert "some of them: reads-it. Wait" in err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'nowhere.db'}")
+    code, _, err = answer(capsys, *flags)
+    assert (code, "expected MLflow's database at" in err) == (1, True)
+    assert open_version(f"{root}@{first.version}") == first
+    client.set_terminated(run.info.run_id, "FINISHED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert answer(capsys, *flags)[0] == 0
+    assert list_versions(str(root)) == [second.version]
