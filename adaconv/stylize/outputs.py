@@ -32,6 +32,7 @@ from PIL import Image, PngImagePlugin
 from adaconv import storage
 from adaconv.errors import UsageError
 from adaconv.images import EXTENSIONS, ORIENTATION, ImageError, open_header
+from adaconv.progress import Progress
 
 Format = Literal["png", "jpeg", "webp", "tiff"]
 
@@ -276,8 +277,20 @@ class Published:
     @classmethod
     def of(cls, root: str) -> "Published":
         """List a job's output folder; none on a disk, where an output's end must be looked at."""
-        found = () if storage.is_local(root) else storage.walk(storage.join(root, "images"))
-        return cls(np.sort(np.fromiter((_hash(f"images/{one.path}") for one in found if one.bytes), np.uint64)))
+
+        def below(folder: str) -> NDArray[np.uint64]:
+            names = (f"images/{storage.name_of(folder)}/{one.path}" for one in storage.walk(folder) if one.bytes)
+            return np.fromiter(map(_hash, names), np.uint64)
+
+        # A folder for each style, several at once: a store answers a thousand names at a time.
+        folders = [] if storage.is_local(root) else storage.list_directories(storage.join(root, "images"))
+        hashes, progress = [np.zeros(0, np.uint64)], Progress("look for outputs", unit="outputs")
+        for some in storage.few_at_once(below, folders, where=root):
+            hashes.append(some)
+            progress.advance(len(some))
+        if folders:
+            progress.close()
+        return cls(np.sort(np.concatenate(hashes)))
 
     def __contains__(self, name: object) -> bool:
         wanted = np.uint64(_hash(str(name)))
