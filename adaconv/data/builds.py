@@ -22,6 +22,7 @@ from adaconv.data.manifest import (
 from adaconv.data.sources import Found, fingerprint, read_found
 from adaconv.errors import UsageError
 from adaconv.images import ImageError
+from adaconv.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
     chunks: dict[str, int] = {}
     counted = {"images": 0, "bytes": 0}
     lines: list[str] = []
+    progress = Progress("list")
 
     def spill() -> None:
         text = "".join(lines).encode()
@@ -63,6 +65,7 @@ def spill_listing(found: Iterable[Found], folder: Path) -> Listing:
         with storage.full_disk_named(str(folder)):
             (folder / f"{name}.jsonl").write_bytes(text)
         chunks[name] = len(lines)
+        progress.advance(len(lines))
         lines.clear()
 
     def passing() -> Iterator[Found]:

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from adaconv import storage
+from adaconv import progress, storage
 from adaconv.data.builds import spill_listing
-from adaconv.data.sources import fingerprint, iter_images, list_images, read_found
+from adaconv.data.sources import Found, fingerprint, iter_images, list_images, read_found
 from adaconv.errors import UsageError
 from adaconv.images import ImageError
 
@@ -339,3 +339,11 @@ def test_the_memory_of_a_listing_does_not_grow_with_it(monkeypatch, tmp_path):
     """
     small, large = (listed_peak(monkeypatch, tmp_path, count) for count in (5_000, 50_000))
     assert large < small + 50_000 / 512 * 300 + 300_000
+
+
+def test_a_long_listing_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_SHORTEST_SECONDS", 0.0)
+    found = (Found("/data/a.jpg", f"{number}.jpg") for number in range(1300))
+    with caplog.at_level("INFO"):
+        assert spill_listing(found, tmp_path).images == 1300
+    assert caplog.messages[0].startswith("list 512 | ")
