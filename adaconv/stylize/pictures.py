@@ -20,6 +20,7 @@ P = TypeVar("P", Image.Image, NDArray[np.uint8], NDArray[np.float32], Tensor)
 
 _WINDOW_SIDE = 1024  # of what is reduced at a time
 _LONGEST_STYLE = 8  # times as long as wide
+_LEVELS = (-0.5, 1.5)  # levels in [0, 1] lie within; levels of 0 to 255, or of -1 to 1, do not
 
 
 def pixels_of(picture: Picture) -> Tensor:
@@ -30,9 +31,9 @@ def pixels_of(picture: Picture) -> Tensor:
             tensors are uint8, or floating in [0, 1].
 
     Raises:
-        UsageError: another shape or dtype.
+        UsageError: another shape or dtype, or values of another scale.
     """
-    if isinstance(picture, Image.Image):
+    if isinstance(picture, Image.Image) and min(picture.size):
         return torch.from_numpy(np.array(as_seen(picture))).permute(2, 0, 1)[None]
     tensor = picture if isinstance(picture, Tensor) else torch.empty(0)
     if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3:
@@ -43,11 +44,27 @@ def pixels_of(picture: Picture) -> Tensor:
             if tensor.dtype == torch.uint8:
                 return tensor
             if tensor.is_floating_point():
-                return tensor.float()
-    found = f"{type(picture).__name__} of {tuple(getattr(picture, 'shape', ()))} {getattr(picture, 'dtype', '')}"
+                return require_levels(tensor.float())
+    shape = tuple(getattr(picture, "shape", getattr(picture, "size", ())))
+    found = f"{type(picture).__name__} of {shape} {getattr(picture, 'dtype', '')}"
     raise UsageError(
         f"expected a PIL picture, an array (H, W, 3) or a tensor (3, H, W), uint8 or floating in [0, 1]; found {found}"
     )
+
+
+def require_levels(values: Tensor) -> Tensor:
+    """Floating values as they are, if they may be levels in [0, 1]: what filters make of such goes beyond by a little.
+
+    Raises:
+        UsageError: they are not finite, or of another scale.
+    """
+    low, high = (float(bound) for bound in values.aminmax())
+    if not (_LEVELS[0] <= low and high <= _LEVELS[1]):  # a NaN is neither
+        raise UsageError(
+            f"expected floating values in [0, 1], found {low:.4g} to {high:.4g}; divide levels of 0 to 255 by 255, and "
+            "undo a normalisation"
+        )
+    return values
 
 
 def like(picture: P, pixels: Tensor) -> P:

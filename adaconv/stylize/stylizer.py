@@ -26,7 +26,7 @@ from adaconv.model.network import AdaINTransfer, StyleCode, StyleTransferNet, pa
 from adaconv.stylize.blend import mix
 from adaconv.stylize.colour import Color, ColorStatistics, coral, with_chroma_of
 from adaconv.stylize.layers import Moments, Region
-from adaconv.stylize.pictures import P, Picture, as_style, like, pixels_of, reduced, thumbnail
+from adaconv.stylize.pictures import P, Picture, as_style, like, pixels_of, reduced, require_levels, thumbnail
 from adaconv.stylize.raster import MemoryRaster, Raster, Window, tiles
 from adaconv.stylize.style_pack import StylePack, mix_packs
 from adaconv.stylize.tiling import Tiler, plan_tile
@@ -104,7 +104,7 @@ class Stylizer:
         return cls(network, info, device=device, precision=precision, max_memory_gb=max_memory_gb, scratch=scratch)
 
     @classmethod
-    def from_model(cls, uri: str, *, tracking_uri: str | None = None, **how: Any) -> "Stylizer":
+    def from_model(cls, uri: str | Path, *, tracking_uri: str | None = None, **how: Any) -> "Stylizer":
         """From a registered model or a checkpoint, by name.
 
         Args:
@@ -116,6 +116,7 @@ class Stylizer:
         Raises:
             TrackingError, CheckpointError, UsageError: there is no such model.
         """
+        uri = str(uri)
         if not is_mlflow_uri(uri):
             with fetched(uri) as folder:
                 return cls.from_folder(folder, **how)
@@ -146,19 +147,24 @@ class Stylizer:
             side: its shorter side is scaled to this many pixels first: the scale at which strokes are read. Of a strip
                 more than 8 times as long as wide the middle is read.
             source: kept as the pack's name.
-            source_sha256: of the style's file; None takes it of the pixels.
+            source_sha256: of the style's file; None takes it of the pixels. Of several styles each has its own: make
+                their packs first, and `mix_packs` of them.
 
         Raises:
-            UsageError: styles of this side take more memory than `max_memory_gb`, or it is below 1.
+            UsageError: styles of this side take more memory than `max_memory_gb`, or it is below 1; no such picture.
             MemoryError: this style does, which is longer than wide.
         """
         if side < 1:
             raise UsageError(f"side: expected 1 pixel or more, found {side}")
         if isinstance(style, list | tuple):
+            if source_sha256 is not None:
+                raise UsageError("source_sha256 is of one style, found several; make a pack of each, then mix_packs")
             packs = [self.style_pack(one, side=side, source=f"{source or 'style'} {i}") for i, one in enumerate(style)]
             return mix_packs(packs)
-        assert not isinstance(style, Sequence)
-        picture = as_seen(style) if isinstance(style, Image.Image) else Image.fromarray(to_uint8(_float(style)[0]))
+        if isinstance(style, Image.Image) and min(style.size):
+            picture = as_seen(style)
+        else:
+            picture = Image.fromarray(to_uint8(_float(cast(Picture, style))[0]))
         digest = source_sha256 or hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
         self._require_room(*picture.size, side)
         (top, bottom, left, right), size = as_style(*picture.size, side)
@@ -187,7 +193,7 @@ class Stylizer:
             alpha: from 0, the content in its own style (read off a reduction of it, so that a pack of it gives nearly
                 the same), to 1, the style.
             weights: of several packs in a mixture; None takes equal ones.
-            mask: one a pack, of the content's size, white where the pack applies; PIL of any mode, see images.to_rgb;
+            mask: one a pack, of the content's size, white where the pack applies; PIL of any mode, what is transparent is outside;
                 arrays and tensors of uint8, or floating in [0, 1].
             color: `style`; `luminance` keeps the content's chroma, `coral` its mean and covariance of colours.
             tile: side of tiles in pixels; None takes the whole frame; `auto` tiles what would take more memory than
@@ -477,11 +483,14 @@ def _mask(mask: Mask, height: int, width: int) -> Tensor:
     if isinstance(mask, Image.Image):
         picture = upright(mask)
         wide = picture.mode.startswith("I") or picture.mode == "F"  # which `convert` would clip
+        if picture.has_transparency_data:  # what is transparent is outside, whatever colour it has
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
         mask = np.asarray((to_rgb(picture) if wide else picture).convert("L"))
     values = torch.as_tensor(np.array(mask) if isinstance(mask, np.ndarray) else mask)
     if values.dtype not in (torch.uint8, torch.bool) and not values.is_floating_point():
         raise UsageError(f"expected a mask of uint8, or floating in [0, 1], found {values.dtype}")
-    values = to_float(values)
+    values = require_levels(to_float(values)) if values.numel() else to_float(values)
     if values.ndim not in (2, 3, 4) or values.numel() != values.shape[-1] * values.shape[-2]:
         raise UsageError(f"expected a mask of {width}x{height} with one channel, found {tuple(values.shape)}")
     return values.reshape(1, 1, *values.shape[-2:]).clamp(0, 1)

@@ -181,6 +181,46 @@ def test_pictures_come_back_as_what_they_were(stylizer):
             stylizer.stylize(wrong, pack)
 
 
+@pytest.mark.parametrize(
+    ("scale", "shift", "found"), [(255, 0, "found 0 to 25"), (2, -1, "found -1 to "), (1, np.nan, "found nan to nan")]
+)
+def test_floats_of_another_scale_are_refused(stylizer, scale, shift, found):
+    """They would be a picture all the same: a plausible wrong one."""
+    levels = np.linspace(0, 1, 24 * 40 * 3, dtype=np.float32).reshape(24, 40, 3)
+    pack = stylizer.style_pack(levels, side=32)
+    wrong = (levels * scale + shift).astype(np.float32)
+    for call in (
+        lambda: stylizer.stylize(wrong, pack),
+        lambda: stylizer.style_pack(torch.from_numpy(wrong).permute(2, 0, 1), side=32),
+        lambda: stylizer.stylize(levels, pack, mask=wrong[..., 0]),
+    ):
+        with pytest.raises(UsageError, match=found):
+            call()
+    beyond = levels * 1.2 - 0.1  # as a cubic filter leaves it
+    assert np.isfinite(stylizer.stylize(beyond, pack)).all()
+
+
+def test_what_is_no_picture_is_told_so(stylizer):
+    for wrong in ("painting.jpg", Image.new("RGB", (0, 5)), None):
+        with pytest.raises(UsageError, match="expected a PIL picture"):
+            stylizer.style_pack(wrong)
+        with pytest.raises(UsageError, match="expected a PIL picture"):
+            stylizer.stylize(wrong, stylizer.style_pack(picture(32, 32)))
+    with pytest.raises(UsageError, match="make a pack of each, then mix_packs"):
+        stylizer.style_pack([picture(32, 32), picture(32, 32, 1)], source_sha256="ab")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_of_a_mask_is_outside(stylizer, mode):
+    content, pack = picture(64, 48), stylizer.style_pack(picture(32, 32, 1), side=32)
+    region = np.zeros((48, 64), np.uint8)
+    region[:, 20:50] = 255
+    mask = Image.merge("RGBA", [Image.new("L", (64, 48), 255)] * 3 + [Image.fromarray(region)]).convert(mode)
+    wanted = stylizer.stylize(content, pack, mask=region)
+    assert stylizer.stylize(content, pack, mask=mask).tobytes() == wanted.tobytes()
+    assert stylizer.stylize(content, pack).tobytes() != wanted.tobytes()
+
+
 def test_pil_pictures_are_taken_as_they_are_seen(stylizer, tmp_path):
     """Upright and in sRGB, as a job takes the same file; the result needs no tag for it."""
     exif = Image.Exif()
