@@ -11,6 +11,7 @@ allows, which is none; the others stand.
 makes an output again from its recipe, and ends with 1 if the bytes are others.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,14 +21,18 @@ from typing import Any
 from adaconv import cli
 from adaconv.config.stylize import StylizeConfig
 
+log = logging.getLogger(__name__)
+
 
 def plan(config: StylizeConfig) -> str:
     if config.replay:
         return f"make {config.replay} again from its recipe and compare the bytes"
     from adaconv.orchestration.stylize_plan import plan_job
+    from adaconv.tracking.registry import exact_model
 
     _check_apart(config)
-    return f"{plan_job(config)} of {config.model} in {config.output}"
+    model = exact_model(config.model, tracking_uri=_tracking_uri(config))
+    return f"{plan_job(config)} of {model} in {config.output}"
 
 
 def execute(config: StylizeConfig) -> dict[str, Any]:
@@ -35,12 +40,11 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     from adaconv.orchestration.cluster import connect
     from adaconv.orchestration.stylize_plan import plan_job
     from adaconv.tracking.registry import resolved_model
-    from adaconv.tracking.runs import default_uri
 
     if config.tile.scratch:  # actors have other working directories
         tile = config.tile.model_copy(update={"scratch": storage.absolute(config.tile.scratch)})
         config = config.model_copy(update={"tile": tile})
-    resolved = partial(resolved_model, tracking_uri=default_uri(config.tracking.uri, Path.cwd()))
+    resolved = partial(resolved_model, tracking_uri=_tracking_uri(config))
 
     if config.replay:
         from adaconv.stylize.replay import replay
@@ -53,9 +57,17 @@ def execute(config: StylizeConfig) -> dict[str, Any]:
     cli.require_writable(config.output)
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     with resolved(config.model) as (model, folder), connect():
+        if model != config.model:
+            log.info("%s is %s", config.model, model)
         from adaconv.orchestration.stylize_job import run_stylize_job
 
         return run_stylize_job(config, job, model=model, folder=folder)
+
+
+def _tracking_uri(config: StylizeConfig) -> str:
+    from adaconv.tracking.runs import default_uri
+
+    return default_uri(config.tracking.uri, Path.cwd())
 
 
 def _check_apart(config: StylizeConfig) -> None:

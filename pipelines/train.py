@@ -93,7 +93,7 @@ def execute(config: TrainConfig) -> dict[str, Any]:
         log.info("%s has its %d steps already; nothing to train", run_folder, done)
         run_id = before.get("run_id")
         result |= {"run_id": run_id, "step": done, "checkpoint": whole, "finished": True}
-        waits = hand_over(local / "spool", checkpoints=checkpoints)
+        waits = hand_over(local / "spool", uri=tracking_uri, checkpoints=checkpoints)
         if waits or not lacks_its_end(tracking_uri, run_id, config.tracking.experiment, identity):
             return result
     pinned = {"content": f"{content.root}@{content.version}", "style": f"{style.root}@{style.version}"}

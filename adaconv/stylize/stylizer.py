@@ -193,8 +193,8 @@ class Stylizer:
             alpha: from 0, the content in its own style (read off a reduction of it, so that a pack of it gives nearly
                 the same), to 1, the style.
             weights: of several packs in a mixture; None takes equal ones.
-            mask: one a pack, of the content's size, white where the pack applies; PIL of any mode, what is transparent is outside;
-                arrays and tensors of uint8, or floating in [0, 1].
+            mask: one a pack, of the content's size, white where the pack applies; PIL of any mode, where what is
+                transparent is outside; arrays and tensors of uint8, or floating in [0, 1].
             color: `style`; `luminance` keeps the content's chroma, `coral` its mean and covariance of colours.
             tile: side of tiles in pixels; None takes the whole frame; `auto` tiles what would take more memory than
                 `max_memory_gb`. The result is the same but for rounding.

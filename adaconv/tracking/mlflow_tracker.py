@@ -48,6 +48,7 @@ from adaconv.tracking.runs import (
     make_or_find,
     ping,
     process_here,
+    reader_of,
     revive,
     set_status,
 )
@@ -194,8 +195,11 @@ def sync(spool_directory: Path, *, uri: str | None = None, timeout_seconds: floa
     """
     try:
         told = json.loads((spool_directory / "run.json").read_text())
+        file = database_file(uri or told["uri"])
+        if not uri or (file and file.exists()):
+            reader_of(uri or told["uri"])  # one that is not there must not be made anew: its folder was moved
         if uri and uri != told["uri"]:
-            ping(uri)  # one that is not there must not become the run's own
+            ping(uri)  # one that does not answer must not become the run's own
         tracker = MlflowTracker(uri or told["uri"], RunDescription(**told["description"]), spool_directory)
         tracker.claim()
         try:

@@ -241,31 +241,20 @@ def resolved_model(uri: str, *, tracking_uri: str) -> Iterator[tuple[str, Path]]
     """What a name means now, and for the block a local folder with its `model.safetensors` and `model.json`.
 
     Args:
-        uri: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or a checkpoint folder (local or s3://).
+        uri: see `exact_model`.
         tracking_uri: where models:/ and runs:/ are looked up.
 
     Yields:
-        the URI with an alias replaced by its version, and the local folder.
+        what `exact_model` gives, and the local folder.
 
     Raises:
-        UsageError: the name is not one of these.
-        TrackingError: there is no such model, version or alias, or the registry cannot be reached.
-        CheckpointError: the folder holds no whole model.
+        UsageError, TrackingError, CheckpointError: see `exact_model`; or the folder holds no whole model.
     """
+    uri = exact_model(uri, tracking_uri=tracking_uri)
     if not checkpoint.is_mlflow_uri(uri):
         with checkpoint.fetched(uri) as folder:
             yield uri, folder
         return
-    if re.fullmatch("models:/[^/@]+", uri):  # to MLflow a model that has no name, by its id
-        raise UsageError(f"expected {uri}@ALIAS or {uri}/VERSION, found {uri}")
-    try:
-        client = reader_of(tracking_uri)
-        by_alias = re.fullmatch(r"models:/([^/@]+)@([^/]+)", uri)
-        if by_alias:
-            version = client.get_model_version_by_alias(*by_alias.groups()).version
-            uri = f"models:/{by_alias[1]}/{version}"
-    except FAILURES as error:
-        raise _unresolved(uri, tracking_uri, error) from error
     with scratch_folder("model") as target:
         try:
             mlflow.artifacts.download_artifacts(uri, dst_path=str(target), tracking_uri=tracking_uri)
@@ -276,6 +265,35 @@ def resolved_model(uri: str, *, tracking_uri: str) -> Iterator[tuple[str, Path]]
             why = "it was not registered by pipelines/register.py" if any(target.iterdir()) else "its files are gone"
             raise CheckpointError(f"{uri} holds no model.safetensors: {why}")
         yield uri, found[0].parent
+
+
+def exact_model(uri: str, *, tracking_uri: str) -> str:
+    """What a model's name means now: of an alias its version, of a run or a folder of runs the newest checkpoint.
+
+    Args:
+        uri: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or the folder of a checkpoint, a run or runs
+            (local or s3://).
+        tracking_uri: where models:/ is looked up.
+
+    Raises:
+        UsageError: the name is not one of these.
+        TrackingError: there is no such model, version or alias, or the registry cannot be reached.
+        CheckpointError: there is no checkpoint.
+    """
+    if not checkpoint.is_mlflow_uri(uri):
+        return find_checkpoint(uri)
+    if re.fullmatch("models:/[^/@]+", uri):  # to MLflow a model that has no name, by its id
+        raise UsageError(f"expected {uri}@ALIAS or {uri}/VERSION, found {uri}")
+    try:
+        client = reader_of(tracking_uri)
+        if by_alias := re.fullmatch(r"models:/([^/@]+)@([^/]+)", uri):
+            version = client.get_model_version_by_alias(*by_alias.groups())
+            return f"models:/{version.name}/{version.version}"
+        if by_version := re.fullmatch(r"models:/([^/@]+)/([^/]+)", uri):
+            client.get_model_version(*by_version.groups())
+    except FAILURES as error:
+        raise _unresolved(uri, tracking_uri, error) from error
+    return uri
 
 
 def _unresolved(uri: str, tracking_uri: str, error: Exception) -> TrackingError:

@@ -57,11 +57,11 @@ def keep_results(tracker: MlflowTracker, *, checkpoints: str) -> dict[str, Any]:
     return {"page": page, "models": models}
 
 
-def hand_over(spool: Path, *, checkpoints: str) -> int:
+def hand_over(spool: Path, *, uri: str, checkpoints: str) -> int:
     """Hand over what an outage left in a spool, if anything; returns how many records are left."""
     if not _waiting(spool):
         return 0
-    tracker, left = sync(spool)
+    tracker, left = sync(spool, uri=uri)
     if left:
         log.warning("tracking: %s does not answer; %d records wait in %s", tracker.uri, left, spool)
     else:

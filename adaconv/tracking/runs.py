@@ -5,6 +5,7 @@ Every function here may be repeated: what is there already is left as it is.
 
 import logging
 import os
+import shlex
 import socket
 import time
 import uuid
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 import psutil
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 
@@ -34,6 +35,7 @@ IDENTITY_TAG, NAME_TAG = "adaconv.id", "adaconv.run"
 ERROR_TAG, STATUS_TIME_TAG = "adaconv.error", "adaconv.status_time"
 INITIAL_RUN_TAG = "adaconv.init_from.run_id"  # of the run whose model's weights this one began with
 RESULTS_TAG = "adaconv.results"  # of a run whose page and models are there
+_ARTIFACTS = "mlartifacts"  # beside a database
 PROCESS_TAG, ALIVE_TAG = "adaconv.process", "adaconv.alive"
 _LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST, _AT_ONCE = 6000, 5000, 36, 100  # MLflow's limits, with room in tags
 _REAPED = "; the same command takes the run up again"  # ends what is told of a run that was taken for dead
@@ -111,9 +113,30 @@ def reader_of(uri: str) -> MlflowClient:
             "--tracking-uri) sqlite:////…/runs/mlflow.db with the output folder of the runs, or set MLFLOW_TRACKING_URI"
         )
     try:
-        return client_of(uri)
+        client = client_of(uri)
+        experiments = every(client.search_experiments) if file else []
     except Exception as error:  # of whatever a scheme leads to
         raise TrackingError(f"tracking: {uri}: {str(error).partition(chr(10))[0]}") from error
+    for experiment in experiments:
+        _refuse_moved(experiment, file)
+    return client
+
+
+def _refuse_moved(experiment: Experiment, database: Path | None) -> None:
+    """A database keeps the whole paths of its artifacts: moved with its folder, it finds none, and begins others there.
+
+    Raises:
+        TrackingError: it was moved.
+    """
+    place = urlsplit(experiment.artifact_location)
+    was = Path(unquote(place.path))
+    if database is None or place.scheme not in ("", "file") or was.name != _ARTIFACTS:
+        return
+    if not was.exists() and (database.parent / _ARTIFACTS).exists():
+        raise TrackingError(
+            f"tracking: {database} has its artifacts in {was}, and nothing is there: its folder was moved. Let the old "
+            f"name lead to the new place: ln -s {shlex.quote(str(database.parent))} {shlex.quote(str(was.parent))}"
+        )
 
 
 def default_uri(uri: str | None, output: Path, *, found: str | None = None) -> str:
@@ -361,7 +384,7 @@ def _experiment(client: MlflowClient, description: RunDescription) -> str:
         # A database has no place for artifacts of its own, and MLflow's default is the folder it happens to run in. Not
         # the run's own: runs of other folders come to lie there too.
         file = database_file(client.tracking_uri)
-        beside = (file.parent / "mlartifacts").as_uri() if file else None
+        beside = (file.parent / _ARTIFACTS).as_uri() if file else None
         try:
             return str(client.create_experiment(name, artifact_location=beside))
         except MlflowException as error:
@@ -370,6 +393,7 @@ def _experiment(client: MlflowClient, description: RunDescription) -> str:
             found = client.get_experiment_by_name(name)
     if found.lifecycle_stage != "active":
         raise TrackingError(f"experiment '{name}' is deleted; restore it or choose another --tracking.experiment")
+    _refuse_moved(found, database_file(client.tracking_uri))
     return str(found.experiment_id)
 
 

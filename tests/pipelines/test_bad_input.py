@@ -83,7 +83,7 @@ def folders(tmp_path):
         ),
         (
             ("stylize", "--model", "{}/empty", "--content", "{}/images", "--style", "{}/images", "--output", "{}/out"),
-            "expected a checkpoint at {}/empty",
+            "expected a checkpoint, a run or a folder of runs at {}/empty",
         ),
         (
             ("stylize", "--model", "m", "--content", "{}", "--style", "{}/images", "--output", "{}/out"),

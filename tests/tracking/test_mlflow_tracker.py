@@ -607,3 +607,26 @@ def test_a_run_that_ends_while_reap_looks_is_not_reaped(tmp_path, database, monk
     monkeypatch.setattr(runs, "_why_dead", ends)
     assert reap(client) == []
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_folder_that_was_moved_is_told_from_one_that_is_empty(tmp_path):
+    """Its database names artifacts where they were; new ones would begin there, and be found nowhere."""
+    (tmp_path / "old").mkdir()
+    tracker = start(f"sqlite:///{tmp_path}/old/mlflow.db", tmp_path / "old")
+    tracker.image("samples/grid", np.zeros((8, 8, 3), np.uint8), step=1)
+    assert close_run(tracker, "FINISHED")
+    new = (tmp_path / "old").rename(tmp_path / "new place")
+    uri, spool = f"sqlite:///{new}/mlflow.db", new / "run-1" / "spool"
+    with pytest.raises(TrackingError, match=rf"expected MLflow's database at {tmp_path}/old/mlflow.db, found none"):
+        sync(spool)
+    told = f"its folder was moved. .* ln -s '{new}' {tmp_path}/old(;.*)?$"
+    for call in (lambda: runs.reader_of(uri), lambda: sync(spool, uri=uri), lambda: start(uri, new, name="run-2")):
+        with pytest.raises(TrackingError, match=told):
+            call()
+    assert not (tmp_path / "old").exists()
+    (tmp_path / "old").symlink_to(new)
+    assert sync(spool, uri=uri)[1] == 0
+    assert [step for _, step, _ in runs.logged_images(runs.reader_of(uri), tracker.run_id)] == [1]
+    again = start(uri, new)
+    assert again.run_id == tracker.run_id
+    assert close_run(again, "FINISHED")

@@ -122,15 +122,15 @@ def test_what_goes_wrong_with_results_is_a_warning_and_is_done_again(database, s
 
 def test_what_waits_in_a_spool_is_handed_over_and_only_that(database, start, tmp_path, caplog):
     caplog.set_level("INFO")
-    assert hand_over(tmp_path / "nothing", checkpoints="none") == 0
+    assert hand_over(tmp_path / "nothing", uri=database, checkpoints="none") == 0
     tracker = start("three")
     close_run(tracker, "FINISHED")
-    assert hand_over(tracker.spool, checkpoints="none") == 0
+    assert hand_over(tracker.spool, uri=database, checkpoints="none") == 0
     assert lacks_its_end(database, tracker.run_id, "test", "three")
     line = {"kind": "metrics", "step": 1, "timestamp_ms": 1, "values": {"train/loss": 1.0}}
     with (tracker.spool / "records.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    assert hand_over(tracker.spool, checkpoints=str(tmp_path / "none")) == 0
+    assert hand_over(tracker.spool, uri=database, checkpoints=str(tmp_path / "none")) == 0
     assert [point.step for point in client_of(database).get_metric_history(tracker.run_id, "train/loss")] == [1]
     assert not lacks_its_end(database, tracker.run_id, "test", "three")
     assert caplog.text.count("handed over what waited in") == 1
