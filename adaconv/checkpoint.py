@@ -277,9 +277,16 @@ def load_trainer(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def load_data(folder: Path) -> dict[str, Any]:
-    """`data.json` of a fetched checkpoint."""
-    return _read_json(folder / "data.json")
+def data_of(uri: str) -> dict[str, Any]:
+    """`data.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or gone.
+    """
+    try:
+        return _object_of(storage.read_bytes(storage.join(uri, "data.json")), f"{uri}: data.json")
+    except FileNotFoundError:
+        raise CheckpointError(f"{uri}: data.json is not there, or no longer") from None
 
 
 def copy_model(folder: Path, target: Path) -> None:

@@ -25,12 +25,14 @@ from adaconv.config.load import to_yaml
 from adaconv.config.train import TrainConfig
 
 if TYPE_CHECKING:
+    from adaconv.data.manifest import DatasetVersion
     from adaconv.training.start import Initial
 
 log = logging.getLogger(__name__)
 
 
 def plan(config: TrainConfig) -> str:
+    from adaconv import checkpoint, storage
     from adaconv.data.manifest import open_version
     from adaconv.model.encoder_weights import is_here
     from adaconv.training.plan import describe
@@ -40,6 +42,9 @@ def plan(config: TrainConfig) -> str:
     _require(config)
     content, style = open_version(config.content), open_version(config.style)
     given_squares(config)
+    name = _run_name(config, content.root_hash, style.root_hash)
+    there = checkpoint.steps_in(storage.join(config.output, name, "checkpoints")) if config.resume != "none" else {}
+    begun = _begun(config, content, style, there[max(there)] if there else None)
     steps, batch = config.train.steps, config.train.global_batch_size
     rows = {name: sum(s.rows for s in version.shards) for name, version in (("content", content), ("style", style))}
     epochs = ", ".join(f"{steps * batch / count:.1f} epochs over {count} {name}s" for name, count in rows.items())
@@ -47,9 +52,9 @@ def plan(config: TrainConfig) -> str:
     if initial and not is_here(config.encoder.weights):
         initial += f"its encoder is compared with {config.encoder.weights} by the run, for that is not here yet\n"
     return (
-        f"run {_run_name(config, content.root_hash, style.root_hash)}: {steps} steps x {batch} pairs on "
+        f"run {name}: {steps} steps x {batch} pairs on "
         f"{config.scaling.most_workers} ranks: {epochs}\n"
-        f"{initial}checkpoints every {config.checkpoint.every_steps} steps below {config.output}\n"
+        f"{begun}{initial}checkpoints every {config.checkpoint.every_steps} steps below {config.output}\n"
         + describe(config, content, style, ranks=(1, 2, 4, 8, 16, 32, 64))
     )
 
@@ -84,8 +89,9 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     before = checkpoint.meta_of(whole) if whole else {}
     done = before.get("step", 0)
     origin, initial = _origin(config, checkpoints, before)
+    begun = _begun(config, content, style, whole)
     if done < config.train.steps:
-        for line in describe(config, content, style, ranks=()).splitlines():
+        for line in (begun + describe(config, content, style, ranks=())).splitlines():
             log.info(line)
     identity = identity_of(run_folder)  # the first that is written, when nothing is refused any more
     local = Path(run_folder) if storage.is_local(run_folder) else beside / f"{name}-{identity[:8]}"
@@ -206,6 +212,29 @@ def _origin(
     if "init_from" in origin:
         log.info("%s", _told(origin["init_from"]))
     return origin, initial
+
+
+def _begun(config: TrainConfig, content: "DatasetVersion", style: "DatasetVersion", newest: str | None) -> str:
+    """Where a run goes on, or which other one may be meant, as a line; empty where there is nothing to say.
+
+    Args:
+        config: of the run.
+        content: dataset version.
+        style: dataset version.
+        newest: the run's own newest checkpoint.
+
+    Raises:
+        CheckpointError: it would go on from a checkpoint of another run.
+    """
+    from adaconv import checkpoint
+    from adaconv.training.start import books_of, nearly_this_run, refuse_other_run
+
+    books = books_of(config, content, style)
+    if uri := newest or (config.resume if _starts_from(config) else None):
+        refuse_other_run(uri, checkpoint.data_of(uri), books)
+        return f"it goes on from {uri}\n"
+    near = "" if config.resume == "none" or config.init_from else nearly_this_run(config.output, books)
+    return near and f"{near}\n"
 
 
 def _require(config: TrainConfig) -> None:

@@ -18,7 +18,7 @@ def test_a_network_comes_back_as_it_was(tmp_path):
     with checkpoint.fetched(uri) as folder:
         again, info = checkpoint.load_network(folder)
         assert checkpoint.load_trainer(folder)["moments"].tolist() == [1, 1, 1]
-        assert checkpoint.load_data(folder) == {"seed": 1}
+        assert checkpoint.data_of(str(folder)) == {"seed": 1}
     x, y = torch.rand(2, 1, 3, 32, 32)
     assert torch.equal(network.eval()(x, y), again(x, y))
     assert info.step == 7

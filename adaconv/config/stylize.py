@@ -82,8 +82,8 @@ class StylizeTrackingConfig(Config):
 
 class StylizeConfig(Config):
     model: PathOrWord = ""
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or the folder (local or s3://) of a checkpoint, or of a run
-    or runs, whose newest one it is."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, or the folder (local or s3://) of a checkpoint, or of a
+    run or runs, whose newest one it is."""
     content: tuple[Location, ...] = ()
     """Contents: images, folders or zips of them, dataset versions (ROOT or ROOT@VERSION), FILE.parquet#COLUMN."""
     style: tuple[Location, ...] = ()

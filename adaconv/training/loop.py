@@ -329,7 +329,7 @@ def _resume_or_start(
         state = make_state(network, config.train, device=device, gradient_compression=compression)
         return state, fingerprint(encoder)
     with checkpoint.fetched(uri) as folder:
-        refuse_other_run(uri, checkpoint.load_data(folder), data)
+        refuse_other_run(uri, checkpoint.data_of(str(folder)), data)
         network, info = checkpoint.load_network(folder)
         network.train()
         state = make_state(network, config.train, device=device, gradient_compression=compression)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaconv import checkpoint
+from adaconv import checkpoint, storage
 from adaconv.checkpoint import ModelInfo
 from adaconv.data.order import batch_of_step
 from adaconv.errors import CheckpointError, ConfigError
@@ -25,6 +25,8 @@ from adaconv.training.state import make_state
 if TYPE_CHECKING:
     from adaconv.config.train import TrainConfig
     from adaconv.data.manifest import DatasetVersion
+
+_LOOKED_AT = 100  # folders beside a run's
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,53 @@ def books_of(config: TrainConfig, content: DatasetVersion, style: DatasetVersion
 def refuse_other_run(uri: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """A run goes on only as what it was: the same datasets, network, losses, order and schedule.
 
+    Args:
+        uri: of the checkpoint that it is to go on from.
+        saved: its books, `books_of` then.
+        now: `books_of` the run.
+
     Raises:
         CheckpointError: names all that differs.
     """
-    different = [f"{name} dataset" for name in ("content", "style") if saved[name] != now[name]]
+    if different := differences(saved, now):
+        raise CheckpointError(
+            f"{uri} belongs to another run; different: {', '.join(different)}. Give the same settings, or "
+            "--resume none for a new run; --init-from begins one with these weights"
+        )
+
+
+def nearly_this_run(output: str, now: Mapping[str, Any]) -> str:
+    """What to say of a run below a folder that differs from one that is to begin in one thing: it may be meant.
+
+    Args:
+        output: the folder of runs; of a hundred at most, for each takes a listing.
+        now: `books_of` the run.
+    """
+
+    def told(run: str) -> str:
+        steps = checkpoint.steps_in(storage.join(run, "checkpoints"))
+        try:
+            different = differences(checkpoint.data_of(steps[max(steps)]), now) if steps else []
+        except (CheckpointError, KeyError, TypeError):  # damaged, or of another release
+            return ""
+        if len(different) != 1:
+            return ""
+        return (
+            f"{run} is another run, at step {max(steps)}; different: {different[0]}. This one begins at step 0; the "
+            "command that the other one was begun with goes on with it, --init-from begins with its weights"
+        )
+
+    runs = storage.list_directories(output)[:_LOOKED_AT]
+    return next(filter(None, storage.few_at_once(told, runs, where=output)), "")
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What the books of a run have otherwise than those of another, each with both values."""
+    different = [
+        f"{name} dataset ({saved[name][:16]} then, {now[name][:16]} now)"
+        for name in ("content", "style")
+        if saved[name] != now[name]
+    ]
     different += [
         f"{name} ({before!r} then, {value!r} now)"
         for name, before, value in _differing(saved["identity"], now["identity"])
@@ -114,11 +159,7 @@ def refuse_other_run(uri: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     passed, given = (_passed(books.get("skipped", []), steps) for books in (saved, now))
     if passed != given:
         different.append(f"data.skip_batches ({passed or 'none'} then, {given or 'none'} now, before step {steps})")
-    if different:
-        raise CheckpointError(
-            f"{uri} belongs to another run; different: {', '.join(different)}. Give the same settings, or "
-            "--resume none for a new run; --init-from begins one with these weights"
-        )
+    return different
 
 
 def _passed(ranges: Sequence[Sequence[int]], steps: int) -> list[str]:

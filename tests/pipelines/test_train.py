@@ -170,6 +170,33 @@ def test_a_start_from_a_checkpoint_is_a_run_of_its_own(user, first, capsys):
     assert "expected a run that has no checkpoints yet" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(user, first, capsys):
+    start = Path(first["checkpoint"]).with_name(checkpoint.name_of(2))
+    runs, tracked = sorted((user.folder / "runs").iterdir()), len(user.client().search_runs(["1"]))
+    for told in (("--resume", start), ("--name", first["name"])):
+        for more in ((), ("--dry-run",)):
+            assert user.train(*told, "--loss.style-weight", 7, *more) == 1
+            assert "different: loss.style_weight (10.0 then, 7.0 now)" in capsys.readouterr().err
+    assert sorted((user.folder / "runs").iterdir()) == runs
+    assert len(user.client().search_runs(["1"])) == tracked
+
+
+def test_a_run_that_differs_in_one_thing_is_told_of(user, first, capsys):
+    """As after an append: whoever meant to go on would find out days later."""
+    told = (
+        f"{first['run']} is another run, at step {STEPS}; different: loss.style_weight (10.0 then, 7.0 now). This one"
+    )
+    for flags, words in (
+        (("--loss.style-weight", 7), told),
+        (("--loss.style-weight", 7, "--resume", "none"), None),
+        (("--loss.style-weight", 7, "--data.crop", 24), None),
+        ((), f"it goes on from {first['checkpoint']}"),
+    ):
+        assert user.train(*flags, "--dry-run") == 0
+        out = capsys.readouterr().out
+        assert words in out if words else "another run" not in out
+
+
 def test_a_run_begins_with_the_weights_of_a_registered_model(user, first, capsys, monkeypatch):
     """Those that its name meant at the first start, also where nothing was trained before the second."""
     learnt = user.register(first["checkpoint"], "champion")
