@@ -220,6 +220,7 @@ def run_train_job(config: TrainConfig, *, run_folder: str, tracker: Tracker, met
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
         ),
     )
+    log.info("starting %d ranks", scaling.most_workers)
     with _sigterm_requests_stop(desk), _lines_of(desk), _ctrl_c_interrupts():
         try:
             result = trainer.fit()

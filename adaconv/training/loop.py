@@ -139,6 +139,7 @@ def train(
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
         first_step=first_step,
+        tell=control.say,
     )
     dataset = _dataset(config, content, style)
     batches = make_loader(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from adaconv import checkpoint
 from adaconv.training.state import TrainState
-
-log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -21,6 +18,7 @@ class CheckpointWriter:
         settings, encoder_fingerprint: as `checkpoint.save` takes them.
         keep_last, keep_best: checkpoints that stay; see `checkpoint.keep`.
         first_step: that the training begins at. Later checkpoints that are there already were passed over, as damaged.
+        tell: takes a line about what went wrong and ended nothing; from any thread.
     """
 
     def __init__(
@@ -32,9 +30,10 @@ class CheckpointWriter:
         keep_last: int,
         keep_best: int,
         first_step: int,
+        tell: Callable[[str], None],
     ) -> None:
         self._folder, self._settings, self._fingerprint = folder, settings, encoder_fingerprint
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last, self._keep_best, self._tell = keep_last, keep_best, tell
         self._passed_over = {step for step in checkpoint.steps_in(folder) if step > first_step}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -54,7 +53,7 @@ class CheckpointWriter:
             self.wait()
         except Exception as error:
             failed = True
-            log.warning("a checkpoint could not be written, step %d is tried instead: %s", state.step, error)
+            self._tell(f"WARNING a checkpoint could not be written, step {state.step} is tried instead: {error}")
         copy: dict[str, Any] = {
             "step": state.step,
             "weights": state.inference_weights(),
@@ -107,4 +106,4 @@ class CheckpointWriter:
                 passed_over=self._passed_over,
             )
         except Exception as error:  # the next one tries again
-            log.warning("step %d is saved, but checkpoints before it could not be removed: %s", copy["step"], error)
+            self._tell(f"WARNING step {copy['step']} is saved, but none before it could be removed: {error}")

@@ -290,6 +290,7 @@ def test_old_checkpoints_that_cannot_be_removed_end_no_run(
     content_version, style_version, tmp_path, monkeypatch, caplog
 ):
     """As where a store lets nobody delete."""
+    caplog.set_level("INFO")
 
     def refuse(*_, **__):
         raise PermissionError("no right to delete")
@@ -300,7 +301,7 @@ def test_old_checkpoints_that_cannot_be_removed_end_no_run(
     assert run(content_version, style_version, tmp_path, tracker=tracker, **changes).finished
     there = list(checkpoint.steps_in(str(tmp_path)))
     assert there == [step for step, _ in tracker.checkpoints] == [1, 2, 3, 4]
-    assert "step 4 is saved, but checkpoints before it could not be removed: no right to delete" in caplog.text
+    assert "step 4 is saved, but none before it could be removed: no right to delete" in caplog.text
 
 
 def test_a_checkpoint_that_failed_is_told_at_once(content_version, style_version, tmp_path, monkeypatch):
@@ -321,15 +322,19 @@ def test_a_checkpoint_that_failed_is_told_at_once(content_version, style_version
         def not_published(self):
             self.failed += 1
 
+        def say(self, line):
+            said.append(line)
+
     def refuse(*_, **__):
         refused.set()
         raise ConnectionError("no answer in 60 s")
 
-    control, refused = Asking(), threading.Event()
+    control, refused, said = Asking(), threading.Event(), []
     monkeypatch.setattr(storage, "publish_directory", refuse)
     with pytest.raises(ConnectionError):
         run(content_version, style_version, tmp_path, control=control, checkpoint__every_steps=100)
     assert control.failed
+    assert "WARNING a checkpoint could not be written, step 4 is tried instead: no answer in 60 s" in said
 
 
 def test_a_checkpoint_that_was_published_is_told_though_the_run_fails(
