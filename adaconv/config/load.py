@@ -59,7 +59,7 @@ def load_config(model: type[C], argv: Sequence[str], *, prog: str, description: 
     given = dataclasses.asdict(flags)
     dry_run = given.pop("dry_run")
     given.pop("config")
-    return Loaded(validate(model, given, where="command line"), dry_run)
+    return Loaded(validate(model, given, where=" and ".join([*_files_named(argv), "command line"])), dry_run)
 
 
 def validate(model: type[C], values: Mapping[str, Any], *, where: str) -> C:
@@ -274,7 +274,10 @@ def _explain(model: type[Config], errors: Sequence[ErrorDetails], where: str) ->
         path = ".".join(str(part) for part in error["loc"])
         if error["type"] == "extra_forbidden":
             known = [*dict(_sections(model)), *(name.replace("-", "_") for name in flag_names(model))]
-            lines.append(f"{where}: unknown key '{path}'{_nearest(path, known)}")
+            *sections, key = path.split(".")
+            nested = "".join(f"{section}: {{" for section in sections) + f"{key}: …" + "}" * len(sections)
+            hint = f"; write {nested}, or a line of its own for each" if path in known else _nearest(path, known)
+            lines.append(f"{where}: unknown key '{path}'{hint}")
         elif not path or error["type"] == "value_error":
             message = error["msg"].removeprefix("Value error, ")
             of_it = path and (_is_leaf(model, error) or not isinstance(error["input"], Mapping))

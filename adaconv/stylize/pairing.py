@@ -1,5 +1,6 @@
 """Which contents meet which styles, and how: pure functions of two lists."""
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from adaconv.data.sources import composed
 from adaconv.errors import UsageError
 from adaconv.stylize.tables import read_table
 
+_TOLD = 10  # wrong rows
+_COMPARED = 10_000  # names that the nearest is looked for among
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -79,37 +82,50 @@ def _pairs_of_file(
 ) -> list[Pair]:
     places = {"content": _places(contents), "style": _places(styles)}
     names = {"content": contents, "style": styles}
+
+    def found(where: str, name: str, cell: Any) -> int:
+        value = "" if cell is None else composed(str(cell))
+        value = value if value in places[name] else value.strip()
+        if value not in places[name]:
+            near = difflib.get_close_matches(value, names[name][:_COMPARED], n=1) or names[name][:1]
+            example = f", such as {near[0]!r}" if near else ""
+            raise UsageError(
+                f"{where}: expected the name of a {name} that --{name} holds and --limit-{name}s leaves{example}; "
+                f"found {value!r}"
+            )
+        place = places[name][value]
+        if place is None:
+            raise UsageError(
+                f"{where}: more than one {name} is called {value!r}; give the folder that theirs lie in as --{name}, "
+                "and their names have these before"
+            )
+        return place
+
     pairs: list[Pair] = []
     seen: set[tuple[int, int, str]] = set()
+    wrong: list[str] = []
     for where, row in read_table(uri, flag="--pairs"):
         if any(";" in column for column in row):
             raise UsageError(f"{where}: expected columns parted by commas, found {next(iter(row))!r}")
         row = {str(column).strip(): cell for column, cell in row.items()}
         if not places.keys() <= row.keys():
             raise UsageError(f"{where}: expected columns content and style, found {', '.join(row)}")
-        found: dict[str, int] = {}
-        for name, place in places.items():
-            cell = row.pop(name)
-            value = "" if cell is None else composed(str(cell))
-            value = value if value in place else value.strip()
-            if value not in place:
-                example = f", such as {names[name][0]!r}" if names[name] else ""
-                raise UsageError(
-                    f"{where}: expected the name of a {name} that --{name} holds and --limit-{name}s leaves{example}; "
-                    f"found {value!r}"
-                )
-            if place[value] is None:
-                raise UsageError(f"{where}: more than one {name} is called {value!r}; give folders apart other names")
-            found[name] = place[value] or 0
-        cells = [(key, value.strip() if isinstance(value, str) else value) for key, value in row.items()]
         try:
+            content, style = (found(where, name, row.pop(name)) for name in ("content", "style"))
+            cells = [(key, value.strip() if isinstance(value, str) else value) for key, value in row.items()]
             options = check({key: value for key, value in cells if value not in (None, "")})
         except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
-        key = (found["content"], found["style"], json.dumps(dict(options), sort_keys=True))
+            told = str(error)
+            wrong.append(told if told.startswith(where) else f"{where}: {told}")
+            if len(wrong) == _TOLD:
+                break
+            continue
+        key = (content, style, json.dumps(dict(options), sort_keys=True))
         if key not in seen:  # the same output twice is one
             seen.add(key)
-            pairs.append(Pair(found["content"], found["style"], options))
+            pairs.append(Pair(content, style, options))
+    if wrong:
+        raise UsageError("\n".join(wrong))
     return sorted(pairs, key=lambda pair: pair.content)
 
 

@@ -266,3 +266,19 @@ def test_all_that_is_missing_is_named_at_once(tmp_path):
         load()
     with pytest.raises(ConfigError, match=r"^required: --output;"):
         load("--config", write(tmp_path / "1.yaml", "source: [a]\n"))
+
+
+def test_what_does_not_fit_together_is_told_with_the_files_that_it_may_stand_in(tmp_path):
+    (tmp_path / "k5.yaml").write_text("model:\n  kernel_size: 5\n")
+    told = ["--content", "c", "--style", "s", "--output", "o", "--config", str(tmp_path / "k5.yaml")]
+    with pytest.raises(ConfigError, match=r"^\S*/k5.yaml and command line: model.descriptor_size \(3\) must equal"):
+        load_config(TrainConfig, told, prog="test", description="")
+
+
+def test_a_dotted_key_of_a_file_is_told_how_to_be_written(tmp_path):
+    (tmp_path / "dots.yaml").write_text("train.steps: 5\n")
+    told = ["--content", "c", "--style", "s", "--output", "o", "--config", str(tmp_path / "dots.yaml")]
+    with pytest.raises(
+        ConfigError, match=r"dots.yaml: unknown key 'train.steps'; write train: \{steps: …\}, or a line"
+    ):
+        load_config(TrainConfig, told, prog="test", description="")

@@ -85,6 +85,11 @@ def test_a_file_of_pairs_whose_names_are_numbers(tmp_path):
             "content,style\na,s\na,x\n",
             "row 2: expected the name of a style .*holds.* such as 's'; found 'x'",
         ),
+        (
+            "content,style,alpha\nx,s,1\na,s,1\nb/k,s,1\na,s,2\n",
+            "row 1: .* such as 'a'; found 'x'\n.* row 3: .* such as 'b/c'; found 'b/k'\n.* row 4: alpha too large$",
+        ),
+        ("content,style\n" + "x,s\n" * 50, "(?s)^(?!.*row 11:).*row 10: .* found 'x'$"),
         ("content,style\ntwice,s\n", "row 1: more than one content is called 'twice'"),
         ("content\na\n", "row 1: expected columns content and style, found content"),
         ("Content,Style\na,s\n", "row 1: expected columns content and style, found Content, Style"),
@@ -96,8 +101,14 @@ def test_a_file_of_pairs_whose_names_are_numbers(tmp_path):
 )
 def test_wrong_rows_are_named(tmp_path, text, words):
     (tmp_path / "p.csv").write_text(text)
+
+    def check(options):
+        if float(options.get("alpha", 0)) > 1:
+            raise UsageError("alpha too large")
+        return options
+
     with pytest.raises(UsageError, match=words):
-        pair_up(str(tmp_path / "p.csv"), [*CONTENTS, "twice", "twice"], STYLES)
+        pair_up(str(tmp_path / "p.csv"), [*CONTENTS, "twice", "twice"], STYLES, check=check)
     with pytest.raises(UsageError, match="found nothing there"):
         pair_up(str(tmp_path / "none.csv"), CONTENTS, STYLES)
 
