@@ -29,6 +29,8 @@ _PACKS_AT_HAND = 64  # 100 kB each for the paper's network
 
 
 class ServedStylizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    _skip_type_hint_validation = True  # or MLflow asks for hints, at the end of every training; see `predict`
+
     def load_context(self, context: Any) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.stylizer = Stylizer.from_folder(Path(context.artifacts["model"]), device=device)
