@@ -87,17 +87,33 @@ def compare(new: Mapping[str, Array], old: Mapping[str, Array], *, margins: Mapp
     alone = (1 - _CONFIDENCE) / len(margins)  # what each may err, so that all together err no more than one
     found = []
     for metric, margin in margins.items():
-        before, after = _drawn_means(old[metric]), _drawn_means(new[metric])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            changes = after / before - 1
-            change = new[metric].mean() / old[metric].mean() - 1
-        changes = np.where(after == before, 0.0, changes)  # also where both are 0
-        change = 0.0 if new[metric].mean() == old[metric].mean() else float(change)
-        if np.isfinite(new[metric]).all() and not np.isfinite(old[metric]).all():
-            changes, change = np.full_like(changes, -1.0), -1.0  # any number is better than none
+        changes, change = _changes(new[metric], old[metric])
         at_most, surely = (_bound(changes, change, new[metric].shape, level) for level in (_CONFIDENCE, 1 - alone))
         found.append(Comparison(metric, change, at_most, surely < 0, margin))
     return found
+
+
+def change(new: Array, old: Array) -> Interval:
+    """By what share of it a metric is another one on the same pairs: scores (contents, styles) of two models.
+
+    Far narrower than what the two intervals leave open: what is hard for one is hard for the other.
+    """
+    changes, found = _changes(new, old)
+    low, high = (_bound(changes, found, new.shape, level) for level in (0.025, 0.975))
+    return Interval(found, low, high)
+
+
+def _changes(new: Array, old: Array) -> tuple[Array, float]:
+    """(draws,) changes of the mean, and the change that was found."""
+    before, after = _drawn_means(old), _drawn_means(new)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        changes = after / before - 1
+        found = new.mean() / old.mean() - 1
+    changes = np.where(after == before, 0.0, changes)  # also where both are 0
+    found = 0.0 if new.mean() == old.mean() else float(found)
+    if np.isfinite(new).all() and not np.isfinite(old).all():
+        changes, found = np.full_like(changes, -1.0), -1.0  # any number is better than none
+    return changes, found
 
 
 def judge(

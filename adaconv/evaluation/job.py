@@ -90,6 +90,7 @@ def run_evaluation(
         "protocol": protocol.id,
         "pairs": pairs,
         "scores": {one.model: _told(one) for one in scores},
+        "changes": {one.model: _changes(scores[0], one) for one in scores[1:-1]},
         "defects": {one.model: list(one.defects) for one in scores if one.defects},
         "report": storage.join(output, page.name),
         "table": storage.join(output, table.name),
@@ -125,9 +126,15 @@ def _verdict(config: GateConfig, scores: list[Scores], held: Scores | None) -> g
 
 
 def _told(scores: Scores) -> dict[str, list[float | None]]:
-    """Each metric's mean and 95 % interval; JSON has no word for what is no number."""
-    told = {name: gate.interval(scores.of[name]) for name in METRICS}
-    return {
-        name: [float(f"{value:.6g}") if math.isfinite(value) else None for value in (one.mean, one.low, one.high)]
-        for name, one in told.items()
-    }
+    """Each metric's mean and 95 % interval."""
+    return {name: _numbers(gate.interval(scores.of[name])) for name in METRICS}
+
+
+def _changes(new: Scores, old: Scores) -> dict[str, list[float | None]]:
+    """Each metric's change as a share of what it is by the other, and its 95 % interval."""
+    return {name: _numbers(gate.change(new.of[name], old.of[name])) for name in METRICS}
+
+
+def _numbers(told: gate.Interval) -> list[float | None]:
+    """JSON has no word for what is no number."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in (told.mean, told.low, told.high)]

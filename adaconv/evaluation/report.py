@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adaconv import pages
 from adaconv.evaluation import metrics
-from adaconv.evaluation.gate import Verdict, interval
+from adaconv.evaluation.gate import Verdict, change, interval
 from adaconv.evaluation.metrics import METRICS, OF_PAIRS
 from adaconv.evaluation.protocol import Protocol
 from adaconv.evaluation.scores import SHOWN, Scores, thumbnail
@@ -36,7 +36,7 @@ def render(scores: Sequence[Scores], protocol: Protocol, verdict: Verdict | None
         "title": html.escape(f"Evaluation of {scores[0].model}"),
         "facts": pages.facts(facts),
         "verdict": _verdict(scores[0].model, verdict, alias) if verdict else "",
-        "scores": _table(scores),
+        "scores": _table(scores) + _changes(scores[0], scores[1:-1]),
         "metrics": pages.facts(_definitions()),
         "outputs": _outputs(scores, protocol),
     }
@@ -67,6 +67,23 @@ def _table(scores: Sequence[Scores]) -> str:
         defects = "".join(f'<br><small class="bad">{html.escape(defect)}</small>' for defect in one.defects)
         lines.append(f'<tr class="line"><td>{html.escape(one.model)}{defects}</td>{"".join(cells)}</tr>')
     return "".join(lines) + "</table>"
+
+
+def _changes(judged: Scores, others: Sequence[Scores]) -> str:
+    """Pair by pair; green and red where the interval leaves no doubt."""
+    if not others:
+        return ""
+    lines = ["<table><tr><th></th>" + "".join(f"<th>{name}</th>" for name in METRICS) + "</tr>"]
+    for other in others:
+        cells = []
+        for name in METRICS:
+            told = change(judged.of[name], other.of[name])
+            kind = " good" if told.high < 0 else " bad" if told.low > 0 else ""
+            between = f"{100 * told.low:+.1f} … {100 * told.high:+.1f} %"
+            cells.append(f'<td class="n{kind}">{100 * told.mean:+.1f} %<br><small>{between}</small></td>')
+        lines.append(f'<tr class="line"><td>against {html.escape(other.model)}</td>{"".join(cells)}</tr>')
+    intro = f"Change of {html.escape(judged.model)} against the others on the same pairs, with 95 % intervals."
+    return f"<p>{intro} Below 0 is better.</p>" + "".join(lines) + "</table>"
 
 
 def _definitions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adaconv.evaluation.gate import compare, interval, judge
+from adaconv.evaluation.gate import change, compare, interval, judge
 
 MARGINS = dict.fromkeys(("content", "structure", "style", "gram", "colour"), 0.05)
 LOOSE = dict.fromkeys(MARGINS, 1000.0)  # so that chance has only to find one metric that is better
@@ -105,4 +105,19 @@ def test_an_interval_holds_the_mean_as_often_as_it_says():
     for _ in range(100):
         told = interval(rng.normal(size=(20, 1)) + rng.normal(size=(1, 40)) + rng.normal(size=(20, 40)))
         inside += told.low <= 0 <= told.high
+    assert 88 <= inside <= 99
+
+
+def test_a_change_on_the_same_pairs_is_surer_than_two_intervals():
+    """Where pictures differ far more than models, and as often right as it says."""
+    rng = np.random.default_rng(3)
+    inside = 0
+    for _ in range(100):
+        hard = pictures(rng)
+        new, old = model(rng, hard, change=-0.05)["style"], model(rng, hard)["style"]
+        told = change(new, old)
+        apart = [interval(one) for one in (new, old)]
+        assert apart[0].high > apart[1].low  # they overlap
+        assert told.high - told.low < 0.3 * (apart[1].high - apart[1].low) / apart[1].mean
+        inside += told.low <= -0.05 <= told.high
     assert 88 <= inside <= 99

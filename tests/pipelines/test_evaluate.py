@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -127,6 +128,10 @@ def test_without_an_alias_it_says_what_each_got(registry, run, tmp_path):
     assert unchanged["content"] == unchanged["identity"] == [0, 0, 0]
     mean, low, high = result["scores"][second]["style"]
     assert low < mean < high
+    told, low, high = result["changes"][second]["style"]
+    assert told == pytest.approx(result["scores"][str(copy)]["style"][0] / mean - 1, rel=1e-4)
+    assert low < told < high
+    assert f"against {second}" in Path(result["report"]).read_text()
 
 
 def test_pictures_that_it_was_trained_on_are_told(content_version, photos, paintings, run, tmp_path, caplog):
