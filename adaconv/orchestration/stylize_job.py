@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -36,7 +37,7 @@ from adaconv.scratch import scratch_folder
 from adaconv.stylize.books import Books, culprit
 from adaconv.stylize.gallery import Failure, Picture, render
 from adaconv.stylize.inputs import Item, decode_picture, local_file, mixture_of, read_item, reading_order, sha256_of
-from adaconv.stylize.outputs import INDEX, Published, Recipe, pack_name, publish_index, slug
+from adaconv.stylize.outputs import INDEX, Published, Recipe, hash_of, pack_name, publish_index, slug
 from adaconv.stylize.pictures import thumbnail
 from adaconv.stylize.production import Limits, Made, Production, Wanted, file_thumbnail, is_out_of_memory
 from adaconv.stylize.style_pack import StylePack
@@ -86,8 +87,9 @@ def run_stylize_job(config: StylizeConfig, plan: Plan, *, model: str, folder: Pa
     columns = _columns_of_shown(plan, config)
     packs = _make_packs(plan, columns, config, num_actors, shared)
     with scratch_folder("books", config.tile.scratch) as aside, Books(aside / "rows", len(plan.pairs)) as books:
-        shown = _make_outputs(plan, columns, packs, books, config, num_actors, shared)
-        return _close_books(config, model, books, shown, packs)
+        there = Published.of(str(config.output))
+        shown = _make_outputs(plan, columns, packs, there, books, config, num_actors, shared)
+        return _close_books(config, model, books, shown, packs, there)
 
 
 def _num_actors(config: StylizeConfig) -> int:
@@ -128,6 +130,7 @@ def _make_outputs(
     plan: Plan,
     columns: Mapping[int, int],
     packs: list[Row],
+    there: Published,
     books: Books,
     config: StylizeConfig,
     num_actors: int,
@@ -144,8 +147,6 @@ def _make_outputs(
         for start in range(0, len(numbered), _PAIRS_AT_ONCE):
             pairs = json.dumps(numbered[start : start + _PAIRS_AT_ONCE])
             jobs.append({"content": content, "pairs": pairs, **plan.contents[content].to_row()})
-    assert config.output is not None
-    there = Published.of(config.output)
     handed = {**shared, "packs": ray.put(packs), "shown": ray.put(set(columns)), "there": ray.put(there)}
     progress = Progress("stylize", total=len(plan.pairs))
     counter = output_counter()
@@ -498,10 +499,16 @@ class _ContentStylizer(_ModelActor):
         )
 
 
-def _close_books(config: StylizeConfig, model: str, books: Books, shown: list[Row], packs: list[Row]) -> dict[str, Any]:
+def _close_books(
+    config: StylizeConfig, model: str, books: Books, shown: list[Row], packs: list[Row], there: Published
+) -> dict[str, Any]:
     assert config.output is not None
     _sweep(config.output)
-    index = publish_index(config.output, books.rows())
+    hashes = array("Q")
+    index = publish_index(config.output, _noting(books.rows(), hashes))
+    listed = Published.listed(config.output) if storage.is_local(config.output) else there
+    if others := listed.others(hashes):
+        log.info("%d more files in %s/images are of other models, options or pairs; they stay", others, config.output)
     gallery = storage.join(config.output, "gallery.html")
     storage.publish_bytes(gallery, _gallery(config, model, books, shown, packs).encode())
     states = {state: books.states[state] for state in ("done", "skipped", "failed")}
@@ -525,6 +532,14 @@ def _close_books(config: StylizeConfig, model: str, books: Books, shown: list[Ro
                 + f"; the others are in {config.output}, the index names all",
             }
     return result
+
+
+def _noting(rows: Iterable[Row], hashes: "array[int]") -> Iterator[Row]:
+    """The rows as they are; hashes of outputs' names are added."""
+    for row in rows:
+        if row["output"]:
+            hashes.append(hash_of(row["output"]))
+        yield row
 
 
 def _sweep(output: str) -> None:

@@ -277,28 +277,36 @@ class Published:
     @classmethod
     def of(cls, root: str) -> "Published":
         """List a job's output folder; none on a disk, where an output's end must be looked at."""
+        return cls(np.zeros(0, np.uint64)) if storage.is_local(root) else cls.listed(root)
+
+    @classmethod
+    def listed(cls, root: str) -> "Published":
+        """All that is there, on a disk as well, whole or not."""
 
         def below(folder: str) -> NDArray[np.uint64]:
             names = (f"images/{storage.name_of(folder)}/{one.path}" for one in storage.walk(folder) if one.bytes)
-            return np.fromiter(map(_hash, names), np.uint64)
+            return np.fromiter(map(hash_of, names), np.uint64)
 
         # A folder for each style, several at once: a store answers a thousand names at a time.
-        folders = [] if storage.is_local(root) else storage.list_directories(storage.join(root, "images"))
+        folders = storage.list_directories(storage.join(root, "images"))
         hashes, progress = [np.zeros(0, np.uint64)], Progress("look for outputs", unit="outputs")
         for some in storage.few_at_once(below, folders, where=root):
             hashes.append(some)
             progress.advance(len(some))
-        if folders:
-            progress.close()
         return cls(np.sort(np.concatenate(hashes)))
 
+    def others(self, hashes: Iterable[int]) -> int:
+        """How many there are besides those of these names, see `hash_of`."""
+        return int(np.setdiff1d(self.hashes, np.fromiter(hashes, np.uint64)).size)
+
     def __contains__(self, name: object) -> bool:
-        wanted = np.uint64(_hash(str(name)))
+        wanted = np.uint64(hash_of(str(name)))
         place = np.searchsorted(self.hashes, wanted)
         return bool(place < len(self.hashes) and self.hashes[place] == wanted)
 
 
-def _hash(name: str) -> int:
+def hash_of(name: str) -> int:
+    """Of an output's name, 64 bits."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 

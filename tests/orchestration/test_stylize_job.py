@@ -114,10 +114,13 @@ def test_a_grid_again_makes_nothing_and_another_option_everything(cluster, model
     assert len(before) == len(set(before.values())) == 12
     one = next(iter(before))
     (grid / "images" / one).write_bytes((grid / "images" / one).read_bytes()[:-9])  # a disk that lost its last bytes
-    stylize(cluster, model, contents, styles, grid)
+    again = stylize(cluster, model, contents, styles, grid)
     assert books_of(grid) == {"pairs": 12, "done": 1, "skipped": 11, "failed": 0}
     assert hashes_of(grid) == before
-    stylize(cluster, model, contents, styles, grid, "--options.alpha", 0.5, "--options.format", "jpeg")
+    other = stylize(cluster, model, contents, styles, grid, "--options.alpha", 0.5, "--options.format", "jpeg")
+    told = [" more files in" in done.stdout + done.stderr for done in (again, other)]
+    assert told == [False, True], other.stdout
+    assert f"12 more files in {grid}/images are of other models, options or pairs" in other.stdout + other.stderr
     assert books_of(grid)["done"] == 12
     after = hashes_of(grid)
     assert {path: after[path] for path in before} == before

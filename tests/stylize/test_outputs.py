@@ -21,6 +21,7 @@ from adaconv.stylize.outputs import (
     Published,
     Recipe,
     encode,
+    hash_of,
     is_whole,
     publish_index,
     read_recipe,
@@ -172,6 +173,9 @@ def test_a_listing_of_a_store_tells_which_outputs_are_there(bucket, tmp_path):
     assert [name for name in names if name in there] == [name for n, name in enumerate(names[:40]) if n != 7]
     storage.publish_bytes(str(tmp_path / names[0]), b"x")
     assert names[0] not in Published.of(str(tmp_path))  # whose end must be looked at
+    assert there.others(map(hash_of, names[:20])) == 20
+    assert Published.listed(str(tmp_path)).others([]) == 1
+    assert Published.listed(str(tmp_path)).others([hash_of(names[0])]) == 0
 
 
 def test_a_long_index_is_written_a_few_thousand_rows_at_a_time(tmp_path, monkeypatch):
