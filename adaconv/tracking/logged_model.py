@@ -38,7 +38,17 @@ log = logging.getLogger(__name__)
 _REQUIREMENTS = ("mlflow", "torch", "numpy", "pillow", "pandas", "safetensors", "fsspec")
 # Fewer files: each is a request, and a server with accounts takes a good part of a second for one.
 _ROOMS = {
-    *("__init__.py", "py.typed", "allocator.py", "checkpoint.py", "errors.py", "images.py", "scratch.py", "storage.py"),
+    *(
+        "__init__.py",
+        "py.typed",
+        "allocator.py",
+        "checkpoint.py",
+        "errors.py",
+        "images.py",
+        "progress.py",
+        "scratch.py",
+        "storage.py",
+    ),
     *("model", "stylize"),
 }
 DIGEST_TAG, _CHECKPOINT_TAG, _ROLES_TAG = "adaconv.digest", "adaconv.checkpoint", "adaconv.roles"
