@@ -29,7 +29,7 @@ from adaconv.orchestration import stylize_job
 from adaconv.orchestration.stylize_plan import Plan
 from adaconv.stylize.books import Books
 from adaconv.stylize.inputs import list_items, sha256_of
-from adaconv.stylize.outputs import INDEX, read_recipe
+from adaconv.stylize.outputs import INDEX, Published, read_recipe
 from adaconv.stylize.pairing import Pair
 from adaconv.stylize.pictures import shrink
 from adaconv.stylize.stylizer import Stylizer
@@ -280,7 +280,7 @@ def test_thousands_of_failures_are_counted_and_a_hundred_told(tmp_path):
     with Books(tmp_path / "rows", 3000) as books:
         for number in range(3000):
             books.enter(number, told | {"content": f"{number}.jpg"})
-        result = stylize_job._close_books(config, "m", books, [], [])
+        result = stylize_job._close_books(config, "m", books, [], [], Published.of(str(tmp_path)))
     assert result["books"]["failed"] == pq.read_metadata(result["index"]).num_rows == 3000
     assert len(result["failures"]) == 100
     assert "and 2995 more; the others are in" in result["error"]
