@@ -110,9 +110,13 @@ def refuse_other_run(uri: str, saved: Mapping[str, Any], now: Mapping[str, Any])
         now: `books_of` the run.
 
     Raises:
-        CheckpointError: names all that differs.
+        CheckpointError: names all that differs; or the books are none of a training's.
     """
-    if different := differences(saved, now):
+    try:
+        different = differences(saved, now)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{uri}: data.json is not what pipelines/train.py writes: {error!r}") from error
+    if different:
         raise CheckpointError(
             f"{uri} belongs to another run; different: {', '.join(different)}. Give the same settings, or "
             "--resume none for a new run; --init-from begins one with these weights"

@@ -22,7 +22,7 @@ from adaconv.tracking import mlflow_tracker, results
 from adaconv.tracking.registry import register
 from adaconv.training.loop import train
 from pipelines.train import main
-from tests.helpers import TINY_TRAINING
+from tests.helpers import TINY_TRAINING, save_checkpoint
 
 STEPS = 4
 SMALL = {
@@ -179,6 +179,12 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(user,
             assert "different: loss.style_weight (10.0 then, 7.0 now)" in capsys.readouterr().err
     assert sorted((user.folder / "runs").iterdir()) == runs
     assert len(user.client().search_runs(["1"])) == tracked
+
+
+def test_a_checkpoint_that_no_training_wrote_is_refused(user, tmp_path, capsys):
+    _, uri = save_checkpoint(tmp_path)
+    assert user.train("--resume", uri, "--dry-run") == 1
+    assert "data.json is not what pipelines/train.py writes" in capsys.readouterr().err
 
 
 def test_a_run_that_differs_in_one_thing_is_told_of(user, first, capsys):
